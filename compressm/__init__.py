@@ -1,0 +1,56 @@
+"""compressm: state-space models that grow smaller and faster while they train.
+
+An independent PyTorch implementation of in-training balanced truncation (CompreSSM: Chahine, Nazari, Rus, Rusch,
+ICLR 2026, arXiv 2510.02823), with its own kernels.  Importing it touches no GPU, compiler or environment; each name below
+is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DiagonalSystem": "compressm.control",
+    "balance": "compressm.control",
+    "Compressor": "compressm.compression",
+    "Energy": "compressm.compression",
+    "FixedRank": "compressm.compression",
+    "Shrink": "compressm.compression",
+    "Once": "compressm.compression",
+    "Warmup": "compressm.compression",
+    "Every": "compressm.compression",
+    "At": "compressm.compression",
+    "compress": "compressm.compression",
+    "inspect": "compressm.compression",
+    "save": "compressm.compression",
+    "load": "compressm.compression",
+    "register_adapter": "compressm.adapters",
+    "CompressmError": "compressm.errors",
+}
+_SUBMODULES = ("adapters", "compression", "control", "errors", "kernels", "layers")
+
+__all__ = [*_EXPORTS, *_SUBMODULES]
+
+if TYPE_CHECKING:
+    from compressm import adapters, compression, control, errors, kernels, layers
+    from compressm.adapters import register_adapter
+    from compressm.compression import (
+        At, Compressor, Energy, Every, FixedRank, Once, Shrink, Warmup, compress, inspect, load, save,
+    )
+    from compressm.control import DiagonalSystem, balance
+    from compressm.errors import CompressmError
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"compressm.{name}")
+    raise AttributeError(f"module 'compressm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,16 @@
+"""What runs on every token, and the Gramians: one public function per op, chosen backends underneath."""
+
+from compressm.kernels._plan import KernelPlan
+from compressm.kernels.diagonal_scan import diagonal_scan
+from compressm.kernels.lti_scan import lti_scan, lti_scan_planar, plan_for
+
+__all__ = [
+    "KernelPlan",
+    "diagonal_scan",
+    "gramian_pair",
+    "gramians",
+    "gramians_many",
+    "lti_scan",
+    "lti_scan_planar",
+    "plan_for",
+]

@@ -1,0 +1,109 @@
+"""Builds and loads the C++ kernels of ``csrc/``, once.
+
+The first call compiles them with ninja into torch's extension cache (or ``COMPRESSM_BUILD_DIR``); later processes load
+the cached library.  The folder's name carries a digest of the sources, torch's version and the compiler, so that a change of any
+of them builds anew and never loads a stale library.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from compressm import config
+
+logger = logging.getLogger("compressm")
+
+_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-Wall"]
+
+
+def _sources() -> list[Path]:
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_csrc", package.parent / "csrc"):
+        if folder.is_dir():
+            return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h", ".inc"))
+    return []
+
+
+def _compiler() -> str | None:
+    from torch.utils import cpp_extension
+
+    return shutil.which(cpp_extension.get_cxx_compiler())
+
+
+def _digest(sources: list[Path], compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {version} {_FLAGS}".encode())
+    for path in sources:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _build_folder(digest: str) -> Path:
+    from torch.utils import cpp_extension
+
+    root = config.current().build_dir or Path(cpp_extension.get_default_build_root())
+    folder = root / f"compressm_cpp_{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None if the C++ kernels are loaded (building them if needed), else the reason; warns once when they are lost."""
+    if not config.current().cpp_enabled:
+        return "switched off by COMPRESSM_DISABLE_CPP=1"
+    sources = _sources()
+    if not sources:
+        return "the C++ sources (csrc/) are not part of this installation"
+    compiler = _compiler()
+    if compiler is None:
+        reason = "no C++ compiler found (neither $CXX nor c++ is one)"
+    else:
+        reason = _load(sources, compiler)
+    if reason is not None:
+        warnings.warn(
+            f"compressm: the C++ CPU kernels are not available: {reason}. Plain torch runs instead, several times slower. "
+            "Install a C++20 compiler and ninja, or set COMPRESSM_DISABLE_CPP=1 to silence this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason
+
+
+def _load(sources: list[Path], compiler: str) -> str | None:
+    digest = _digest(sources, compiler)
+    folder = _build_folder(digest)
+    library = folder / f"compressm_cpp_{digest}.so"
+    try:
+        if not library.exists():
+            _build(sources, folder, library.stem)
+        torch.ops.load_library(str(library))
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return f"building or loading them in {folder} failed: {str(error).strip().splitlines()[-1]}"
+    return None
+
+
+def _build(sources: list[Path], folder: Path, name: str) -> None:
+    from torch.utils import cpp_extension
+
+    started = time.perf_counter()
+    logger.warning("compressm: building the C++ kernels once (about a minute) in %s", folder)
+    cpp_extension.load(
+        name=name,
+        sources=[str(path) for path in sources if path.suffix == ".cpp"],
+        extra_cflags=_FLAGS,
+        build_directory=str(folder),
+        is_python_module=False,
+        verbose=False,
+    )
+    logger.warning("compressm: built in %.0f s", time.perf_counter() - started)

@@ -1,0 +1,51 @@
+"""The only place that chooses a backend.
+
+Every op offers candidates in order of preference.  The automatic choice takes the first that supports the call; an
+explicit ``backend=`` that cannot run raises with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from compressm import config
+from compressm.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend and the check that says why it cannot run a call (None: it can)."""
+
+    name: str
+    why_not: Callable[[], str | None]
+
+
+def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None) -> str:
+    """Name of the backend that runs ``op``.
+
+    Args:
+        op: name of the op, for messages.
+        candidates: in order of preference; the last should support everything.
+        backend: the caller's explicit choice; else ``COMPRESSM_BACKEND``; else automatic.
+
+    Raises:
+        BackendError: the explicit choice is unknown or cannot run, or no candidate can; says each reason.
+    """
+    explicit = backend if backend is not None else config.current().backend
+    if explicit is not None:
+        for candidate in candidates:
+            if candidate.name == explicit:
+                reason = candidate.why_not()
+                if reason is not None:
+                    raise BackendError(f"{op}: backend {explicit!r} cannot run this call: {reason}")
+                return explicit
+        names = ", ".join(candidate.name for candidate in candidates)
+        raise BackendError(f"{op}: backend: expected one of {names}, got {explicit!r}")
+    reasons = []
+    for candidate in candidates:
+        reason = candidate.why_not()
+        if reason is None:
+            return candidate.name
+        reasons.append(f"{candidate.name}: {reason}")
+    raise BackendError(f"{op}: no backend can run this call ({'; '.join(reasons)})")

@@ -1,0 +1,126 @@
+"""The C++ backend of the LTI scan as torch custom ops (``csrc/lti_scan.cpp``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def why_not(u: Tensor) -> str | None:
+    """None if the C++ kernels run for this input, else the reason."""
+    if u.device.type != "cpu":
+        return f"the C++ kernels run on CPU tensors, not on {u.device.type}"
+    if u.dtype == torch.float64:
+        return "the C++ kernels compute in float32; float64 runs on the reference"
+    from compressm.kernels import _cpp
+
+    return _cpp.why_not()
+
+
+@torch.library.custom_op("compressm::lti_core", mutates_args=())
+def lti_core(
+    u: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    feed: Tensor | None,
+    initial_state: Tensor | None,
+    shifted: bool,
+    store: bool,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y_t = W_out h_t + F u_t, fp32, contiguous; shifted: the output sees h_{t-1}.
+
+    Args:
+        u: (batch, L, H); log_decay, phase: (N,); w_in: (2N, H); w_out: (H_out, 2N).
+        feed: (H,) diagonal or (H_out, H) dense feedthrough, or None; initial_state: (batch, 2N) or None.
+        store: keep every state for the backward (else one per tile, the rest recomputed); rows: (sequence, time) rows of a tile.
+
+    Returns:
+        y (batch, L, H_out), last state (batch, 2N), and what the backward needs (not differentiable).
+    """
+    return torch.ops.compressm_cpp.lti_forward(
+        u, log_decay, phase, w_in, w_out, feed, initial_state, shifted, store, rows
+    )
+
+
+def _saved_states(batch: int, length: int, store: bool, rows: int) -> int:
+    return length if store or batch * length == 0 else -(-length // min(rows, length))
+
+
+@lti_core.register_fake
+def _(u, log_decay, phase, w_in, w_out, feed, initial_state, shifted, store, rows):
+    batch, length, _ = u.shape
+    saved = 0 if batch * length == 0 else _saved_states(batch, length, store, rows)
+    n2 = w_in.shape[0]
+    return u.new_empty((batch, length, w_out.shape[0])), u.new_empty((batch, n2)), u.new_empty((batch, saved, n2))
+
+
+@torch.library.custom_op("compressm::lti_core_backward", mutates_args=())
+def lti_core_backward(
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    u: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    feed: Tensor | None,
+    initial_state: Tensor | None,
+    saved: Tensor,
+    shifted: bool,
+    stored: bool,
+    rows: int,
+    need_u: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (u, log_decay, phase, w_in, w_out, feed, initial_state)."""
+    return torch.ops.compressm_cpp.lti_backward(
+        grad_y, grad_last, u, log_decay, phase, w_in, w_out, feed, initial_state, saved, shifted, stored, rows, need_u
+    )
+
+
+@lti_core_backward.register_fake
+def _(grad_y, grad_last, u, log_decay, phase, w_in, w_out, feed, initial_state, saved, shifted, stored, rows, need_u):
+    return (
+        torch.empty_like(u) if need_u else u.new_empty((0,)),
+        torch.empty_like(log_decay),
+        torch.empty_like(phase),
+        torch.empty_like(w_in),
+        torch.empty_like(w_out),
+        torch.empty_like(feed) if feed is not None else u.new_empty((0,)),
+        u.new_empty((u.shape[0], w_in.shape[0])),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    u, log_decay, phase, w_in, w_out, feed, initial_state, shifted, store, rows = inputs
+    ctx.save_for_backward(u, log_decay, phase, w_in, w_out, feed, initial_state, output[2])
+    ctx.settings = (shifted, store, rows)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_y, grad_last, _grad_saved):
+    u, log_decay, phase, w_in, w_out, feed, initial_state, saved = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = u.new_zeros((*u.shape[:2], w_out.shape[0]))
+    grads = lti_core_backward(
+        grad_y.contiguous(), grad_last, u, log_decay, phase, w_in, w_out, feed, initial_state, saved, *ctx.settings,
+        need_u=ctx.needs_input_grad[0],
+    )  # fmt: skip
+    grad_u, grad_decay, grad_phase, grad_in, grad_out, grad_feed, grad_state = grads
+    return (
+        grad_u if ctx.needs_input_grad[0] else None,
+        grad_decay,
+        grad_phase,
+        grad_in,
+        grad_out,
+        None if feed is None else grad_feed,
+        None if initial_state is None else grad_state,
+        None,
+        None,
+        None,
+    )
+
+
+lti_core.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,136 @@
+"""The planar complex diagonal scan as one op: every state of h_t = lam h_{t-1} + x_t."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressm.errors import bad_argument
+from compressm.kernels import _lti_scan_cpu, _lti_scan_ref
+from compressm.kernels._dispatch import Candidate, choose
+
+
+def diagonal_scan(
+    x: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """All states of the recurrence h_t = lam h_{t-1} + x_t, lam = exp(log_decay + i phase), planar complex numbers.
+
+    Args:
+        x: (batch, L, 2N) real, [re | im] along the last axis; float64, float32, bfloat16 or float16.
+        log_decay: (N,) real, log of the modulus of the eigenvalues.
+        phase: (N,) real, their argument in radians.
+        initial_state: (batch, 2N), the state in front of the first step; None for zero.
+        reverse: walk time backwards, h_t = lam h_{t+1} + x_t.
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
+
+    Returns:
+        (batch, L, 2N) in x's dtype; half precision accumulates in float32.  Differentiable in x, log_decay, phase and
+        initial_state.
+
+    Raises:
+        ArgumentError: wrong shapes or dtypes.
+        BackendError: the named backend cannot run.
+    """
+    if x.dim() != 3 or x.shape[-1] != 2 * log_decay.shape[-1] or not x.is_floating_point():
+        raise bad_argument(
+            "x",
+            got=f"{tuple(x.shape)} of {x.dtype}",
+            expected=f"a real tensor (batch, length, 2N) with N = {log_decay.shape[-1]}, [re | im]",
+        )
+    if initial_state is not None and initial_state.shape != (x.shape[0], x.shape[2]):
+        raise bad_argument("initial_state", got=tuple(initial_state.shape), expected=(x.shape[0], x.shape[2]))
+    chosen = choose_backend(x, backend)
+    if chosen == "reference":
+        return _lti_scan_ref.diagonal_scan(x, log_decay, phase, initial_state, reverse)
+    if chosen == "cpp":
+        return scan_op(x.float().contiguous(), log_decay, phase, initial_state, reverse, chosen).to(x.dtype)
+    return scan_op(x, log_decay, phase, initial_state, reverse, chosen)
+
+
+def choose_backend(x: Tensor, backend: str | None) -> str:
+    """Backend for an LTI scan over x: Triton on a GPU, C++ on a CPU, else the reference."""
+    return choose("lti_scan", candidates(x, explicit=backend == "triton"), backend)
+
+
+def candidates(x: Tensor, explicit: bool) -> list[Candidate]:
+    """Candidates in order of preference; Triton is imported only for GPU tensors or when it is asked for."""
+    listed = [Candidate("cpp", lambda: _lti_scan_cpu.why_not(x)), Candidate("reference", lambda: None)]
+    if x.device.type == "cpu" and not explicit:
+        return [*listed, Candidate("triton", lambda: _triton_why_not(x))]
+    return [Candidate("triton", lambda: _triton_why_not(x)), *listed]
+
+
+def _triton_why_not(x: Tensor) -> str | None:
+    from compressm.kernels import _lti_scan_triton
+
+    return _lti_scan_triton.why_not(x)
+
+
+@torch.library.custom_op("compressm::diagonal_scan", mutates_args=())
+def scan_op(
+    x: Tensor, log_decay: Tensor, phase: Tensor, initial_state: Tensor | None, reverse: bool, backend: str
+) -> Tensor:
+    """diagonal_scan on a compiled backend, ``"cpp"`` or ``"triton"``."""
+    if backend == "cpp":
+        return torch.ops.compressm_cpp.diagonal_scan(x, log_decay, phase, initial_state, reverse)
+    from compressm.kernels import _lti_scan_triton
+
+    return _lti_scan_triton.diagonal_scan_forward(x, log_decay, phase, initial_state, reverse)
+
+
+@scan_op.register_fake
+def _(x, log_decay, phase, initial_state, reverse, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("compressm::diagonal_scan_backward", mutates_args=())
+def scan_backward_op(
+    grad_h: Tensor,
+    h: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    initial_state: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, log_decay, phase, initial_state); the last is there even if no initial state was given."""
+    if backend == "cpp":
+        return torch.ops.compressm_cpp.diagonal_scan_backward(grad_h, h, log_decay, phase, initial_state, reverse)
+    from compressm.kernels import _lti_scan_triton
+
+    start = initial_state if initial_state is not None else h.new_zeros((h.shape[0], h.shape[2]), dtype=torch.float32)
+    return _lti_scan_triton.diagonal_scan_backward(grad_h, h, log_decay, phase, start, reverse)
+
+
+@scan_backward_op.register_fake
+def _(grad_h, h, log_decay, phase, initial_state, reverse, backend):
+    return (
+        torch.empty_like(h),
+        torch.empty_like(log_decay),
+        torch.empty_like(phase),
+        h.new_empty((h.shape[0], h.shape[2]), dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, log_decay, phase, initial_state, reverse, backend = inputs
+    ctx.save_for_backward(output, log_decay, phase, initial_state)
+    ctx.settings = (reverse, backend)
+
+
+def _backward(ctx, grad_h):
+    h, log_decay, phase, initial_state = ctx.saved_tensors
+    grad_x, grad_decay, grad_phase, grad_state = scan_backward_op(
+        grad_h.contiguous(), h, log_decay, phase, initial_state, *ctx.settings
+    )
+    grad_state = None if initial_state is None else grad_state.to(initial_state.dtype)
+    return grad_x, grad_decay, grad_phase, grad_state, None, None
+
+
+scan_op.register_autograd(_backward, setup_context=_setup_context)

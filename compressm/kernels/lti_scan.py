@@ -1,0 +1,192 @@
+"""Linear time-invariant scan with diagonal complex state: what an LRU, S5 or S4D layer runs on every token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressm.errors import bad_argument
+from compressm.kernels import _lti_scan_ref
+from compressm.kernels._lti_scan_block import block_tables
+from compressm.kernels._lti_scan_cpu import lti_core
+from compressm.kernels._lti_scan_plan import plan_lti_scan
+from compressm.kernels._plan import KernelPlan
+from compressm.kernels.diagonal_scan import choose_backend, scan_op
+
+
+class Operands(NamedTuple):
+    """Planar operands of a scan: w_in (2N, H) = [Re B; Im B], w_out (H_out, 2N) = [Re C, -Im C]."""
+
+    log_decay: Tensor
+    phase: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    D: Tensor | None
+
+
+def lti_scan(
+    u: Tensor,
+    log_lam: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y_t = Re(C h_t) + D u_t with h_t = exp(log_lam) h_{t-1} + B u_t; the current input enters the current state.
+
+    Args:
+        u: (batch, L, H) real; float32, bfloat16 or float16 (float64 on the reference).
+        log_lam: (N,) complex, logarithm of the eigenvalues.
+        B: (N, H) complex.
+        C: (H_out, N) complex.
+        D: (H,) real, needs H_out == H; None for no feedthrough.
+        initial_state: (batch, N) complex, None for zero.
+        return_last_state: also return h_L (batch, N) complex.
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
+
+    Returns:
+        y (batch, L, H_out) in u's dtype, or (y, last state).  State and accumulation are float32 (float64 for float64
+        inputs).  Every tensor argument is differentiable, the states included.
+
+    Raises:
+        ArgumentError: shapes or dtypes do not fit.  BackendError: the named backend cannot run.
+    """
+    for name, tensor in (("log_lam", log_lam), ("B", B), ("C", C), ("initial_state", initial_state)):
+        if tensor is not None and not tensor.is_complex():
+            raise bad_argument(name, got=str(tensor.dtype), expected="a complex tensor", remedy="Convert with .cfloat().")
+    start = None if initial_state is None else torch.cat([initial_state.real, initial_state.imag], -1)
+    result = lti_scan_planar(
+        u, log_lam.real, log_lam.imag, B.real, B.imag, C.real, C.imag, D,
+        initial_state=start, return_last_state=return_last_state, backend=backend,
+    )  # fmt: skip
+    if not return_last_state:
+        return result
+    y, last = result
+    return y, torch.complex(*last.chunk(2, -1))
+
+
+def lti_scan_planar(
+    u: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    B_re: Tensor,
+    B_im: Tensor,
+    C_re: Tensor,
+    C_im: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`lti_scan` without complex tensors: log_lam = log_decay + i phase, states planar (batch, 2N) [re | im]."""
+    _check(u, log_decay, phase, B_re, B_im, C_re, C_im, D, initial_state)
+    plan = plan_for(u, log_decay.shape[0], C_re.shape[0], backend)
+    work = torch.promote_types(u.dtype, torch.float32)
+    operands = Operands(
+        log_decay.to(work),
+        phase.to(work),
+        torch.cat([B_re, B_im], 0).to(work),
+        torch.cat([C_re, -C_im], 1).to(work),
+        None if D is None else D.to(work),
+    )
+    start = None if initial_state is None else initial_state.to(work)
+    if plan.backend == "reference" and plan.form == "scan":
+        y, last = _lti_scan_ref.lti_scan(u, *operands, initial_state=start)
+    else:
+        y, last = _run(u.to(work), operands, start, plan)
+    y = y.to(u.dtype)
+    return (y, last) if return_last_state else y
+
+
+def plan_for(u: Tensor, n_states: int, n_outputs: int, backend: str | None = None) -> KernelPlan:
+    """The plan that :func:`lti_scan` follows for an input u (batch, L, H); pure, runs nothing but the first C++ build."""
+    batch, length, channels = u.shape
+    chosen = choose_backend(u, backend)
+    if chosen == "reference" and (backend == "reference" or u.dtype == torch.float64):
+        return KernelPlan("lti_scan", "reference", "scan", (), "one step at a time")
+    return plan_lti_scan(chosen, batch, length, channels, n_outputs, n_states, u.device.type != "cpu")
+
+
+def _run(u: Tensor, operands: Operands, start: Tensor | None, plan: KernelPlan) -> tuple[Tensor, Tensor]:
+    """Follow the plan: the plain scan, or a short scan over the first L % tau steps and the blocked form for the rest."""
+    if plan.form == "scan" or u.shape[1] == 0:
+        return _core(u, operands, start, plan, shifted=False)
+    tau = plan.get("tau")
+    batch, length, channels = u.shape
+    head = length % tau
+    parts = []
+    if head:
+        y, start = _core(u[:, :head], operands, start, plan, shifted=False)
+        parts.append(y)
+    blocked = Operands(*block_tables(*operands, tau))
+    y, last = _core(u[:, head:].reshape(batch, -1, tau * channels), blocked, start, plan, shifted=True)
+    parts.append(y.reshape(batch, length - head, operands.w_out.shape[0]))
+    return (torch.cat(parts, 1) if head else parts[0]), last
+
+
+def _core(
+    u: Tensor, operands: Operands, start: Tensor | None, plan: KernelPlan, *, shifted: bool
+) -> tuple[Tensor, Tensor]:
+    """One LTI scan with dense matrices; shifted: the output sees h_{t-1} and D is a dense feedthrough."""
+    log_decay, phase, w_in, w_out, feed = operands
+    if plan.backend == "cpp":
+        store = torch.is_grad_enabled() and bool(plan.get("store"))
+        y, last, _ = lti_core(
+            u.contiguous(), log_decay, phase, w_in, w_out, feed, start, shifted, store, plan.get("rows")
+        )
+        return y, last
+    x = u @ w_in.T
+    if plan.backend == "triton":
+        states = scan_op(x, log_decay, phase, start, False, plan.backend)
+    else:
+        states = _lti_scan_ref.diagonal_scan(x, log_decay, phase, start)
+    if start is None:
+        start = x.new_zeros((u.shape[0], w_in.shape[0]))
+    last = states[:, -1] if u.shape[1] else start
+    if shifted:
+        states = torch.cat([start[:, None], states[:, :-1]], 1)
+    y = states @ w_out.T
+    if feed is not None:
+        y = y + (u @ feed.T if feed.dim() == 2 else u * feed)
+    return y, last
+
+
+def _check(
+    u: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    B_re: Tensor,
+    B_im: Tensor,
+    C_re: Tensor,
+    C_im: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    if u.dim() != 3 or not u.is_floating_point():
+        raise bad_argument("u", got=f"{tuple(u.shape)} of {u.dtype}", expected="a real tensor (batch, length, channels)")
+    if log_decay.dim() != 1:
+        raise bad_argument("log_lam", got=f"shape {tuple(log_decay.shape)}", expected="one eigenvalue per state, shape (N,)")
+    batch, _, channels = u.shape
+    states, outputs = log_decay.shape[0], C_re.shape[0]
+    expected = {
+        "phase": (phase, (states,)),
+        "B": (B_re, (states, channels)),
+        "Im B": (B_im, (states, channels)),
+        "C": (C_re, (outputs, states)),
+        "Im C": (C_im, (outputs, states)),
+        "D": (D, (channels,)),
+        "initial_state": (initial_state, (batch, 2 * states)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"{shape}", remedy="N is log_lam's length.")
+        if tensor is not None and tensor.device != u.device:
+            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{u.device}, where u is")
+    if D is not None and outputs != channels:
+        raise bad_argument("D", got=f"{channels} inputs, {outputs} outputs", expected="as many outputs as inputs, or D=None")

@@ -1,0 +1,130 @@
+"""Linear Recurrent Unit (Orvieto et al., ICML 2023, arXiv 2303.06349)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from compressm.errors import bad_argument
+from compressm.kernels import KernelPlan, lti_scan_planar, plan_for
+
+
+class LRU(nn.Module):
+    """y_t = Re(C h_t) + D x_t,  h_t = lam h_{t-1} + gamma (B x_t),  lam = exp(-exp(nu_log) + i exp(theta_log)).
+
+    The eigenvalues start uniformly on the ring r_min <= |lam| <= r_max with phases in [0, max_phase] (eq. 5 and section
+    3.3 of the paper); gamma starts at sqrt(1 - |lam|^2) and is trained on its own.
+
+    Args:
+        d_model: channels H in and out.
+        d_state: complex states N.
+        r_min, r_max: ring of the initial eigenvalues, 0 <= r_min < r_max < 1.
+        max_phase: largest initial phase in radians, in (0, 2 pi].
+        device, dtype: of the parameters (real floating point).
+
+    Parameters: ``nu_log, theta_log, gamma_log`` (N,), ``B_re, B_im`` (N, H), ``C_re, C_im`` (H, N), ``D`` (H,).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        *,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        max_phase: float = 6.28,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if d_model < 1:
+            raise bad_argument("d_model", got=d_model, expected="at least 1")
+        if d_state < 1:
+            raise bad_argument("d_state", got=d_state, expected="at least 1")
+        if not 0 <= r_min < r_max < 1:
+            raise bad_argument("r_min, r_max", got=(r_min, r_max), expected="0 <= r_min < r_max < 1")
+        if not 0 < max_phase <= 2 * math.pi:
+            raise bad_argument("max_phase", got=max_phase, expected="a number in (0, 2 pi]")
+        self.d_model = d_model
+        self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
+        self.kernel_plan: KernelPlan | None = None
+        empty = {"device": device, "dtype": dtype}
+        for name, shape in self.parameter_shapes(d_state).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **empty)))
+        self.reset_parameters()
+
+    def parameter_shapes(self, d_state: int) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter at a given number of states."""
+        vector, b, c = (d_state,), (d_state, self.d_model), (self.d_model, d_state)
+        shapes = {"nu_log": vector, "theta_log": vector, "gamma_log": vector}
+        return {**shapes, "B_re": b, "B_im": b, "C_re": c, "C_im": c, "D": (self.d_model,)}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters."""
+        ring, angle = torch.rand_like(self.nu_log), torch.rand_like(self.theta_log)
+        squared = ring * (self.r_max**2 - self.r_min**2) + self.r_min**2
+        nu = -0.5 * squared.clamp_min(1e-12).log()
+        self.nu_log.copy_(nu.log())
+        self.theta_log.copy_((self.max_phase * angle).clamp_min(1e-6).log())
+        self.gamma_log.copy_(0.5 * torch.log(-torch.expm1(-2 * nu)))
+        for weight in (self.B_re, self.B_im):
+            weight.normal_(std=1 / math.sqrt(2 * self.d_model))
+        for weight in (self.C_re, self.C_im):
+            weight.normal_(std=1 / math.sqrt(self.d_state))
+        self.D.normal_()
+
+    @property
+    def d_state(self) -> int:
+        """States N, read from the parameters."""
+        return self.nu_log.shape[0]
+
+    def initial_state(self, batch: int) -> Tensor:
+        """The zero state (batch, N), complex."""
+        dtype = torch.promote_types(self.nu_log.dtype, torch.float32).to_complex()
+        return torch.zeros(batch, self.d_state, dtype=dtype, device=self.nu_log.device)
+
+    def forward(
+        self, x: Tensor, initial_state: Tensor | None = None, return_last_state: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run over a sequence.
+
+        Args:
+            x: (batch, L, H) real.
+            initial_state: (batch, N) complex or None for zero.
+            return_last_state: also return the state after the last step, (batch, N) complex.
+
+        Returns:
+            y (batch, L, H) in x's dtype, or (y, last state).
+        """
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, length, {self.d_model})")
+        if not torch.compiler.is_compiling():
+            self.kernel_plan = plan_for(x, self.d_state, self.d_model)
+        gamma = self.gamma_log.exp()[:, None]
+        start = None if initial_state is None else torch.cat([initial_state.real, initial_state.imag], -1)
+        result = lti_scan_planar(
+            x, -self.nu_log.exp(), self.theta_log.exp(), gamma * self.B_re, gamma * self.B_im, self.C_re, self.C_im,
+            self.D, initial_state=start, return_last_state=return_last_state,
+        )  # fmt: skip
+        if not return_last_state:
+            return result
+        y, last = result
+        return y, torch.complex(*last.chunk(2, -1))
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of streaming inference: x (batch, H), state (batch, N) complex -> (y (batch, H), next state)."""
+        if x.dim() != 2 or x.shape[-1] != self.d_model:
+            raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, {self.d_model})")
+        if state.shape != (x.shape[0], self.d_state):
+            raise bad_argument("state", got=f"shape {tuple(state.shape)}", expected=(x.shape[0], self.d_state))
+        lam = torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()).to(state.dtype))
+        weight = self.gamma_log.exp()[:, None] * torch.complex(self.B_re, self.B_im)
+        state = lam * state + x.to(state.dtype) @ weight.to(state.dtype).T
+        y = (state @ torch.complex(self.C_re, self.C_im).to(state.dtype).T).real + self.D * x
+        return y.to(x.dtype), state
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, d_state={self.d_state}"
