@@ -16,10 +16,12 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from compressm import config
+from compressm.errors import BackendError
 
 logger = logging.getLogger("compressm")
 
@@ -78,6 +80,14 @@ def why_not() -> str | None:
             stacklevel=2,
         )
     return reason
+
+
+def library() -> Any:
+    """The loaded ops, ``torch.ops.compressm_cpp``; BackendError with the reason where there are none."""
+    reason = why_not()
+    if reason is not None:
+        raise BackendError(f"the C++ kernels cannot run: {reason}")
+    return torch.ops.compressm_cpp
 
 
 def _load(sources: list[Path], compiler: str) -> str | None:

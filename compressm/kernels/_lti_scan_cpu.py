@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressm.kernels import _cpp
 
-def why_not(u: Tensor) -> str | None:
-    """None if the C++ kernels run for this input, else the reason."""
-    if u.device.type != "cpu":
-        return f"the C++ kernels run on CPU tensors, not on {u.device.type}"
-    if u.dtype == torch.float64:
+
+def why_not(device: str, dtype: torch.dtype) -> str | None:
+    """None if the C++ kernels run for tensors of this device type and dtype, else the reason."""
+    if device != "cpu":
+        return f"the C++ kernels run on CPU tensors, not on {device}"
+    if dtype == torch.float64:
         return "the C++ kernels compute in float32; float64 runs on the reference"
-    from compressm.kernels import _cpp
-
     return _cpp.why_not()
 
 
@@ -40,7 +40,7 @@ def lti_core(
     Returns:
         y (batch, L, H_out), last state (batch, 2N), and what the backward needs (not differentiable).
     """
-    return torch.ops.compressm_cpp.lti_forward(
+    return _cpp.library().lti_forward(
         u, log_decay, phase, w_in, w_out, feed, initial_state, shifted, store, rows
     )
 
@@ -75,7 +75,7 @@ def lti_core_backward(
     need_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (u, log_decay, phase, w_in, w_out, feed, initial_state)."""
-    return torch.ops.compressm_cpp.lti_backward(
+    return _cpp.library().lti_backward(
         grad_y, grad_last, u, log_decay, phase, w_in, w_out, feed, initial_state, saved, shifted, stored, rows, need_u
     )
 

@@ -1,4 +1,4 @@
-"""Reference of the LTI scan: the definition, one step at a time, in plain torch; any real dtype including float64.
+"""Reference of the diagonal scan: the definition, one step at a time, in plain torch; any real dtype including float64.
 
 The oracle of every other form.  Autograd differentiates it as it stands.
 """
@@ -42,34 +42,3 @@ def diagonal_scan(
     if not states:
         return x.clone()
     return torch.stack(states[::-1] if reverse else states, 1).to(x.dtype)
-
-
-def lti_scan(
-    u: Tensor,
-    log_decay: Tensor,
-    phase: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    D: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y_t = W_out h_t + D u_t with h_t = lam h_{t-1} + W_in u_t; planar complex numbers.
-
-    Args:
-        u: (batch, L, H); w_in: (2N, H) = [Re B; Im B]; w_out: (H_out, 2N) = [Re C, -Im C]; D: (H,) or None.
-
-    Returns:
-        y (batch, L, H_out) in u's dtype, last state (batch, 2N) in at least float32.
-    """
-    work = torch.promote_types(u.dtype, torch.float32)
-    states = diagonal_scan(u.to(work) @ w_in.to(work).T, log_decay, phase, initial_state)
-    y = states @ w_out.to(work).T
-    if D is not None:
-        y = y + D.to(work) * u.to(work)
-    if states.shape[1]:
-        last = states[:, -1]
-    elif initial_state is None:
-        last = states.new_zeros((u.shape[0], w_in.shape[0]))
-    else:
-        last = initial_state.to(work)
-    return y.to(u.dtype), last

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _lti_scan_cpu, _lti_scan_ref
+from compressm.kernels import _cpp, _lti_scan_cpu, _lti_scan_ref
 from compressm.kernels._dispatch import Candidate, choose
 
 
@@ -45,7 +45,7 @@ def diagonal_scan(
         )
     if initial_state is not None and initial_state.shape != (x.shape[0], x.shape[2]):
         raise bad_argument("initial_state", got=tuple(initial_state.shape), expected=(x.shape[0], x.shape[2]))
-    chosen = choose_backend(x, backend)
+    chosen = choose_backend(x.device.type, x.dtype, backend)
     if chosen == "reference":
         return _lti_scan_ref.diagonal_scan(x, log_decay, phase, initial_state, reverse)
     if chosen == "cpp":
@@ -53,23 +53,20 @@ def diagonal_scan(
     return scan_op(x, log_decay, phase, initial_state, reverse, chosen)
 
 
-def choose_backend(x: Tensor, backend: str | None) -> str:
-    """Backend for an LTI scan over x: Triton on a GPU, C++ on a CPU, else the reference."""
-    return choose("lti_scan", candidates(x, explicit=backend == "triton"), backend)
+def choose_backend(device: str, dtype: torch.dtype, backend: str | None) -> str:
+    """Backend of an LTI scan for a device type and dtype: Triton on a GPU, C++ on a CPU, else the reference.
+
+    Triton is imported only for GPU tensors or when it is asked for.
+    """
+    triton = Candidate("triton", lambda: _triton_why_not(device, dtype))
+    others = [Candidate("cpp", lambda: _lti_scan_cpu.why_not(device, dtype)), Candidate("reference", lambda: None)]
+    return choose("lti_scan", [*others, triton] if device == "cpu" else [triton, *others], backend)
 
 
-def candidates(x: Tensor, explicit: bool) -> list[Candidate]:
-    """Candidates in order of preference; Triton is imported only for GPU tensors or when it is asked for."""
-    listed = [Candidate("cpp", lambda: _lti_scan_cpu.why_not(x)), Candidate("reference", lambda: None)]
-    if x.device.type == "cpu" and not explicit:
-        return [*listed, Candidate("triton", lambda: _triton_why_not(x))]
-    return [Candidate("triton", lambda: _triton_why_not(x)), *listed]
-
-
-def _triton_why_not(x: Tensor) -> str | None:
+def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
     from compressm.kernels import _lti_scan_triton
 
-    return _lti_scan_triton.why_not(x)
+    return _lti_scan_triton.why_not(device, dtype)
 
 
 @torch.library.custom_op("compressm::diagonal_scan", mutates_args=())
@@ -78,7 +75,7 @@ def scan_op(
 ) -> Tensor:
     """diagonal_scan on a compiled backend, ``"cpp"`` or ``"triton"``."""
     if backend == "cpp":
-        return torch.ops.compressm_cpp.diagonal_scan(x, log_decay, phase, initial_state, reverse)
+        return _cpp.library().diagonal_scan(x, log_decay, phase, initial_state, reverse)
     from compressm.kernels import _lti_scan_triton
 
     return _lti_scan_triton.diagonal_scan_forward(x, log_decay, phase, initial_state, reverse)
@@ -101,7 +98,7 @@ def scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, log_decay, phase, initial_state); the last is there even if no initial state was given."""
     if backend == "cpp":
-        return torch.ops.compressm_cpp.diagonal_scan_backward(grad_h, h, log_decay, phase, initial_state, reverse)
+        return _cpp.library().diagonal_scan_backward(grad_h, h, log_decay, phase, initial_state, reverse)
     from compressm.kernels import _lti_scan_triton
 
     start = initial_state if initial_state is not None else h.new_zeros((h.shape[0], h.shape[2]), dtype=torch.float32)

@@ -86,7 +86,7 @@ def lti_scan_planar(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`lti_scan` without complex tensors: log_lam = log_decay + i phase, states planar (batch, 2N) [re | im]."""
     _check(u, log_decay, phase, B_re, B_im, C_re, C_im, D, initial_state)
-    plan = plan_for(u, log_decay.shape[0], C_re.shape[0], backend)
+    launch = _launch(u.device.type, u.dtype, *u.shape, C_re.shape[0], log_decay.shape[0], backend)
     work = torch.promote_types(u.dtype, torch.float32)
     operands = Operands(
         log_decay.to(work),
@@ -96,54 +96,64 @@ def lti_scan_planar(
         None if D is None else D.to(work),
     )
     start = None if initial_state is None else initial_state.to(work)
-    if plan.backend == "reference" and plan.form == "scan":
-        y, last = _lti_scan_ref.lti_scan(u, *operands, initial_state=start)
-    else:
-        y, last = _run(u.to(work), operands, start, plan)
+    y, last = _run(u.to(work), operands, start, *launch)
     y = y.to(u.dtype)
     return (y, last) if return_last_state else y
 
 
 def plan_for(u: Tensor, n_states: int, n_outputs: int, backend: str | None = None) -> KernelPlan:
     """The plan that :func:`lti_scan` follows for an input u (batch, L, H); pure, runs nothing but the first C++ build."""
-    batch, length, channels = u.shape
-    chosen = choose_backend(u, backend)
-    if chosen == "reference" and (backend == "reference" or u.dtype == torch.float64):
+    return _plan(u.device.type, u.dtype, *u.shape, n_outputs, n_states, backend)
+
+
+def _plan(
+    device: str, dtype: torch.dtype, batch: int, length: int, channels: int, outputs: int, states: int, backend: str | None
+) -> KernelPlan:
+    chosen = choose_backend(device, dtype, backend)
+    if chosen == "reference" and (backend == "reference" or dtype == torch.float64):
         return KernelPlan("lti_scan", "reference", "scan", (), "one step at a time")
-    return plan_lti_scan(chosen, batch, length, channels, n_outputs, n_states, u.device.type != "cpu")
+    return plan_lti_scan(chosen, batch, length, channels, outputs, states, device != "cpu")
 
 
-def _run(u: Tensor, operands: Operands, start: Tensor | None, plan: KernelPlan) -> tuple[Tensor, Tensor]:
-    """Follow the plan: the plain scan, or a short scan over the first L % tau steps and the blocked form for the rest."""
-    if plan.form == "scan" or u.shape[1] == 0:
-        return _core(u, operands, start, plan, shifted=False)
-    tau = plan.get("tau")
+@torch.compiler.assume_constant_result
+def _launch(*shapes_and_backend) -> tuple[str, int, int, bool]:
+    """(backend, tau, tile rows, store states) of the plan; torch.compile takes them as constants while it traces."""
+    plan = _plan(*shapes_and_backend)
+    config = dict(plan.config)
+    return plan.backend, config.get("tau", 1), config.get("rows", 0), bool(config.get("store", 0))
+
+
+def _run(
+    u: Tensor, operands: Operands, start: Tensor | None, backend: str, tau: int, rows: int, store: bool
+) -> tuple[Tensor, Tensor]:
+    """The plain scan, or a short scan over the first L % tau steps and the blocked form for the rest."""
+    if tau == 1 or u.shape[1] == 0:
+        return _core(u, operands, start, backend, rows, store, shifted=False)
     batch, length, channels = u.shape
     head = length % tau
     parts = []
     if head:
-        y, start = _core(u[:, :head], operands, start, plan, shifted=False)
+        y, start = _core(u[:, :head], operands, start, backend, rows, store, shifted=False)
         parts.append(y)
     blocked = Operands(*block_tables(*operands, tau))
-    y, last = _core(u[:, head:].reshape(batch, -1, tau * channels), blocked, start, plan, shifted=True)
+    body = u[:, head:].reshape(batch, -1, tau * channels)
+    y, last = _core(body, blocked, start, backend, rows, store, shifted=True)
     parts.append(y.reshape(batch, length - head, operands.w_out.shape[0]))
     return (torch.cat(parts, 1) if head else parts[0]), last
 
 
 def _core(
-    u: Tensor, operands: Operands, start: Tensor | None, plan: KernelPlan, *, shifted: bool
+    u: Tensor, operands: Operands, start: Tensor | None, backend: str, rows: int, store: bool, *, shifted: bool
 ) -> tuple[Tensor, Tensor]:
     """One LTI scan with dense matrices; shifted: the output sees h_{t-1} and D is a dense feedthrough."""
     log_decay, phase, w_in, w_out, feed = operands
-    if plan.backend == "cpp":
-        store = torch.is_grad_enabled() and bool(plan.get("store"))
-        y, last, _ = lti_core(
-            u.contiguous(), log_decay, phase, w_in, w_out, feed, start, shifted, store, plan.get("rows")
-        )
+    if backend == "cpp":
+        store = store and torch.is_grad_enabled()
+        y, last, _ = lti_core(u.contiguous(), log_decay, phase, w_in, w_out, feed, start, shifted, store, rows)
         return y, last
     x = u @ w_in.T
-    if plan.backend == "triton":
-        states = scan_op(x, log_decay, phase, start, False, plan.backend)
+    if backend == "triton":
+        states = scan_op(x, log_decay, phase, start, False, backend)
     else:
         states = _lti_scan_ref.diagonal_scan(x, log_decay, phase, start)
     if start is None:

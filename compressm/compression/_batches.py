@@ -1,0 +1,101 @@
+"""What a calibration batch may look like, and how a model is called with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm.errors import DataError, bad_argument
+
+
+def take(batches: Iterable[Any], sequences: int) -> list[tuple[Any, int]]:
+    """The first batches holding ``sequences`` sequences in all, the last one cut, each with its number of sequences.
+
+    Raises:
+        DataError: no sequence at all.
+        ArgumentError: not an iterable of batches, or a batch without tensors.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        kind = type(batches).__name__
+        remedy = "Put a single batch into a list"
+        raise bad_argument("calibration", got=kind, expected="an iterable of batches, such as a DataLoader", remedy=remedy)
+    taken: list[tuple[Any, int]] = []
+    left = sequences
+    for batch in batches:
+        count = _sequences(batch)
+        if count == 0:
+            continue
+        taken.append((batch, count) if count <= left else (_cut(batch, count, left), left))
+        left -= min(count, left)
+        if left == 0:
+            break
+    if not taken:
+        raise DataError("calibration: got no sequences, expected at least one batch. Is the iterator already exhausted?")
+    return taken
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """model(batch) for a tensor, model(first entry) for a tuple or list, model(**batch) for a dict; moved to its device."""
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if isinstance(batch, Mapping):
+        return model(**{key: _to(value, device) for key, value in batch.items()})
+    return model(_to(batch[0] if isinstance(batch, tuple | list) else batch, device))
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The tensor that probes act on: the output, its ``logits``, or its first floating-point tensor.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if isinstance(output, Tensor):
+        candidates = [output]
+    elif isinstance(output, Mapping):
+        candidates = [output["logits"]] if "logits" in output else list(output.values())
+    elif isinstance(output, tuple | list):
+        candidates = list(output)
+    else:
+        candidates = []
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.is_floating_point():
+            return candidate
+    raise bad_argument(
+        "forward",
+        got=f"a model output of type {type(output).__name__} without floating-point tensor",
+        expected="a tensor, a tuple of tensors, or a dict with logits",
+        remedy="Pass forward=lambda model, batch: ... that returns the output tensor",
+    )
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def _sequences(batch: Any) -> int:
+    tensors = [tensor for tensor in _tensors(batch) if tensor.dim() > 0]
+    if not tensors:
+        expected = "a tensor, a tuple (inputs, ...) or a dict of keyword arguments"
+        raise bad_argument("calibration batch", got=type(batch).__name__, expected=expected)
+    return tensors[0].shape[0]
+
+
+def _cut(batch: Any, count: int, left: int) -> Any:
+    """The first ``left`` of ``count`` sequences: every tensor whose first dimension is ``count``, at any depth."""
+    if isinstance(batch, Tensor):
+        return batch[:left] if batch.dim() > 0 and batch.shape[0] == count else batch
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, count, left) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_cut(value, count, left) for value in batch]
+    return batch
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

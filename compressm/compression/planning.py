@@ -1,0 +1,195 @@
+"""From a model to a plan: read the layers, balance them, ask the policy, reduce.  Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from compressm.adapters import Adapter, find_layers, supported_layers
+from compressm.compression.calibration import collect
+from compressm.compression.policies import LayerSpectrum, Policy
+from compressm.compression.report import LayerReduction, ReductionPlan
+from compressm.control import Balanced, Reduction, balance, blend, real_gramians
+from compressm.errors import ModelError, NumericalError, bad_argument
+
+BLEND = 1e-2  # share of the data-free Gramians in the data Gramians
+WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
+    "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FullyShardedDataParallel",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "fully_shard",
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How data Gramians are measured.
+
+    Attributes:
+        batches: iterable of batches, or None for data-free Gramians.
+        forward: ``forward(model, batch) -> output``, or None.
+        sequences: at most so many sequences.
+    """
+
+    batches: Iterable[Any] | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    sequences: int = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layer balanced, before its rank is chosen."""
+
+    module: nn.Module
+    adapter: Adapter
+    rank: int
+    balanced: Balanced
+    gramians: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan together with what surgery needs to carry it out: the reduction of every layer that changes."""
+
+    plan: ReductionPlan
+    layers: Mapping[str, tuple[nn.Module, Adapter]]
+    reductions: Mapping[str, Reduction]
+
+
+def plain_model(model: Any) -> nn.Module:
+    """The module behind ``torch.compile``'s wrapper; refuses models wrapped for parallel training.
+
+    Raises:
+        ArgumentError: not an nn.Module.
+        ModelError: DDP, DataParallel or FSDP.
+    """
+    if not isinstance(model, nn.Module):
+        raise bad_argument("model", got=type(model).__name__, expected="a torch.nn.Module")
+    if type(model).__name__ == "OptimizedModule":
+        model = model._orig_mod
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            wrapper = WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
+            if wrapper is not None:
+                raise ModelError(
+                    f"model: got a model wrapped in {wrapper}, expected a plain one, because replaced parameters would "
+                    "drop out of its gradient buckets. Compress the plain module first and wrap it afterwards"
+                )
+    return model
+
+
+def compressible_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
+    """find_layers, but at least one.
+
+    Raises:
+        ModelError: none.
+    """
+    layers = find_layers(model)
+    if not layers:
+        raise ModelError(
+            f"model: {type(model).__name__} has no state-space layer that can be compressed; supported: "
+            f"{', '.join(supported_layers())}. Register others with compressm.register_adapter"
+        )
+    return layers
+
+
+def analyse(
+    model: nn.Module, layers: Mapping[str, tuple[nn.Module, Adapter]], convention: str, calibration: Calibration
+) -> dict[str, Candidate]:
+    """Read and balance every layer, all from statistics of the model as it is.
+
+    Raises:
+        NumericalError, DataError, ArgumentError: see ``Adapter.read`` and ``calibration.collect``.
+    """
+    systems = {name: adapter.read(module, name) for name, (module, adapter) in layers.items()}
+    measured = {}
+    if calibration.batches is not None:
+        measured = collect(
+            model, layers, systems, calibration.batches, forward=calibration.forward, sequences=calibration.sequences
+        )
+    candidates = {}
+    for name, (module, adapter) in layers.items():
+        system, data = systems[name], measured.get(name)
+        if data is None:
+            balanced, gramians = balance(system, convention=convention), "data-free"
+        else:
+            white_P, white_Q = real_gramians(system)
+            P = blend(data.P.to(white_P), white_P, BLEND)
+            Q = white_Q if data.Q is None else blend(data.Q.to(white_Q), white_Q, BLEND)
+            balanced = balance(system, convention=convention, P=P, Q=Q, fallback_Q=white_Q)
+            gramians = "data P, data-free Q" if data.Q is None else "data"
+        candidates[name] = Candidate(module, adapter, adapter.rank(module), balanced, gramians)
+    return candidates
+
+
+def make_plan(
+    candidates: Mapping[str, Candidate], policy: Policy, *, keep: Mapping[str, float] | None = None, multiple_of: int = 1
+) -> Planned:
+    """Choose ranks and reduce.
+
+    Args:
+        candidates: from :func:`analyse`.
+        policy: the rank policy.
+        keep: per layer, the fraction that this attempt must keep of a shared budget; None: the policy's own.
+        multiple_of: ranks are rounded up to a multiple of this.
+
+    Raises:
+        NumericalError: a spectrum is all zero or not finite (names the layer).
+    """
+    records, reductions = [], {}
+    for name, item in candidates.items():
+        spectrum = LayerSpectrum(
+            name, item.rank, item.balanced.hsv, item.balanced.convention, None if keep is None else keep.get(name)
+        )
+        rank = policy.rank(spectrum, multiple_of)
+        if not 1 <= rank <= item.rank:
+            expected = f"between 1 and {item.rank} for layer {name!r}"
+            raise bad_argument("policy", got=f"rank {rank}", expected=expected)
+        reduction = None
+        if rank < item.rank:
+            try:
+                reduction = item.balanced.reduce(rank)
+            except NumericalError as error:
+                raise NumericalError(f"layer {name!r}: {error}") from error
+            reductions[name] = reduction
+        records.append(_record(name, item, reduction))
+    layers = {name: (item.module, item.adapter) for name, item in candidates.items()}
+    return Planned(ReductionPlan(tuple(records)), layers, reductions)
+
+
+def with_new_kernels(planned: Planned) -> tuple[LayerReduction, ...]:
+    """The plan's records with ``kernel_plan_after`` read from the modules; call after surgery."""
+    return tuple(
+        replace(record, kernel_plan_after=planned.layers[record.name][1].kernel_plan(planned.layers[record.name][0]))
+        for record in planned.plan.layers
+    )
+
+
+def _record(name: str, item: Candidate, reduction: Reduction | None) -> LayerReduction:
+    hsv, convention = item.balanced.hsv, item.balanced.convention
+    kernel = item.adapter.kernel_plan(item.module)
+    common = {"name": name, "rank_before": item.rank, "spectrum": tuple(hsv.tolist()), "convention": convention}
+    common |= {"gramians": item.gramians, "kernel_plan_before": kernel, "kernel_plan_after": kernel}
+    bound_holds = item.gramians == "data-free"
+    if reduction is None:
+        bound = 0.0 if bound_holds else None
+        return LayerReduction(
+            **common, rank_after=item.rank, spectrum_after=common["spectrum"], discarded=0.0, error_bound=bound,
+            method="identity",
+        )  # fmt: skip
+    kept = reduction.real_order if convention == "real" else reduction.system.order
+    tail = float(hsv[kept:].sum())
+    after = hsv[:kept]
+    if bound_holds:
+        after = reduction.system.hankel_singular_values(convention=convention)
+    return LayerReduction(
+        **common,
+        rank_after=reduction.system.order,
+        spectrum_after=tuple(after.tolist()),
+        discarded=tail / float(hsv.sum()),
+        error_bound=2 * tail if bound_holds and reduction.method == "balanced" else None,
+        method=reduction.method,
+    )

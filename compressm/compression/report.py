@@ -1,0 +1,145 @@
+"""What would happen (ReductionPlan) and what happened (ReductionReport), ready for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from compressm.errors import bad_argument
+
+
+@dataclass(frozen=True)
+class LayerReduction:
+    """One layer in a plan or report.
+
+    Attributes:
+        name: module name.
+        rank_before, rank_after: states before and after; equal if the layer was left alone.
+        spectrum: Hankel singular values before, descending; 2N of them in the real convention, N in the complex.
+        spectrum_after: those of the reduced layer.  With data Gramians: the kept part of ``spectrum``, which is what the
+            balanced data Gramians become; data-free: computed anew from the reduced system.
+        convention: ``"real"`` (2N real states behind y = Re(C x)) or ``"complex"`` (the paper's N complex states).
+        gramians: ``"data"``, ``"data-free"``, or ``"data P, data-free Q"`` where the model allowed no backward pass.
+        discarded: fraction of the sum of ``spectrum`` that was cut.
+        error_bound: bound on the H-infinity norm of the error, 2 * sum of the cut values; None with data Gramians, to
+            which it does not apply.
+        method: how the reduced system was found (``"balanced"``, ``"balanced, data-free Q"``, ``"obs"``, ``"identity"``).
+        kernel_plan_before, kernel_plan_after: which kernel the layer runs, one line each; empty if it has not run yet.
+    """
+
+    name: str
+    rank_before: int
+    rank_after: int
+    spectrum: tuple[float, ...]
+    spectrum_after: tuple[float, ...]
+    convention: str
+    gramians: str
+    discarded: float
+    error_bound: float | None
+    method: str
+    kernel_plan_before: str = ""
+    kernel_plan_after: str = ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether states are removed."""
+        return self.rank_after < self.rank_before
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerReduction:
+        """The inverse of ``dataclasses.asdict``, with lists for tuples allowed."""
+        values = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{k: tuple(v) if k.startswith("spectrum") else v for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class ReductionPlan:
+    """What the next attempt would do; nothing has been changed."""
+
+    layers: tuple[LayerReduction, ...]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """States per layer afterwards, by module name."""
+        return {layer.name: layer.rank_after for layer in self.layers}
+
+    @property
+    def changed(self) -> bool:
+        """Whether any layer would lose states."""
+        return any(layer.changed for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"ranks": self.ranks, "layers": [_layer_dict(layer) for layer in self.layers]}
+
+    def __str__(self) -> str:
+        return "\n".join(describe(layer) for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class ReductionReport:
+    """One attempt that was made.
+
+    Attributes:
+        step: optimizer step after which it was made (0 for the one-shot).
+        seconds: wall time of the whole attempt.
+        reason: why it was made, and what was left alone and why.
+        layers: every state-space layer, changed or not.
+    """
+
+    step: int
+    seconds: float
+    reason: str
+    layers: tuple[LayerReduction, ...]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """States per layer afterwards, by module name."""
+        return {layer.name: layer.rank_after for layer in self.layers}
+
+    @property
+    def changed(self) -> bool:
+        """Whether any layer lost states."""
+        return any(layer.changed for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        layers = [_layer_dict(layer) for layer in self.layers]
+        return {"step": self.step, "seconds": self.seconds, "reason": self.reason, "ranks": self.ranks, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ReductionReport:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ArgumentError: keys are missing.
+        """
+        try:
+            layers = tuple(LayerReduction.from_dict(layer) for layer in data["layers"])
+            return cls(int(data["step"]), float(data["seconds"]), str(data["reason"]), layers)
+        except (KeyError, TypeError) as error:
+            raise bad_argument("history", got=f"an entry without {error}", expected="ReductionReport.to_dict()") from error
+
+    def __str__(self) -> str:
+        head = f"step {self.step}: {self.reason} ({self.seconds:.2f} s)"
+        return "\n".join([head, *(f"  {describe(layer)}" for layer in self.layers)])
+
+
+def describe(layer: LayerReduction) -> str:
+    """One line: ranks, what was cut of which spectrum, and the kernel that runs."""
+    name = layer.name or "(model)"
+    if not layer.changed:
+        return f"{name}: {layer.rank_before} states, unchanged"
+    text = (
+        f"{name}: {layer.rank_before} -> {layer.rank_after} states, {layer.discarded:.3g} of the sum of the "
+        f"{layer.convention} {layer.gramians} spectrum cut, {layer.method}"
+    )
+    if layer.kernel_plan_before != layer.kernel_plan_after:
+        text += f"; kernel {layer.kernel_plan_before or 'none yet'} -> {layer.kernel_plan_after or 'none yet'}"
+    return text
+
+
+def _layer_dict(layer: LayerReduction) -> dict[str, Any]:
+    data = asdict(layer)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}

@@ -1,0 +1,109 @@
+"""The package as a whole: inert import, floors, environment variables."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compressm
+from compressm import config
+from compressm.errors import ConfigError
+
+ROOT = Path(compressm.__file__).parent
+FLOORS = {
+    "errors": 0, "config": 0, "kernels": 1, "layers": 2, "control": 2, "adapters": 3, "compression": 4,
+    "experiments": 5, "integrations": 5, "cli": 6,
+}  # fmt: skip
+
+
+def room(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "compressm" and len(parts) > 1 else None
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_rooms_import_only_from_lower_floors():
+    seen = 0
+    for path in ROOT.rglob("*.py"):
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for module in imports(path):
+            other = room(module)
+            if other in FLOORS and other != own:
+                seen += 1
+                assert FLOORS[other] < FLOORS[own], f"{path.relative_to(ROOT)} imports {module}"
+    assert seen > 20
+
+
+def test_only_config_reads_the_environment():
+    for path in ROOT.rglob("*.py"):
+        if path.name != "config.py" or path.parent != ROOT:
+            text = path.read_text()
+            assert "os.environ" not in text, path
+            assert "getenv" not in text, path
+
+
+def test_import_is_inert():
+    code = """
+import os, sys
+before = dict(os.environ)
+sys.modules["triton"] = None
+import torch
+loaded = set(sys.modules)
+import compressm
+assert dict(os.environ) == before
+new = {name.split(".")[0] for name in set(sys.modules) - loaded}
+assert new <= {"compressm"} | set(sys.stdlib_module_names), new
+assert not torch.cuda.is_initialized()
+compressm.layers.LRU(2, 3)
+assert "rich" not in sys.modules and "matplotlib" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_every_public_name_loads():
+    for name in compressm.__all__:
+        assert getattr(compressm, name) is not None
+    assert set(compressm.__all__) <= set(dir(compressm))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = compressm.nothing
+
+
+def test_environment_variables(monkeypatch):
+    monkeypatch.setenv("COMPRESSM_BACKEND", "reference")
+    monkeypatch.setenv("COMPRESSM_DISABLE_CPP", "1")
+    assert config.current() == config.Config("reference", None, False)
+    monkeypatch.setenv("COMPRESSM_BACKEND", "cuda")
+    with pytest.raises(ConfigError, match="COMPRESSM_BACKEND"):
+        config.current()
+
+
+def test_without_a_compiler_the_reference_runs_and_one_warning_says_so():
+    code = """
+import warnings, torch
+from torch.utils import cpp_extension
+cpp_extension.get_cxx_compiler = lambda: "/nonexistent/c++"
+from compressm.layers import LRU
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layer = LRU(4, 6)
+    y = layer(torch.randn(2, 30, 4))
+    layer(torch.randn(2, 30, 4))
+assert layer.kernel_plan.backend == "reference", layer.kernel_plan
+assert torch.isfinite(y).all()
+ours = [str(w.message) for w in caught if "C++" in str(w.message)]
+assert len(ours) == 1 and "compiler" in ours[0], ours
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
