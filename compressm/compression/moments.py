@@ -38,7 +38,7 @@ def check_moments(moments: str) -> None:
 
 
 def new_states(
-    optimizer: torch.optim.Optimizer, old: Mapping[str, Tensor], edit: LayerEdit, moments: str, layer: str
+    optimizer: torch.optim.Optimizer, old: Mapping[str, Tensor], edit: LayerEdit, moments: str
 ) -> tuple[dict[str, dict[str, Any]], set[str]]:
     """State of one layer's new parameters in one optimizer; mutates nothing.
 
@@ -52,7 +52,6 @@ def new_states(
         old: local name to old parameter, all those that change together (also those the optimizer does not hold).
         edit: how the layer changes.
         moments: one of MOMENTS.
-        layer: module name, for messages.
 
     Returns:
         new state by local name (absent: the optimizer starts afresh), and the keys of unknown state that was dropped.

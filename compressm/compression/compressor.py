@@ -1,0 +1,392 @@
+"""The Compressor, which shrinks a model while it trains, and the one-shot for models that are done."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressm.compression.audit import Ema, check_ema, check_optimizers, check_swappable
+from compressm.compression.moments import check_moments
+from compressm.compression.planning import (
+    Calibration,
+    Planned,
+    analyse,
+    compressible_layers,
+    make_plan,
+    plain_model,
+    with_new_kernels,
+)
+from compressm.compression.policies import Policy, check_multiple
+from compressm.compression.report import ReductionPlan, ReductionReport, describe
+from compressm.compression.schedules import Schedule
+from compressm.compression.surgery import apply_edits
+from compressm.errors import ArgumentError, CompressmError, bad_argument
+
+log = logging.getLogger("compressm")
+
+STATE_FORMAT = 1
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named bundle of choices.
+
+    Attributes:
+        name: as passed to the Compressor.
+        convention: whose spectrum, ``"real"`` or ``"complex"``.
+        moments: default treatment of optimizer state.
+        shared_budget: attempts share one tau, so that the product of the kept fractions is 1 - tau.
+        data: whether data Gramians are allowed.
+    """
+
+    name: str
+    convention: str
+    moments: str
+    shared_budget: bool
+    data: bool
+
+
+RECIPES = {
+    "default": Recipe("default", "real", "transport", shared_budget=True, data=True),
+    "paper": Recipe("paper", "complex", "slice", shared_budget=False, data=False),
+}
+
+
+class ScheduleWarning(UserWarning):
+    """Reductions that were scheduled have not happened."""
+
+
+class Compressor:
+    """Shrinks the state-space layers of a model during training; call :meth:`step` after every ``optimizer.step()``.
+
+    The optimizer object survives: parameters are replaced inside its groups, its moments are carried through the change of
+    basis, schedulers keep working.  ``with Compressor(...) as compressor`` complains at the end about scheduled reductions
+    that never came.
+
+    Args:
+        model: a plain module (not DDP or FSDP; a ``torch.compile`` wrapper is looked through).
+        optimizer: the one that trains it, or a sequence of several; None if nothing trains.
+        policy: how many states stay (Energy, FixedRank, Shrink).
+        schedule: when (Once, Warmup, Every, At), in optimizer steps.
+        calibration: iterable of batches for data Gramians (each a tensor, a tuple with the input first, or a dict of keyword
+            arguments; a DataLoader is fine); None: data-free Gramians.
+        recipe: None or ``"default"``: real 2N-state spectrum, one tau budget for all attempts, transported moments.
+            ``"paper"``: CompreSSM as its authors run it: complex spectrum, data-free, the full tau at every attempt, sliced
+            moments; use it with ``Warmup(total_steps)``.
+        forward: ``forward(model, batch) -> output`` for calibrating models that are called differently.
+        ema: averaged copy that follows: ``AveragedModel``, another module of the same structure, or a dict of names to tensors.
+        moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
+        multiple_of: ranks are rounded up to a multiple of this.
+        sequences: at most so many calibration sequences.
+
+    Raises:
+        ArgumentError, ModelError, OptimizerError: see the messages; nothing has changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+        *,
+        policy: Policy,
+        schedule: Schedule,
+        calibration: Iterable[Any] | None = None,
+        recipe: str | None = None,
+        forward: Forward | None = None,
+        ema: Ema | None = None,
+        moments: str | None = None,
+        multiple_of: int = 1,
+        sequences: int = 64,
+    ) -> None:
+        self.model = plain_model(model)
+        self.layers = compressible_layers(self.model)
+        self.optimizers = as_optimizers(optimizer)
+        self.policy, self.schedule = _check(policy, Policy, "policy"), _check(schedule, Schedule, "schedule")
+        self.recipe = _recipe(recipe, calibration)
+        self.moments = moments if moments is not None else self.recipe.moments
+        self.multiple_of, self.ema = multiple_of, ema
+        check_moments(self.moments)
+        check_multiple(multiple_of)
+        self.calibration = Calibration(_replayable(calibration), forward, sequences)
+        self.policy.check_layers(self.ranks)
+        check_swappable(self.model, {name: (m, adapter.parameters(m)) for name, (m, adapter) in self.layers.items()})
+        if self.optimizers:
+            check_optimizers(self.layers, self.model, self.optimizers)
+        if ema is not None:
+            check_ema(ema, self.model, self.layers)
+        self.history: list[ReductionReport] = []
+        self._step = self._attempts = self._calls = 0
+        self._kept = dict.fromkeys(self.layers, 1.0)
+        self._watch = _watch(self) if self.optimizers else None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """States per layer now, by module name."""
+        return {name: adapter.rank(module) for name, (module, adapter) in self.layers.items()}
+
+    @property
+    def step_count(self) -> int:
+        """How often :meth:`step` has been called, over all resumed runs."""
+        return self._step
+
+    def plan(self) -> ReductionPlan:
+        """What an attempt would do now.  Changes nothing.
+
+        Raises:
+            NumericalError, DataError: the model or the calibration data do not allow an answer.
+        """
+        return self._plan().plan
+
+    def step(self) -> ReductionReport | None:
+        """Count one optimizer step, and reduce if the schedule says so.
+
+        Returns:
+            what was done, or None if nothing was due.
+
+        Raises:
+            CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.
+        """
+        self._step += 1
+        self._calls += 1
+        if not self.schedule.due(self._step):
+            return None
+        started = time.perf_counter()
+        planned = self._plan()
+        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments)
+        reason = f"attempt {self._attempts + 1} of {self.schedule.attempts}, {self.policy}, recipe {self.recipe.name}"
+        report = finish(planned, self._step, reason, started)
+        self._attempts += 1
+        for layer in report.layers:
+            self._kept[layer.name] *= 1 - layer.discarded
+        self.history.append(report)
+        return report
+
+    def close(self) -> None:
+        """Say goodbye at the end of training.
+
+        Raises:
+            CompressmError: :meth:`step` was never called.
+
+        Warns:
+            ScheduleWarning: training ended before some scheduled reductions.
+        """
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        if self._step == 0:
+            raise CompressmError(
+                f"Compressor.step() was never called, expected one call after every optimizer.step() "
+                f"(first reduction due at step {self.schedule.steps[0]}). The model has not been compressed"
+            )
+        missed = [step for step in self.schedule.steps if step > self._step]
+        if missed:
+            warnings.warn(
+                f"training ended at step {self._step}, before the reductions scheduled at {missed}; shorten the schedule "
+                "(its total_steps) or train longer",
+                ScheduleWarning,
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Compressor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state for resuming in mid-schedule."""
+        return {
+            "format": STATE_FORMAT,
+            "recipe": self.recipe.name,
+            "policy": repr(self.policy),
+            "schedule": repr(self.schedule),
+            "step": self._step,
+            "attempts": self._attempts,
+            "kept": dict(self._kept),
+            "ranks": self.ranks,
+            "history": [report.to_dict() for report in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; the model must have the ranks it had then.
+
+        Raises:
+            ArgumentError: of another format, recipe or model; nothing has changed.
+        """
+        self.check_state_dict(state)
+        if dict(state["ranks"]) != self.ranks:
+            remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
+            raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
+        self._step, self._attempts = int(state["step"]), int(state["attempts"])
+        self._kept = {name: float(state["kept"][name]) for name in self.layers}
+        self.history = [ReductionReport.from_dict(report) for report in state["history"]]
+        self._calls = 0
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ArgumentError unless ``state`` fits this compressor's recipe and layers (ranks may differ)."""
+        keys = {"format", "recipe", "step", "attempts", "kept", "ranks", "history"}
+        if not isinstance(state, Mapping) or (missing := sorted(keys - state.keys())):
+            got = f"without {', '.join(missing)}" if isinstance(state, Mapping) else type(state).__name__
+            raise bad_argument("state_dict", got=got, expected="what Compressor.state_dict() returned")
+        if state["format"] != STATE_FORMAT:
+            raise bad_argument("state_dict format", got=state["format"], expected=str(STATE_FORMAT))
+        if state["recipe"] != self.recipe.name:
+            raise bad_argument("recipe", got=self.recipe.name, expected=f"{state['recipe']!r}, as in the saved run")
+        if set(state["kept"]) != set(self.layers) or set(state["ranks"]) != set(self.layers):
+            got, expected = f"layers {sorted(state['ranks'])}", f"layers {sorted(self.layers)}"
+            raise bad_argument("state_dict", got=got, expected=expected)
+        for report in state["history"]:
+            ReductionReport.from_dict(report)
+
+    def _plan(self) -> Planned:
+        candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
+        return make_plan(candidates, self.policy, keep=self._keep(), multiple_of=self.multiple_of)
+
+    def _keep(self) -> dict[str, float] | None:
+        """Per layer, the fraction the next attempt must keep: an equal share of what is left of the budget."""
+        budget = self.policy.budget
+        if budget is None or not self.recipe.shared_budget:
+            return None
+        remaining = max(1, self.schedule.attempts - self._attempts)
+        return {name: min(1.0, budget / kept) ** (1 / remaining) for name, kept in self._kept.items()}
+
+
+def compress(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    calibration: Iterable[Any] | None = None,
+    recipe: str | None = None,
+    forward: Forward | None = None,
+    ema: Ema | None = None,
+    moments: str | None = None,
+    multiple_of: int = 1,
+    sequences: int = 64,
+) -> ReductionReport:
+    """Reduce a model once, in place, for example after training.
+
+    Arguments and errors as for :class:`Compressor`.  Use data Gramians (``calibration``) where there will be no training
+    afterwards: they are what makes the cut itself harmless.
+    """
+    plain = plain_model(model)
+    layers = compressible_layers(plain)
+    optimizers = as_optimizers(optimizer)
+    chosen = _recipe(recipe, calibration)
+    moments = moments if moments is not None else chosen.moments
+    _check(policy, Policy, "policy").check_layers({name: 0 for name in layers})
+    check_moments(moments)
+    check_multiple(multiple_of)
+    if optimizers:
+        check_optimizers(layers, plain, optimizers)
+    started = time.perf_counter()
+    candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
+    planned = make_plan(candidates, policy, multiple_of=multiple_of)
+    execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
+    return finish(planned, 0, f"one-shot, {policy}, recipe {chosen.name}", started)
+
+
+def execute(
+    model: nn.Module, planned: Planned, *, optimizers: Sequence[torch.optim.Optimizer], ema: Ema | None, moments: str
+) -> None:
+    """Carry a plan out: describe every edit, then apply all of them or none."""
+    edits = {name: planned.layers[name][1].edit(planned.layers[name][0], r) for name, r in planned.reductions.items()}
+    if edits:
+        apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
+
+
+def finish(planned: Planned, step: int, reason: str, started: float) -> ReductionReport:
+    """The report of a plan that was carried out; logs how ranks and kernels changed."""
+    layers = with_new_kernels(planned)
+    kept = sum(not layer.changed for layer in layers)
+    if kept:
+        reason += f"; {kept} of {len(layers)} layers left alone (too little to gain)"
+    report = ReductionReport(step, time.perf_counter() - started, reason, layers)
+    log.info("step %d: %s (%.2f s)", step, reason, report.seconds)
+    for layer in layers:
+        log.info("%s", describe(layer))
+    return report
+
+
+def as_optimizers(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> tuple[torch.optim.Optimizer, ...]:
+    """None, one or several optimizers as a tuple.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if optimizer is None:
+        return ()
+    listed = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    for item in listed:
+        if not isinstance(item, torch.optim.Optimizer):
+            raise bad_argument("optimizer", got=type(item).__name__, expected="a torch.optim.Optimizer or a list of them")
+    return listed
+
+
+def _recipe(name: str | None, calibration: Any) -> Recipe:
+    recipe = RECIPES.get(name or "default")
+    if recipe is None:
+        raise bad_argument("recipe", got=repr(name), expected=f"one of {', '.join(RECIPES)}")
+    if calibration is not None and not recipe.data:
+        raise ArgumentError(f"calibration: recipe {recipe.name!r} is data-free, expected None. Drop calibration or the recipe")
+    return recipe
+
+
+def _check(value: Any, kind: type, name: str) -> Any:
+    if not isinstance(value, kind):
+        got = value.__name__ + " (the class)" if isinstance(value, type) else repr(value)
+        expected = "an Energy, FixedRank or Shrink" if kind is Policy else "a Once, Warmup, Every or At"
+        raise bad_argument(name, got=got, expected=f"{expected} instance")
+    return value
+
+
+class _Replay:
+    """Remembers what an iterator gave, so that later reductions see the same calibration batches."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self.iterator, self.seen = iterator, []
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.seen
+        for batch in self.iterator:
+            self.seen.append(batch)
+            yield batch
+
+
+def _replayable(batches: Iterable[Any] | None) -> Iterable[Any] | None:
+    return _Replay(batches) if isinstance(batches, Iterator) else batches
+
+
+def _watch(compressor: Compressor) -> Any:
+    """Warn once if the optimizer passes the first scheduled step and step() was never called."""
+    reference = weakref.ref(compressor)
+    taken = 0
+
+    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal taken
+        taken += 1
+        owner = reference()
+        if owner is None or owner._calls or owner._watch is None:
+            return
+        due = next((step for step in owner.schedule.steps if step > owner._step), None)
+        if due is not None and taken == due - owner._step + 1:
+            warnings.warn(
+                f"the optimizer has taken {taken} steps but Compressor.step() was never called; the reduction due at step "
+                f"{due} has not happened. Call compressor.step() after optimizer.step()",
+                ScheduleWarning,
+                stacklevel=3,
+            )
+
+    return compressor.optimizers[0].register_step_post_hook(hook)

@@ -1,0 +1,190 @@
+"""inspect(model): every layer's spectrum, what each tau would keep of it, and the error bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from compressm.compression.planning import Calibration, analyse, compressible_layers, plain_model
+from compressm.compression.policies import LayerSpectrum, energy_order
+from compressm.control import slots
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TAUS = (0.01, 0.02, 0.04, 0.1)
+
+
+@dataclass(frozen=True)
+class SpectrumInspection:
+    """One spectrum of one layer.
+
+    Attributes:
+        convention: ``"real"`` (2N real states) or ``"complex"`` (N complex states).
+        gramians: ``"data"``, ``"data P, data-free Q"`` or ``"data-free"``.
+        hsv: Hankel singular values, descending.
+        ranks: per tau, the states that :class:`Energy` would keep (without gate and rounding).
+        error_bounds: per tau, 2 * sum of the values cut, a bound on the H-infinity norm of the error; None with data
+            Gramians, to which it does not apply.
+    """
+
+    convention: str
+    gramians: str
+    hsv: tuple[float, ...]
+    ranks: dict[float, int]
+    error_bounds: dict[float, float] | None
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One layer.
+
+    Attributes:
+        name: module name.
+        kind: class name.
+        states: rank now.
+        slowest: largest modulus of an eigenvalue.
+        spectra: real first, then complex (data-free only).
+    """
+
+    name: str
+    kind: str
+    states: int
+    slowest: float
+    spectra: tuple[SpectrumInspection, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect` found; prints as a table (``print`` or rich)."""
+
+    layers: tuple[LayerInspection, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; taus are strings."""
+        data = asdict(self)
+        for layer in data["layers"]:
+            for spectrum in layer["spectra"]:
+                spectrum["hsv"] = list(spectrum["hsv"])
+                for key in ("ranks", "error_bounds"):
+                    if spectrum[key] is not None:
+                        spectrum[key] = {f"{tau:g}": value for tau, value in spectrum[key].items()}
+            layer["spectra"] = list(layer["spectra"])
+        return {"layers": list(data["layers"])}
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="Hankel spectra", caption="states kept at tau = fraction of the sum of sigma discarded")
+        for heading in ("layer", "states", "|lambda| max", "spectrum", "sigma max", "median", "min"):
+            table.add_column(heading, justify="left" if heading in ("layer", "spectrum") else "right")
+        for tau in TAUS:
+            table.add_column(f"tau {tau:g}", justify="right")
+        table.add_column(f"bound at {TAUS[1]:g}", justify="right")
+        for layer in self.layers:
+            for index, spectrum in enumerate(layer.spectra):
+                head = (f"{layer.name or '(model)'} ({layer.kind})", str(layer.states), f"{layer.slowest:.6f}")
+                hsv = spectrum.hsv
+                bound = "-" if spectrum.error_bounds is None else f"{spectrum.error_bounds[TAUS[1]]:.3g}"
+                table.add_row(
+                    *(head if index == 0 else ("", "", "")),
+                    f"{spectrum.convention}, {spectrum.gramians}",
+                    *(f"{value:.3g}" for value in (hsv[0], hsv[len(hsv) // 2], hsv[-1])),
+                    *(str(spectrum.ranks[tau]) for tau in TAUS),
+                    bound,
+                )
+        return table
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=140, color_system=None)
+        console.print(self)
+        return console.file.getvalue().rstrip()
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw every layer's spectra into one picture file (png, svg or pdf by suffix) and return its path.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        columns = min(3, len(self.layers))
+        rows = math.ceil(len(self.layers) / columns)
+        figure = Figure(figsize=(4.8 * columns, 3.4 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for axis, layer in zip(axes.flat, self.layers, strict=False):
+            _draw(axis, layer)
+        for axis in axes.flat[len(self.layers) :]:
+            axis.set_visible(False)
+        axes.flat[0].legend(fontsize=8)
+        path = Path(path)
+        figure.savefig(path)
+        return path
+
+
+def inspect(
+    model: nn.Module,
+    calibration: Iterable[Any] | None = None,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    sequences: int = 64,
+) -> Inspection:
+    """Look at every layer's spectra; changes nothing.
+
+    Args:
+        model: a plain module with state-space layers.
+        calibration, forward, sequences: as for ``Compressor``; with calibration the data spectrum is shown as well.
+
+    Raises:
+        ModelError: no such layer, or an unsupported one.
+        NumericalError: a layer is not finite or not stable.
+    """
+    model = plain_model(model)
+    layers = compressible_layers(model)
+    runs = [analyse(model, layers, convention, Calibration()) for convention in ("real", "complex")]
+    if calibration is not None:
+        runs.insert(0, analyse(model, layers, "real", Calibration(calibration, forward, sequences)))
+    found = []
+    for name, (module, adapter) in layers.items():
+        spectra = tuple(_spectrum(run[name].balanced.hsv, run[name]) for run in runs)
+        slowest = float(adapter.read(module, name).log_lam.real.exp().max())
+        found.append(LayerInspection(name, type(module).__name__, adapter.rank(module), slowest, spectra))
+    return Inspection(tuple(found))
+
+
+def _spectrum(hsv, candidate) -> SpectrumInspection:
+    convention = candidate.balanced.convention
+    ranks, bounds = {}, {}
+    degenerate = not bool((hsv > 0).any())
+    for tau in TAUS:
+        order = len(hsv) if degenerate else energy_order(hsv, tau)
+        ranks[tau] = min(candidate.rank, slots(order, convention))
+        bounds[tau] = 2 * float(hsv[order:].sum())
+    bound_holds = candidate.gramians == "data-free"
+    return SpectrumInspection(
+        convention, candidate.gramians, tuple(hsv.tolist()), ranks, bounds if bound_holds else None
+    )
+
+
+def _draw(axis, layer: LayerInspection) -> None:
+    for spectrum in layer.spectra:
+        top = max(spectrum.hsv[0], 1e-300)
+        values = [max(value / top, 1e-18) for value in spectrum.hsv]
+        states = [(i + 1) * layer.states / len(values) for i in range(len(values))]
+        (line,) = axis.semilogy(states, values, label=f"{spectrum.convention}, {spectrum.gramians}")
+        axis.axvline(spectrum.ranks[TAUS[1]], color=line.get_color(), linestyle=":", linewidth=1)
+    axis.set_title(f"{layer.name or layer.kind}: {layer.states} states", fontsize=9)
+    axis.set_xlabel("states kept (dotted: tau 0.02)", fontsize=8)
+    axis.set_ylabel("sigma / sigma max", fontsize=8)
+    axis.grid(alpha=0.3)
