@@ -2,12 +2,13 @@
 
 from compressm.kernels._plan import KernelPlan
 from compressm.kernels.diagonal_scan import diagonal_scan
+from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar, plan_for
 
 __all__ = [
+    "Gramians",
     "KernelPlan",
     "diagonal_scan",
-    "gramian_pair",
     "gramians",
     "gramians_many",
     "lti_scan",

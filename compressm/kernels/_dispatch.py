@@ -27,12 +27,15 @@ def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None)
     Args:
         op: name of the op, for messages.
         candidates: in order of preference; the last should support everything.
-        backend: the caller's explicit choice; else ``COMPRESSM_BACKEND``; else automatic.
+        backend: the caller's explicit choice; else ``COMPRESSM_BACKEND`` where the op has such a backend; else automatic.
 
     Raises:
         BackendError: the explicit choice is unknown or cannot run, or no candidate can; says each reason.
     """
-    explicit = backend if backend is not None else config.current().backend
+    explicit = backend
+    if explicit is None:
+        preferred = config.current().backend
+        explicit = preferred if any(candidate.name == preferred for candidate in candidates) else None
     if explicit is not None:
         for candidate in candidates:
             if candidate.name == explicit:

@@ -1,0 +1,267 @@
+"""Balanced truncation of diagonal systems, back to diagonal form, with guards (Moore 1981; Laub et al. 1987)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from compressm.control.coordinates import Coordinates, check_convention, white_gramians
+from compressm.control.obs import obs_subset
+from compressm.control.system import DiagonalSystem, check_rank
+from compressm.errors import NumericalError, bad_argument
+
+DROP = 1e-15  # eigenvalues of a scaled Gramian below this share of the largest are rounding noise
+NUMERICAL_RANK = 1e-13  # singular values below this share of the largest cannot be balanced
+MAX_CONDITION = 1e4  # of the eigenvectors of the reduced A
+MAX_MODULUS = 1 - 1e-6
+RETRIES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """A reduced system and how its states sit in the full one.
+
+    Attributes:
+        system: of ``order == rank``.
+        right: (n, rank) complex128; the full state is sum_j multiplicity_j Re(right_j z_j) in the real convention (n = 2N,
+            coordinates [Re x; Im x]), right @ z in the complex one (n = N).
+        left: (rank, n) complex128; z = left @ x.  left @ right is the identity but for modes that only fill the rank up,
+            whose column of ``right`` and of C is zero.
+        multiplicity: (rank,) float64, 2 for a mode that stands for a conjugate pair, else 1.
+        method: ``"balanced"``, ``"balanced, data-free Q"``, ``"obs"`` or ``"identity"``.
+        condition: of the eigenvectors of the reduced A; 1 where nothing was diagonalised.
+        max_modulus: largest |lambda| before it was clamped.
+        real_order: how many states of the convention's spectrum were kept.
+    """
+
+    system: DiagonalSystem
+    right: Tensor
+    left: Tensor
+    multiplicity: Tensor
+    method: str
+    condition: float
+    max_modulus: float
+    real_order: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Bases:
+    """Square-root balancing: hsv descending, T = right[:, :m] and W^H = left[:m] for every order m up to ``rank``."""
+
+    hsv: Tensor
+    right: Tensor
+    left: Tensor
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Balanced:
+    """A balanced system, ready to be cut at any rank.
+
+    Attributes:
+        system: the full system, unbatched.
+        convention: ``"real"`` or ``"complex"``.
+        P, Q: the Gramians that were balanced, (n, n).
+        fallback_Q: the data-free Q where Q is measured, else None; with it every truncation is stable.
+    """
+
+    system: DiagonalSystem
+    convention: str
+    P: Tensor
+    Q: Tensor
+    fallback_Q: Tensor | None = None
+
+    @property
+    def hsv(self) -> Tensor:
+        """(n,) float64 Hankel singular values, descending."""
+        return self._bases.hsv
+
+    @cached_property
+    def _bases(self) -> _Bases:
+        return _balance(self.P, self.Q)
+
+    @cached_property
+    def _coordinates(self) -> Coordinates:
+        return Coordinates.of(self.system, self.convention)
+
+    def reduce(self, rank: int) -> Reduction:
+        """Truncate to ``rank`` complex states and diagonalise.
+
+        In the real convention the largest real order is kept whose conjugate pairs and real modes fit into ``rank``.  Where
+        the cut is unstable or nearly defective, smaller orders are tried, then the data-free Q, then a subset of the
+        system's own modes with C refitted.
+
+        Raises:
+            ArgumentError: rank is not between 1 and the order.
+        """
+        check_rank(rank, self.system.order)
+        if rank == self.system.order:
+            return self._identity()
+        reduction = self._cut(self._bases, rank, "balanced")
+        if reduction is None and self.fallback_Q is not None:
+            reduction = self._cut(_balance(self.P, self.fallback_Q), rank, "balanced, data-free Q")
+        return self._subset(rank) if reduction is None else reduction
+
+    def _identity(self) -> Reduction:
+        coordinates = self._coordinates
+        left = coordinates.mode_rows(torch.arange(self.system.order, device=self.P.device))
+        multiplicity = _multiplicity(self.system.order, self.convention, self.P)
+        right = left.mH / multiplicity
+        slowest = float(self.system.log_lam.real.max().exp())
+        return Reduction(self.system, right, left, multiplicity, "identity", 1.0, slowest, coordinates.size)
+
+    def _cut(self, bases: _Bases, rank: int, method: str) -> Reduction | None:
+        """The largest order that fits and passes the guards, or None after three that do not pass."""
+        real = self.convention == "real"
+        order = min(bases.rank, 2 * rank if real else rank)
+        failures = 0
+        while order > 0 and failures < RETRIES:
+            T, W = bases.right[:, :order], bases.left[:order]
+            eigenvalues, E = torch.linalg.eig(W @ self._coordinates.A @ T)
+            keep = eigenvalues.imag >= 0 if real else torch.ones_like(eigenvalues.real, dtype=torch.bool)
+            excess = int(keep.sum()) - rank
+            if excess > 0:
+                order -= excess
+                continue
+            condition, modulus = float(torch.linalg.cond(E)), float(eigenvalues.abs().max())
+            if modulus < 1 and condition <= MAX_CONDITION:
+                right = (T.to(E) @ E)[:, keep]
+                left = torch.linalg.solve(E, W.to(E))[keep]
+                return self._assemble(eigenvalues[keep], right, left, rank, method, condition, modulus, order)
+            order, failures = order - 1, failures + 1
+        if bases.rank == 0:
+            empty = torch.empty(0, dtype=torch.complex128, device=self.P.device)
+            shape = self._coordinates.size
+            return self._assemble(empty, empty.expand(shape, 0), empty[:, None].expand(0, shape), rank, method, 1.0, 0.0, 0)
+        return None
+
+    def _assemble(
+        self, lam: Tensor, right: Tensor, left: Tensor, rank: int, method: str, condition: float, modulus: float, order: int
+    ) -> Reduction:
+        """The diagonal system in a basis, filled up to ``rank`` with modes of the full system that have C = 0."""
+        coordinates = self._coordinates
+        multiplicity = torch.ones(len(lam), dtype=torch.float64, device=lam.device)
+        if self.convention == "real":
+            multiplicity[lam.imag > 0] = 2.0
+        slowest = max(MAX_MODULUS, float(self.system.log_lam.real.max().exp()))
+        log_lam = torch.complex(lam.abs().clamp(1e-300, slowest).log(), lam.angle())
+        B = left @ coordinates.B.to(left)
+        C = multiplicity * (coordinates.C.to(right) @ right)
+        missing = rank - len(lam)
+        if missing > 0:
+            spare = self._strongest_modes(missing)
+            rows = coordinates.mode_rows(spare)
+            log_lam = torch.cat([log_lam, self.system.log_lam[spare]])
+            B = torch.cat([B, self.system.B[spare]])
+            C = torch.cat([C, C.new_zeros(C.shape[0], missing)], 1)
+            left, right = torch.cat([left, rows]), torch.cat([right, right.new_zeros(right.shape[0], missing)], 1)
+            multiplicity = torch.cat([multiplicity, _multiplicity(missing, self.convention, multiplicity)])
+        system = DiagonalSystem(log_lam, B, C)
+        return Reduction(system, right.contiguous(), left.contiguous(), multiplicity, method, condition, modulus, order)
+
+    def _strongest_modes(self, count: int) -> Tensor:
+        """Modes of the full system in descending order of how much the input excites them."""
+        energy = self.P.diagonal().real
+        if self.convention == "real":
+            energy = energy[: self.system.order] + energy[self.system.order :]
+        return torch.sort(energy, descending=True, stable=True).indices[:count]
+
+    def _subset(self, rank: int) -> Reduction:
+        coordinates = self._coordinates
+        modes, embedding = obs_subset(coordinates, self.P, rank)
+        left = coordinates.mode_rows(modes)
+        multiplicity = _multiplicity(rank, self.convention, self.P)
+        right = embedding.to(torch.complex128)
+        if self.convention == "real":
+            right = (embedding[:, :rank] - 1j * embedding[:, rank:]) / 2
+        C = multiplicity * (coordinates.C.to(right) @ right)
+        system = DiagonalSystem(self.system.log_lam[modes], self.system.B[modes], C)
+        slowest = float(system.log_lam.real.max().exp())
+        kept = embedding.shape[1]
+        return Reduction(system, right, left, multiplicity, "obs", 1.0, slowest, kept)
+
+
+def balance(
+    system: DiagonalSystem,
+    convention: str = "real",
+    P: Tensor | None = None,
+    Q: Tensor | None = None,
+    fallback_Q: Tensor | None = None,
+) -> Balanced:
+    """Balance an unbatched system.
+
+    Args:
+        system: the system.
+        convention: ``"real"``: the real 2N-state system behind y = Re(C x); ``"complex"``: the N complex states.
+        P, Q: (n, n) Gramians in the convention's coordinates, for example measured on data; None: the data-free ones.
+        fallback_Q: the data-free Q, tried where a measured Q gives no stable truncation.
+
+    Raises:
+        ArgumentError: unknown convention, a batched system, or Gramians of another shape.
+        NumericalError: Gramians that are not finite.
+    """
+    check_convention(convention)
+    if system.batch_shape:
+        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
+    n = system.order * (2 if convention == "real" else 1)
+    if P is None or Q is None:
+        white_P, white_Q = white_gramians(system, convention)
+        P, Q = white_P if P is None else P, white_Q if Q is None else Q
+    dtype = torch.float64 if convention == "real" else torch.complex128
+    prepared = []
+    for name, gramian in (("P", P), ("Q", Q), ("fallback_Q", fallback_Q)):
+        if gramian is not None:
+            if gramian.shape != (n, n):
+                raise bad_argument(name, got=tuple(gramian.shape), expected=f"({n}, {n}) in the {convention} convention")
+            gramian = gramian.to(system.log_lam.device, dtype)
+            if not bool(torch.isfinite(gramian).all()):
+                raise NumericalError(f"Gramian {name} holds NaN or infinite entries, expected finite ones")
+        prepared.append(gramian)
+    return Balanced(system, convention, *prepared)
+
+
+def factor(gramian: Tensor) -> Tensor:
+    """L (n, k) with L L^H = gramian up to rounding, k the numerical rank.
+
+    The Gramian is scaled to a unit diagonal first, so that small states keep their relative accuracy.
+    """
+    scale = gramian.diagonal().real.clamp(min=0).sqrt()
+    alive = scale > 0
+    if not bool(alive.any()):
+        return gramian.new_zeros(gramian.shape[0], 0)
+    inverse = torch.where(alive, 1 / torch.where(alive, scale, 1.0), 0.0)
+    correlation = gramian * inverse[:, None] * inverse[None, :]
+    correlation = 0.5 * (correlation + correlation.mH)
+    eigenvalues, vectors = torch.linalg.eigh(correlation)
+    keep = eigenvalues > DROP * eigenvalues[-1]
+    return scale[:, None] * vectors[:, keep] * eigenvalues[keep].sqrt()
+
+
+def _balance(P: Tensor, Q: Tensor) -> _Bases:
+    # Powers of two around the square root of the traces keep products of extreme Gramians inside the floating-point range.
+    L_p, L_q = factor(P), factor(Q)
+    unit_p, unit_q = (_power_of_two(L) for L in (L_p, L_q))
+    L_p, L_q = L_p / unit_p, L_q / unit_q
+    U, sigma, Vh = torch.linalg.svd(L_q.mH @ L_p, full_matrices=False)
+    hsv = torch.zeros(P.shape[0], dtype=torch.float64, device=P.device)
+    hsv[: len(sigma)] = sigma * (unit_p * unit_q)
+    rank = int((sigma > NUMERICAL_RANK * sigma[0]).sum()) if len(sigma) and bool(sigma[0] > 0) else 0
+    root = sigma[:rank].sqrt()
+    ratio = math.sqrt(unit_p / unit_q)
+    right = (L_p @ Vh[:rank].mH / root) * ratio
+    left = ((U[:, :rank] / root).mH @ L_q.mH) / ratio
+    return _Bases(hsv, right, left, rank)
+
+
+def _power_of_two(L: Tensor) -> float:
+    size = float(torch.linalg.vector_norm(L)) if L.numel() else 0.0
+    return 2.0 ** round(math.log2(size)) if size > 0 else 1.0
+
+
+def _multiplicity(count: int, convention: str, like: Tensor) -> Tensor:
+    value = 2.0 if convention == "real" else 1.0
+    return torch.full((count,), value, dtype=torch.float64, device=like.device)

@@ -1,0 +1,118 @@
+"""Gramians of diagonal discrete-time systems, straight from the logarithms of their eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressm.errors import bad_argument
+from compressm.kernels import _gramians_ref
+from compressm.kernels._dispatch import Candidate, choose
+
+System = tuple[Tensor, Tensor, Tensor]
+
+
+class Gramians(NamedTuple):
+    """The four matrices that describe a complex diagonal system and the real system behind its real part.
+
+    Attributes:
+        P: (..., N, N) complex128 Hermitian, sum_t lam^t B B^H conj(lam)^t: P_ij = (B B^H)_ij / (1 - lam_i conj(lam_j)).
+        S: (..., N, N) complex128 symmetric, S_ij = (B B^T)_ij / (1 - lam_i lam_j).
+        Q: (..., N, N) complex128 Hermitian, Q_ij = (C^H C)_ij / (1 - conj(lam_i) lam_j).
+        S_Q: (..., N, N) complex128 symmetric, S of the dual system (conj(lam), C^H).
+    """
+
+    P: Tensor
+    S: Tensor
+    Q: Tensor
+    S_Q: Tensor
+
+
+def gramians(log_lam: Tensor, B: Tensor, C: Tensor, *, backend: str | None = None) -> Gramians:
+    """Gramians of one system or of a batch of systems of one shape, in float64 throughout.
+
+    Args:
+        log_lam: (..., N) complex or real, logarithms of the eigenvalues, real part below zero.
+        B: (..., N, H_in).
+        C: (..., H_out, N).
+        backend: ``"triton"``, ``"torch"`` or ``"reference"``; None chooses.
+
+    Raises:
+        ArgumentError: shapes do not fit.
+        BackendError: the named backend cannot run.
+    """
+    check_system(log_lam, B, C)
+    batch = torch.broadcast_shapes(log_lam.shape[:-1], B.shape[:-2], C.shape[:-2])
+    if not batch:
+        return gramians_many([(log_lam, B, C)], backend=backend)[0]
+    flat = [t.expand(*batch, *t.shape[t.dim() - k :]).flatten(0, len(batch) - 1) for t, k in ((log_lam, 1), (B, 2), (C, 2))]
+    if _choose(log_lam.device.type, backend) == "triton":
+        quads = gramians_many(list(zip(*flat, strict=True)), backend="triton")
+        stacked = (torch.stack(matrices) for matrices in zip(*quads, strict=True))
+    else:
+        stacked = gramians_many([tuple(flat)], backend=backend)[0]
+    return Gramians(*(matrix.unflatten(0, batch) for matrix in stacked))
+
+
+def gramians_many(systems: Sequence[System], *, backend: str | None = None) -> list[Gramians]:
+    """Gramians of several systems of different shapes; one kernel launch on a GPU.
+
+    Args:
+        systems: (log_lam, B, C) each, shapes as in :func:`gramians`, on one device.
+        backend: as in :func:`gramians`.
+    """
+    if not systems:
+        return []
+    prepared = []
+    for system in systems:
+        check_system(*system)
+        prepared.append(tuple(tensor.to(torch.complex128) for tensor in system))
+    chosen = _choose(prepared[0][0].device.type, backend)
+    if chosen == "triton":
+        from compressm.kernels import _gramians_triton
+
+        return [Gramians(*quad) for quad in _gramians_triton.gramian_quads(prepared)]
+    form = _gramians_ref.gramian_quad if chosen == "reference" else real_products
+    return [Gramians(*form(*system)) for system in prepared]
+
+
+def real_products(log_lam: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P, S, Q, S_Q with three real matrix products a side in place of two complex ones."""
+    hermitian, symmetric = _gramians_ref.denominators(log_lam)
+    P, S = _numerators(B.real, B.imag)
+    Q, S_Q = _numerators(C.real.mT, -C.imag.mT)
+    return P / hermitian, S / symmetric, Q / hermitian.conj(), S_Q / symmetric.conj()
+
+
+def _numerators(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
+    """B B^H and B B^T of B = re + i im."""
+    rr, ii, ri = re @ re.mT, im @ im.mT, re @ im.mT
+    return torch.complex(rr + ii, ri.mT - ri), torch.complex(rr - ii, ri.mT + ri)
+
+
+def check_system(log_lam: Tensor, B: Tensor, C: Tensor) -> None:
+    """Raise ArgumentError unless log_lam (..., N), B (..., N, H_in) and C (..., H_out, N) fit together."""
+    if log_lam.dim() < 1:
+        raise bad_argument("log_lam", got="a scalar", expected="a tensor (..., N)")
+    n = log_lam.shape[-1]
+    if B.dim() < 2 or B.shape[-2] != n:
+        raise bad_argument("B", got=tuple(B.shape), expected=f"(..., {n}, H_in), as log_lam has {n} eigenvalues")
+    if C.dim() < 2 or C.shape[-1] != n:
+        raise bad_argument("C", got=tuple(C.shape), expected=f"(..., H_out, {n}), as log_lam has {n} eigenvalues")
+    if not log_lam.device == B.device == C.device:
+        raise bad_argument("log_lam, B, C", got=f"{log_lam.device}, {B.device}, {C.device}", expected="one device")
+
+
+def _choose(device: str, backend: str | None) -> str:
+    triton = Candidate("triton", lambda: _triton_why_not(device))
+    others = [Candidate("torch", lambda: None), Candidate("reference", lambda: None)]
+    return choose("gramians", [*others, triton] if device == "cpu" else [triton, *others], backend)
+
+
+def _triton_why_not(device: str) -> str | None:
+    from compressm.kernels import _gramians_triton
+
+    return _gramians_triton.why_not(device)
