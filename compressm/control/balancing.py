@@ -136,11 +136,21 @@ class Balanced:
         if bases.rank == 0:
             empty = torch.empty(0, dtype=torch.complex128, device=self.P.device)
             shape = self._coordinates.size
-            return self._assemble(empty, empty.expand(shape, 0), empty[:, None].expand(0, shape), rank, method, 1.0, 0.0, 0)
+            return self._assemble(
+                empty, empty.expand(shape, 0), empty[:, None].expand(0, shape), rank, method, 1.0, 0.0, 0
+            )
         return None
 
     def _assemble(
-        self, lam: Tensor, right: Tensor, left: Tensor, rank: int, method: str, condition: float, modulus: float, order: int
+        self,
+        lam: Tensor,
+        right: Tensor,
+        left: Tensor,
+        rank: int,
+        method: str,
+        condition: float,
+        modulus: float,
+        order: int,
     ) -> Reduction:
         """The diagonal system in a basis, filled up to ``rank`` with modes of the full system that have C = 0."""
         coordinates = self._coordinates
@@ -206,7 +216,9 @@ def balance(
     """
     check_convention(convention)
     if system.batch_shape:
-        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
+        raise bad_argument(
+            "system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes"
+        )
     n = system.order * (2 if convention == "real" else 1)
     if P is None or Q is None:
         white_P, white_Q = white_gramians(system, convention)
@@ -216,7 +228,9 @@ def balance(
     for name, gramian in (("P", P), ("Q", Q), ("fallback_Q", fallback_Q)):
         if gramian is not None:
             if gramian.shape != (n, n):
-                raise bad_argument(name, got=tuple(gramian.shape), expected=f"({n}, {n}) in the {convention} convention")
+                raise bad_argument(
+                    name, got=tuple(gramian.shape), expected=f"({n}, {n}) in the {convention} convention"
+                )
             gramian = gramian.to(system.log_lam.device, dtype)
             if not bool(torch.isfinite(gramian).all()):
                 raise NumericalError(f"Gramian {name} holds NaN or infinite entries, expected finite ones")

@@ -44,7 +44,9 @@ class DiagonalSystem:
             value = getattr(self, name).detach().to(torch.complex128)
             bad = int((~torch.isfinite(value)).sum())
             if bad:
-                raise NumericalError(f"{name}: {bad} of {value.numel()} entries are NaN or infinite, expected finite ones")
+                raise NumericalError(
+                    f"{name}: {bad} of {value.numel()} entries are NaN or infinite, expected finite ones"
+                )
             object.__setattr__(self, name, value)
         if bool((self.log_lam.real >= 0).any()):
             largest = float(self.log_lam.real.max())

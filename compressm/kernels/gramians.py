@@ -48,7 +48,9 @@ def gramians(log_lam: Tensor, B: Tensor, C: Tensor, *, backend: str | None = Non
     batch = torch.broadcast_shapes(log_lam.shape[:-1], B.shape[:-2], C.shape[:-2])
     if not batch:
         return gramians_many([(log_lam, B, C)], backend=backend)[0]
-    flat = [t.expand(*batch, *t.shape[t.dim() - k :]).flatten(0, len(batch) - 1) for t, k in ((log_lam, 1), (B, 2), (C, 2))]
+    flat = [
+        t.expand(*batch, *t.shape[t.dim() - k :]).flatten(0, len(batch) - 1) for t, k in ((log_lam, 1), (B, 2), (C, 2))
+    ]
     if _choose(log_lam.device.type, backend) == "triton":
         quads = gramians_many(list(zip(*flat, strict=True)), backend="triton")
         stacked = (torch.stack(matrices) for matrices in zip(*quads, strict=True))
