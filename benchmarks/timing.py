@@ -42,7 +42,7 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int, warmup: int
     matrix = torch.randn(1024, 1024)
     cases = {**cases, "gemm1024": lambda: torch.mm(matrix, matrix)}
     samples: dict[str, list[float]] = {name: [] for name in cases}
-    for name, run in cases.items():
+    for run in cases.values():
         for _ in range(warmup):
             run()
     for _ in range(rounds):

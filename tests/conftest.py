@@ -32,7 +32,7 @@ def assert_close():
     def check(actual: torch.Tensor, oracle: torch.Tensor, name: str = "", dtype: torch.dtype | None = None) -> None:
         assert actual.shape == oracle.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
         assert torch.isfinite(actual).all(), f"{name}: not finite"
-        bound = TOLERANCES[dtype or actual.dtype]
+        bound = TOLERANCES[(dtype or actual.dtype).to_real()]
         wide = torch.complex128 if actual.is_complex() else torch.float64
         error = (actual.to(wide) - oracle.to(wide)).norm().item()
         assert error <= bound * oracle.to(wide).norm().item() + 1e-30, f"{name}: relative error {error / oracle.norm():.2e}"

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from compressm.control.system import DiagonalSystem
 from compressm.errors import bad_argument
-from compressm.kernels import Gramians
 
 CONVENTIONS = ("real", "complex")
 

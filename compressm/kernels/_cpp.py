@@ -1,7 +1,7 @@
 """Builds and loads the C++ kernels of ``csrc/``, once.
 
 The first call compiles them with ninja into torch's extension cache (or ``COMPRESSM_BUILD_DIR``); later processes load
-the cached library.  The folder's name carries a digest of the sources, torch's version and the compiler, so that a change of any
+the cached library.  The folder's name carries a digest of the sources, torch's version and the compiler, so that changing any
 of them builds anew and never loads a stale library.
 """
 

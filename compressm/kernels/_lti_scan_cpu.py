@@ -35,7 +35,7 @@ def lti_core(
     Args:
         u: (batch, L, H); log_decay, phase: (N,); w_in: (2N, H); w_out: (H_out, 2N).
         feed: (H,) diagonal or (H_out, H) dense feedthrough, or None; initial_state: (batch, 2N) or None.
-        store: keep every state for the backward (else one per tile, the rest recomputed); rows: (sequence, time) rows of a tile.
+        store: keep every state for the backward (else one per tile, the rest recomputed); rows: (sequence, time) rows a tile.
 
     Returns:
         y (batch, L, H_out), last state (batch, 2N), and what the backward needs (not differentiable).
