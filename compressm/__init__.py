@@ -38,7 +38,18 @@ if TYPE_CHECKING:
     from compressm import adapters, compression, control, errors, kernels, layers
     from compressm.adapters import register_adapter
     from compressm.compression import (
-        At, Compressor, Energy, Every, FixedRank, Once, Shrink, Warmup, compress, inspect, load, save,
+        At,
+        Compressor,
+        Energy,
+        Every,
+        FixedRank,
+        Once,
+        Shrink,
+        Warmup,
+        compress,
+        inspect,
+        load,
+        save,
     )
     from compressm.control import DiagonalSystem, balance
     from compressm.errors import CompressmError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from compressm.compression.planning import Calibration, analyse, compressible_layers, plain_model
-from compressm.compression.policies import LayerSpectrum, energy_order
+from compressm.compression.policies import energy_order
 from compressm.control import slots
 
 if TYPE_CHECKING:

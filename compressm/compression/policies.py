@@ -54,7 +54,7 @@ class Policy(ABC):
     def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
         """Number of states to keep, between 1 and ``spectrum.rank``; the latter means: leave the layer alone."""
 
-    def check_layers(self, ranks: Mapping[str, int]) -> None:
+    def check_layers(self, ranks: Mapping[str, int]) -> None:  # noqa: B027 (nothing to check by default)
         """Raise ArgumentError if the policy names layers that the model does not have."""
 
     @property

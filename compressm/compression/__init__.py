@@ -1,0 +1,32 @@
+"""Shrinking models: how many states, when, measured on what, carried out atomically, and saved."""
+
+from compressm.compression.checkpoint import load, save
+from compressm.compression.compressor import Compressor, ScheduleWarning, compress
+from compressm.compression.inspection import Inspection, inspect
+from compressm.compression.moments import UnknownStateWarning
+from compressm.compression.policies import Energy, FixedRank, Policy, Shrink
+from compressm.compression.report import LayerReduction, ReductionPlan, ReductionReport
+from compressm.compression.schedules import At, Every, Once, Schedule, Warmup
+
+__all__ = [
+    "At",
+    "Compressor",
+    "Energy",
+    "Every",
+    "FixedRank",
+    "Inspection",
+    "LayerReduction",
+    "Once",
+    "Policy",
+    "ReductionPlan",
+    "ReductionReport",
+    "Schedule",
+    "ScheduleWarning",
+    "Shrink",
+    "UnknownStateWarning",
+    "Warmup",
+    "compress",
+    "inspect",
+    "load",
+    "save",
+]
