@@ -165,8 +165,8 @@ def _write(path: Path, data: bytes) -> None:
             os.close(folder)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); {len(data)} bytes are needed. Free space or choose another "
-            "folder; an earlier checkpoint of this name is untouched"
+            f"{path}: cannot be written ({error.strerror or error}); {len(data)} bytes are needed. Free space or choose another"
+            " folder; an earlier checkpoint of this name is untouched"
         ) from error
     finally:
         if temporary is not None:
