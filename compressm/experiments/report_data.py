@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressm.errors import DataError
 
@@ -17,17 +17,33 @@ FORMAT = 1
 REFERENCE = "full"  # the run that speed and accuracy are compared with
 
 
+def clean(text: str) -> str:
+    """The text on one line, without control characters and other code points that cannot be shown."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+Number = Annotated[float | None, AfterValidator(_finite)]
+"""A measurement; NaN, infinity and null all become None: there is no such number."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
 class CurvePoint(_Record):
-    """One point of a training curve; accuracy is the running one on training batches."""
+    """One point of a training curve: means over the training steps since the previous point.
+
+    ``states`` are those of these steps: where a reduction follows the point, they are the ones before it.
+    """
 
     step: int
-    loss: float | None = None
-    accuracy: float | None = None
-    seconds_per_step: float | None = None
+    loss: Number = None
+    accuracy: Number = None
+    seconds_per_step: Number = None
     states: list[int] = Field(default_factory=list)
 
 
@@ -35,8 +51,8 @@ class Evaluation(_Record):
     """Accuracy and loss on the test set after a step."""
 
     step: int
-    accuracy: float | None = None
-    loss: float | None = None
+    accuracy: Number = None
+    loss: Number = None
 
 
 class LayerCut(_Record):
@@ -49,8 +65,8 @@ class LayerCut(_Record):
     spectrum_after: list[float] = Field(default_factory=list)
     convention: Literal["real", "complex"] = "real"
     gramians: str = "data-free"
-    discarded: float = 0.0
-    error_bound: float | None = None
+    discarded: Number = 0.0
+    error_bound: Number = None
     method: str = ""
     kernel_plan_before: str = ""
     kernel_plan_after: str = ""
@@ -62,17 +78,30 @@ class LayerCut(_Record):
     @property
     def spectrum_name(self) -> str:
         """Which spectrum tau and ``discarded`` refer to."""
-        size = "real spectrum, 2N values" if self.convention == "real" else "complex spectrum, N values"
+        size = "real spectrum (2N values per layer)" if self.convention == "real" else "complex spectrum (N values per layer)"
         return f"{size}, {self.gramians} Gramians"
 
     @property
     def kept_values(self) -> int:
-        """Number of singular values before the cut: the rest sums to the fraction ``discarded`` of all."""
-        total = math.fsum(self.spectrum)
-        if not self.changed or total <= 0:
-            return len(self.spectrum)
-        best, gap, tail = len(self.spectrum), abs(self.discarded), 0.0
-        for index in range(len(self.spectrum) - 1, 0, -1):
+        """Number of values of ``spectrum`` before the cut.
+
+        The complex spectrum has one value per state.  With data Gramians ``spectrum_after`` is the kept part.  Data-free
+        and real, the cut keeps at most two values per state, fewer where real modes take a state each: there, the values
+        behind the cut sum to the fraction ``discarded`` of all, and the largest such number is the answer.
+        """
+        count = len(self.spectrum)
+        if not self.changed:
+            return count
+        if self.convention == "complex":
+            return min(count, self.rank_after)
+        if self.gramians != "data-free" and self.spectrum_after:
+            return min(count, len(self.spectrum_after))
+        most, total = min(count, 2 * self.rank_after), sum(self.spectrum)
+        if self.discarded is None or not 0 < total < math.inf:
+            return most
+        tail = sum(self.spectrum[most:]) / total
+        best, gap = most, abs(tail - self.discarded)
+        for index in range(most - 1, 0, -1):
             tail += self.spectrum[index] / total
             if abs(tail - self.discarded) < gap:
                 best, gap = index, abs(tail - self.discarded)
@@ -83,11 +112,11 @@ class Reduction(_Record):
     """One attempt at reducing the model."""
 
     step: int
-    seconds: float = 0.0
+    seconds: Number = None
     reason: str = ""
     layers: list[LayerCut] = Field(default_factory=list)
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
+    accuracy_before: Number = None
+    accuracy_after: Number = None
 
     @property
     def changed(self) -> bool:
@@ -97,12 +126,12 @@ class Reduction(_Record):
 class Final(_Record):
     """Where a run ended; accuracy and loss on the test set."""
 
-    accuracy: float | None = None
-    loss: float | None = None
+    accuracy: Number = None
+    loss: Number = None
     states: dict[str, int] = Field(default_factory=dict)
-    seconds_total: float | None = None
-    seconds_training: float | None = None
-    seconds_per_step: float | None = None
+    seconds_total: Number = None
+    seconds_training: Number = None
+    seconds_per_step: Number = None
 
 
 class Run(_Record):
@@ -120,16 +149,61 @@ class Run(_Record):
 
     @property
     def label(self) -> str:
-        return self.title or self.name.replace("_", " ")
+        """For people: one line, a capital first."""
+        label = clean(self.title) or clean(self.name.replace("_", " ")) or "run"
+        return label[0].upper() + label[1:]
+
+    @property
+    def initial_states(self) -> tuple[int, ...]:
+        """Per layer, where the run began; empty where the report does not say."""
+        if self.reductions and self.reductions[0].layers:
+            return tuple(layer.rank_before for layer in self.reductions[0].layers)
+        return tuple(self.curve[0].states if self.curve and self.curve[0].states else self.final.states.values())
+
+    @property
+    def final_states(self) -> tuple[int, ...]:
+        """Per layer, where the run ended; empty where the report does not say."""
+        if self.final.states:
+            return tuple(self.final.states.values())
+        if self.reductions and self.reductions[-1].layers:
+            return tuple(layer.rank_after for layer in self.reductions[-1].layers)
+        return tuple(self.curve[-1].states if self.curve else ())
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss was a number once and is none at the end."""
+        losses = [point.loss for point in self.curve]
+        return bool(losses) and losses[-1] is None and any(loss is not None for loss in losses)
+
+    @property
+    def slowest_step(self) -> float:
+        """Largest usual seconds per step: 95 % quantile at every size of the model, which leaves out start-up and hiccups."""
+        sizes: dict[tuple[int, ...], list[float]] = {}
+        for point in self.curve:
+            if point.seconds_per_step is not None:
+                sizes.setdefault(tuple(point.states), []).append(point.seconds_per_step)
+        return max((sorted(seconds)[int(0.95 * (len(seconds) - 1))] for seconds in sizes.values()), default=0.0)
+
+    def elapsed(self, step: int) -> float | None:
+        """Seconds of training until after a step, its reduction included; None where the curve does not say."""
+        seconds, reached = 0.0, 0
+        for point in self.curve:
+            if point.seconds_per_step is None:
+                return None
+            seconds += point.seconds_per_step * (min(point.step, step) - reached)
+            reached = min(point.step, step)
+            if reached == step:
+                return seconds + sum(cut.seconds or 0.0 for cut in self.reductions if cut.step <= step)
+        return None
 
 
 class StepTime(_Record):
     """Seconds per training step of one final model, measured in turn with the others."""
 
     name: str
-    median: float
-    p20: float | None = None
-    p80: float | None = None
+    median: Number = None
+    p20: Number = None
+    p80: Number = None
 
 
 class Timing(_Record):
@@ -151,6 +225,12 @@ class Report(_Record):
     runs: list[Run] = Field(min_length=1)
     timing: Timing | None = None
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Report:
+        if len({run.name for run in self.runs}) != len(self.runs):
+            raise ValueError("the names of runs must differ")
+        return self
+
     def run(self, name: str) -> Run | None:
         """The run of that name, or None."""
         return next((run for run in self.runs if run.name == name), None)
@@ -158,7 +238,7 @@ class Report(_Record):
     def step_time(self, run: Run) -> StepTime | None:
         """The interleaved step time of a run's final model, or None where it was not measured."""
         steps = self.timing.steps if self.timing else []
-        return next((step for step in steps if step.name == run.name), None)
+        return next((step for step in steps if step.name == run.name and step.median), None)
 
 
 @dataclass(frozen=True)
@@ -168,11 +248,13 @@ class Row:
     Attributes:
         name, title: of the run.
         accuracy: on the test set, in [0, 1].
-        accuracy_gap: accuracy minus that of the full-size run.
+        accuracy_gap: accuracy minus that of the full-size run; None for that run itself.
         states: per layer.
         parameters: of the final model.
-        step_seconds: median seconds per training step of the final model; ``interleaved`` tells how it was measured.
-        speed: step time of the full-size run over this one's.
+        step_seconds: median seconds per training step of the final model.
+        step_spread: its 20 % and 80 % quantiles.
+        interleaved: whether step_seconds were measured in turn with the other models, or else while the run trained.
+        speed: step time of the full-size run over this one's, both measured the same way.
         seconds_training: all steps and reductions, without evaluations.
         seconds_total: everything.
     """
@@ -184,18 +266,21 @@ class Row:
     states: tuple[int, ...]
     parameters: int | None
     step_seconds: float | None
+    step_spread: tuple[float, float] | None
     interleaved: bool
     speed: float | None
     seconds_training: float | None
     seconds_total: float | None
 
 
-def parse_report(data: Mapping[str, Any]) -> Report:
-    """Check a report's fields and types.
+def parse_report(data: Mapping[str, Any] | Report) -> Report:
+    """Check a report's fields and types; a parsed report is returned as it is.
 
     Raises:
         DataError: it is not such a report; names the first thing that is wrong.
     """
+    if isinstance(data, Report):
+        return data
     if not isinstance(data, Mapping):
         raise DataError(f"report: expected a JSON object, got {type(data).__name__}. Run compressm train to write a new one")
     if data.get("format", FORMAT) != FORMAT:
@@ -223,9 +308,11 @@ def read_report(path: str | Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"{path}: {reason}; expected the report.json that compressm train writes into its --out folder") from error
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON, got text that does not parse ({error}). Write it anew with compressm train") from error
+        remedy = "expected the report.json that compressm train writes into its --out folder"
+        raise DataError(f"{path}: {reason}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        remedy = "Write it anew with compressm train"
+        raise DataError(f"{path}: expected JSON, got text that does not parse ({error}). {remedy}") from error
     try:
         parse_report(data)
     except DataError as error:
@@ -236,32 +323,37 @@ def read_report(path: str | Path) -> dict[str, Any]:
 def rows(report: Report) -> list[Row]:
     """The comparison table, in the report's order of runs."""
     reference = report.run(REFERENCE)
-    interleaved = all(report.step_time(run) is not None for run in report.runs)
-    reference_seconds = _step_seconds(report, reference, interleaved)
-    return [_row(report, run, reference, reference_seconds, interleaved) for run in report.runs]
+    return [_row(report, run, reference) for run in report.runs]
 
 
-def _row(report: Report, run: Run, reference: Run | None, reference_seconds: float | None, interleaved: bool) -> Row:
-    final, seconds = run.final, _step_seconds(report, run, interleaved)
+def _row(report: Report, run: Run, reference: Run | None) -> Row:
+    final, measured = run.final, report.step_time(run)
     gap = None
     if reference is not None and run is not reference and None not in (final.accuracy, reference.final.accuracy):
         gap = final.accuracy - reference.final.accuracy
+    spread = None if measured is None or None in (measured.p20, measured.p80) else (measured.p20, measured.p80)
     return Row(
         name=run.name,
         title=run.label,
         accuracy=final.accuracy,
         accuracy_gap=gap,
-        states=tuple(final.states.values()),
+        states=run.final_states,
         parameters=run.parameters,
-        step_seconds=seconds,
-        interleaved=interleaved,
-        speed=reference_seconds / seconds if reference_seconds and seconds else None,
+        step_seconds=final.seconds_per_step if measured is None else measured.median,
+        step_spread=spread,
+        interleaved=measured is not None,
+        speed=_speed(report, run, reference),
         seconds_training=final.seconds_training,
         seconds_total=final.seconds_total,
     )
 
 
-def _step_seconds(report: Report, run: Run | None, interleaved: bool) -> float | None:
-    if run is None:
+def _speed(report: Report, run: Run, reference: Run | None) -> float | None:
+    """Reference's step time over the run's: interleaved if both were measured so, else from the runs themselves."""
+    if reference is None:
         return None
-    return report.step_time(run).median if interleaved else run.final.seconds_per_step
+    ours, theirs = report.step_time(run), report.step_time(reference)
+    if ours is not None and theirs is not None:
+        return theirs.median / ours.median
+    ours, theirs = run.final.seconds_per_step, reference.final.seconds_per_step
+    return theirs / ours if ours and theirs else None

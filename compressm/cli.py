@@ -1,0 +1,153 @@
+"""The ``compressm`` command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import compressm
+from compressm.errors import CompressmError, ConfigError
+from compressm.experiments.settings import PRESETS, parse_assignments
+
+app = typer.Typer(
+    name="compressm",
+    help="State-space models that grow smaller and faster while they train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Preset = Annotated[str, typer.Argument(help="One of: " + ", ".join(PRESETS), show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="Output folder of compressm train.", show_default=False)]
+
+
+@app.command()
+def train(
+    preset: Preset,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data files; without it they are downloaded.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of every run.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of parameters, order of the data and dropout.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder.  [default: runs/PRESET]", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what was interrupted in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over an unfinished command.")] = False,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+    ] = None,
+) -> None:
+    """Train, shrink in training, and compare with full size and with small from scratch."""
+    from compressm.experiments import runs
+    from compressm.experiments.display import TrainingDisplay
+    from compressm.experiments.summary import headline, summary_table
+
+    options = {"steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
+    overrides = {key: value for key, value in options.items() if value is not None}
+    for key, value in parse_assignments(assignments or []).items():
+        if key in overrides:
+            raise ConfigError(f"--set {key}: given twice, also as an option of its own")
+        overrides[key] = value
+    out = Path("runs") / preset if out is None else out
+    folder = None if data_dir is None else str(data_dir.resolve())
+    console = Console()
+    command = runs.prepare(preset, overrides, out, folder, resume=resume, overwrite=overwrite)
+    console.print(f"[bold]{command.settings.title}[/] (seed {command.settings.seed}) into {out}", highlight=False)
+    with _stop_on_signal() as stopped, TrainingDisplay(console, len(command.settings.runs)) as display:
+        try:
+            report = runs.execute(command, out, display, lambda: bool(stopped))
+        except runs.Interrupted as interruption:
+            console.print(f"{interruption}; everything is saved.  Continue with: {_resume_line(preset, out)}", highlight=False)
+            raise typer.Exit(128 + stopped[0]) from None
+    console.print(summary_table(report))
+    console.print(headline(report), highlight=False)
+    console.print(f"report: {out / runs.PAGE_FILE}  numbers: {out / runs.REPORT_FILE}", highlight=False)
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Print the table of a finished command again, and draw its report.html anew."""
+    from compressm.experiments.report_data import read_report
+    from compressm.experiments.report_html import write_html
+    from compressm.experiments.summary import headline, summary_table
+
+    data = read_report(folder)
+    console = Console()
+    console.print(summary_table(data))
+    console.print(headline(data), highlight=False)
+    page = (folder if folder.is_dir() else folder.parent) / "report.html"
+    write_html(data, page)
+    console.print(f"report: {page}", highlight=False)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that compressm train wrote.", show_default=False)],
+    data_dir: Annotated[Path | None, typer.Option(help="Also show the spectrum on data from this folder.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the spectra into this picture (png, svg, pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the Hankel spectra of a checkpoint's layers, and how many states each tau would keep."""
+    from compressm.experiments.restoring import restore_model
+
+    model, calibration = restore_model(checkpoint, data_dir)
+    found = compressm.inspect(model, calibration)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        Console().print(found)
+    if plot is not None:
+        try:
+            found.plot(plot)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--plot {plot}: {error}. Expected a writable path ending in .png, .svg or .pdf") from error
+
+
+@app.callback(invoke_without_command=True)
+def common(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"compressm {compressm.__version__}")
+        raise typer.Exit()
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """A list that receives the number of the first SIGINT or SIGTERM; a second one ends the process at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _resume_line(preset: str, out: Path) -> str:
+    default = out == Path("runs") / preset
+    return f"compressm train {preset} --resume" + ("" if default else f" --out {out}")
+
+
+def main() -> None:
+    """Entry point: every CompressmError becomes one sentence and exit code 1."""
+    try:
+        app()
+    except CompressmError as error:
+        print(f"compressm: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

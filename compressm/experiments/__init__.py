@@ -1,0 +1,1 @@
+"""What the ``compressm`` command runs: data, models, presets, training, comparison, reports."""

@@ -1,0 +1,54 @@
+"""Which examples and which random numbers a training step sees: functions of the seed and the step alone.
+
+A run that is interrupted and resumed therefore goes on exactly as if nothing had happened, and runs of one seed share their
+batches and dropout masks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressm.errors import ConfigError
+
+ORDER, NOISE, CALIBRATION = range(3)  # independent streams of random numbers
+
+
+def stream(seed: int, *place: int) -> int:
+    """A 32-bit seed for one place in a run, statistically independent of all others (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
+
+
+class Batches:
+    """Shuffled batches without end; the incomplete one at the end of an epoch is left out.
+
+    Args:
+        x: (n, L, channels); y: (n,) labels.
+        batch_size: at most n.
+        seed: of the order.
+
+    Raises:
+        ConfigError: fewer examples than one batch takes.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, batch_size: int, seed: int) -> None:
+        if batch_size > len(y):
+            raise ConfigError(f"batch_size: got {batch_size}, expected at most {len(y)}, the number of training examples")
+        self.x, self.y, self.batch_size, self.seed = x, y, batch_size, seed
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of a step, counted from 0."""
+        epoch, position = divmod(step, len(self.y) // self.batch_size)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(stream(self.seed, ORDER, epoch))
+            self._epoch, self._order = epoch, torch.randperm(len(self.y), generator=generator).to(self.y.device)
+        chosen = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        return self.x[chosen], self.y[chosen]
+
+    def calibration(self, sequences: int) -> list[Tensor]:
+        """Batches of training inputs for data Gramians, the same at every call."""
+        generator = torch.Generator().manual_seed(stream(self.seed, CALIBRATION))
+        chosen = torch.randperm(len(self.y), generator=generator)[:sequences].to(self.y.device)
+        return [self.x[part] for part in chosen.split(self.batch_size)]

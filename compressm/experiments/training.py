@@ -1,0 +1,282 @@
+"""One training run: model, optimizer, compressor and what they did, resumable at any step to the same result."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import compressm
+from compressm.errors import CheckpointError, ConfigError, NumericalError
+from compressm.experiments.batches import NOISE, Batches, stream
+from compressm.experiments.datasets import Dataset
+from compressm.experiments.models import Classifier, count_parameters, evaluate, parameter_groups
+from compressm.experiments.settings import Settings
+
+CHECKPOINT_SECONDS = 30.0
+EVALUATION_BATCH = 250
+TITLES = {
+    "compressed": "compressed in training",
+    "full": "full size",
+    "small": "small from scratch",
+    "small_narrow": "small, narrow phases",
+}
+
+
+class Observer(Protocol):
+    """Who is told how a run goes on."""
+
+    def point(self, run: str, point: dict[str, Any]) -> None:
+        """A new point of the training curve."""
+
+    def evaluation(self, run: str, evaluation: dict[str, Any]) -> None:
+        """Accuracy and loss on the test set."""
+
+    def reduction(self, run: str, reduction: dict[str, Any]) -> None:
+        """A reduction was made."""
+
+
+@dataclass
+class Record:
+    """What a run did so far, a JSON tree.  ``window`` gathers what the next point of the curve will say."""
+
+    step: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    reductions: list[dict[str, Any]] = field(default_factory=list)
+    seconds_training: float = 0.0
+    seconds_total: float = 0.0
+    window: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "right": 0.0, "steps": 0, "seconds": 0.0})
+
+
+def build_model(settings: Settings, data: Dataset, states: Sequence[int], max_phase: float) -> Classifier:
+    """The classifier with the seed's initial parameters, on the data's device."""
+    torch.manual_seed(settings.seed)
+    mean, std = data.statistics()
+    ring = {"r_min": settings.r_min, "r_max": settings.r_max, "max_phase": max_phase}
+    channels = data.train_x.shape[-1]
+    model = Classifier(
+        channels, data.classes, settings.d_model, states, mean=mean, std=std, dropout=settings.dropout, **ring
+    )
+    return model.to(data.train_y.device)
+
+
+def learning_rate(settings: Settings) -> Callable[[int], float]:
+    """Factor on the peak learning rate by step: linear warm-up, then constant or cosine to zero."""
+    warmup = settings.warmup * settings.steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if not settings.cosine:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, settings.steps - warmup)))
+
+    return factor
+
+
+class TrainingRun:
+    """One model on its way.
+
+    Args:
+        name: ``"compressed"``, ``"full"``, ``"small"`` or ``"small_narrow"``.
+        settings: of the whole command.
+        data: on the device that trains.
+        states: of every block at the start.
+        path: of the checkpoint.
+    """
+
+    def __init__(self, name: str, settings: Settings, data: Dataset, states: Sequence[int], path: Path) -> None:
+        self.name, self.settings, self.data, self.path = name, settings, data, path
+        narrow = name == "small_narrow"
+        self.model = build_model(settings, data, states, settings.narrow_max_phase if narrow else settings.max_phase)
+        groups = parameter_groups(self.model, settings.lr, settings.ssm_lr_factor, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(settings))
+        self.batches = Batches(data.train_x, data.train_y, settings.batch_size, settings.seed)
+        self.compressor = self._compressor() if name == "compressed" else None
+        self.record = Record()
+        self._sums = torch.zeros(2, dtype=torch.float64, device=data.train_y.device)  # loss, right answers
+
+    def _compressor(self) -> compressm.Compressor:
+        s = self.settings
+        return compressm.Compressor(
+            self.model,
+            self.optimizer,
+            policy=compressm.Energy(tau=s.tau),
+            schedule=compressm.Warmup(s.steps, s.reduce_until, s.attempts),
+            calibration=None if s.recipe == "paper" else self.batches.calibration(s.calibration_sequences),
+            recipe=s.recipe,
+            multiple_of=s.multiple_of,
+            sequences=s.calibration_sequences,
+        )
+
+    def train(self, observer: Observer, stopped: Callable[[], bool]) -> bool:
+        """Train to the end, with a checkpoint now and then.
+
+        Returns:
+            False if ``stopped()`` ended it early; a checkpoint of the last step is there then.
+
+        Raises:
+            NumericalError: the loss became NaN or infinite.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        settings, record = self.settings, self.record
+        clock = saved = time.perf_counter()
+        while record.step < settings.steps:
+            started = time.perf_counter()
+            self.train_step()
+            record.step += 1
+            record.window["steps"] += 1
+            record.window["seconds"] += time.perf_counter() - started
+            at_end = record.step == settings.steps
+            due = self.compressor is not None and self.compressor.schedule.due(record.step)
+            look = at_end or record.step % settings.eval_every == 0
+            if due or look or record.step % settings.log_every == 0:
+                self._close_window(observer)
+            if self.compressor is not None:
+                self._reduce(observer, due)
+            if look:
+                self._evaluate(observer)
+            now = time.perf_counter()
+            record.seconds_total, clock = record.seconds_total + now - clock, now
+            stop = stopped() and not at_end
+            if stop or at_end or now - saved > CHECKPOINT_SECONDS:
+                self.save()
+                saved = time.perf_counter()
+            if stop:
+                return False
+        return True
+
+    def train_step(self) -> None:
+        """One optimizer step on the next batch."""
+        step = self.record.step
+        x, y = self.batches[step]
+        torch.manual_seed(stream(self.settings.seed, NOISE, step))
+        self.model.train()
+        scores = self.model(x)
+        loss = nn.functional.cross_entropy(scores, y)
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            self._sums += torch.stack([loss.detach().double(), (scores.argmax(-1) == y).sum().double()])
+
+    def _gather(self) -> None:
+        """Move the sums from the device into the record's window."""
+        started = time.perf_counter()
+        loss, right = self._sums.tolist()
+        self._sums.zero_()
+        window = self.record.window
+        window["loss"], window["right"] = window["loss"] + loss, window["right"] + right
+        window["seconds"] += time.perf_counter() - started
+
+    def _close_window(self, observer: Observer) -> None:
+        self._gather()
+        window, record = self.record.window, self.record
+        loss, steps = window["loss"] / window["steps"], window["steps"]
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"run {self.name!r}: the loss is {loss} at step {record.step}: training has diverged. "
+                f"Lower the learning rate (--set lr={self.settings.lr / 4:g})"
+            )
+        point = {
+            "step": record.step,
+            "loss": loss,
+            "accuracy": window["right"] / (steps * self.settings.batch_size),
+            "seconds_per_step": window["seconds"] / steps,
+            "states": self.model.states,
+        }
+        record.curve.append(point)
+        record.seconds_training += window["seconds"]
+        record.window = Record().window
+        observer.point(self.name, point)
+
+    def _reduce(self, observer: Observer, due: bool) -> None:
+        before = evaluate(self.model, self.data.test_x, self.data.test_y, EVALUATION_BATCH) if due else None
+        started = time.perf_counter()
+        report = self.compressor.step()
+        if report is None:
+            return
+        self.record.seconds_training += time.perf_counter() - started
+        after = evaluate(self.model, self.data.test_x, self.data.test_y, EVALUATION_BATCH)
+        reduction = {**report.to_dict(), "accuracy_before": before[0], "accuracy_after": after[0]}
+        self.record.reductions.append(reduction)
+        observer.reduction(self.name, reduction)
+
+    def _evaluate(self, observer: Observer) -> None:
+        accuracy, loss = evaluate(self.model, self.data.test_x, self.data.test_y, EVALUATION_BATCH)
+        evaluation = {"step": self.record.step, "accuracy": accuracy, "loss": loss}
+        self.record.evaluations.append(evaluation)
+        observer.evaluation(self.name, evaluation)
+
+    def save(self) -> None:
+        """Write the checkpoint; it replaces the one before atomically."""
+        self._gather()
+        extra = {
+            "run": self.name,
+            "settings": self.settings.model_dump(mode="json"),
+            "dataset": self.data.describe(),
+            "scheduler": self.scheduler.state_dict(),
+            "record": asdict(self.record),
+        }
+        compressm.save(self.path, self.model, optimizer=self.optimizer, compressor=self.compressor, extra=extra)
+
+    def restore(self) -> None:
+        """Continue from the checkpoint.
+
+        Raises:
+            CheckpointError: damaged, or of another run.
+        """
+        extra = compressm.load(self.path, self.model, optimizer=self.optimizer, compressor=self.compressor)
+        if not isinstance(extra, dict) or extra.get("run") != self.name or not {"record", "scheduler"} <= extra.keys():
+            raise CheckpointError(f"{self.path}: expected a checkpoint of the run {self.name!r}. Delete it to start anew")
+        self.record = Record(**extra["record"])
+        self.scheduler.load_state_dict(extra["scheduler"])
+
+    def summary(self) -> dict[str, Any]:
+        """The run as ``report.json`` holds it."""
+        record, last = self.record, self.record.evaluations[-1]
+        states = {f"blocks.{i}.lru": n for i, n in enumerate(self.model.states)}
+        recent = [p["seconds_per_step"] for p in record.curve if p["states"] == self.model.states]
+        return {
+            "name": self.name,
+            "title": TITLES[self.name],
+            "steps": record.step,
+            "seed": self.settings.seed,
+            "parameters": count_parameters(self.model),
+            "curve": record.curve,
+            "evaluations": record.evaluations,
+            "reductions": record.reductions,
+            "final": {
+                "accuracy": last["accuracy"],
+                "loss": last["loss"],
+                "states": states,
+                "seconds_total": record.seconds_total,
+                "seconds_training": record.seconds_training,
+                "seconds_per_step": statistics.median(recent) if recent else None,
+            },
+        }
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: unknown, or not on this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device: got {name!r}, which cannot be used here ({reason}). Try cpu or cuda") from error
+    return device
