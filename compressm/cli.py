@@ -59,7 +59,8 @@ def train(
     folder = None if data_dir is None else str(data_dir.resolve())
     console = Console()
     command = runs.prepare(preset, overrides, out, folder, resume=resume, overwrite=overwrite)
-    console.print(f"[bold]{command.settings.title}[/] (seed {command.settings.seed}) into {out}", highlight=False)
+    if resume and not command.resume:
+        console.print(f"nothing to resume in {out}, starting anew", highlight=False)
     with _stop_on_signal() as stopped, TrainingDisplay(console, len(command.settings.runs)) as display:
         try:
             report = runs.execute(command, out, display, lambda: bool(stopped))

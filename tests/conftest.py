@@ -1,12 +1,17 @@
-"""Shared by all tests: tolerances by dtype, golden files, poisoned memory."""
+"""Shared by all tests: tolerances by dtype, golden files, poisoned memory, Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose own functions are decorated then
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which poisoned_memory asks for
 
 DATA = Path(__file__).parent / "data"
 

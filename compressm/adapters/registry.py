@@ -38,14 +38,22 @@ def register_adapter(target: str | type, adapter: Adapter | None) -> None:
     if not isinstance(target, str) or "." not in target:
         raise bad_argument("target", got=repr(target), expected="a class or a qualified name like 'package.module.Class'")
     if adapter is not None and not isinstance(adapter, Adapter):
+        got = f"the class {adapter.__name__}" if isinstance(adapter, type) else type(adapter).__name__
         remedy = "Subclass compressm.adapters.Adapter and pass an instance"
-        raise bad_argument("adapter", got=type(adapter).__name__, expected="an Adapter instance or None", remedy=remedy)
+        raise bad_argument("adapter", got=got, expected="an Adapter instance or None", remedy=remedy)
     _ADAPTERS[target] = adapter
 
 
 def supported_layers() -> tuple[str, ...]:
     """Qualified names of the layer classes that can be compressed."""
     return tuple(sorted(name for name, adapter in _ADAPTERS.items() if adapter is not None))
+
+
+def _parameter_names(module: nn.Module) -> set[str]:
+    """Names of a module's own parameters, parametrized and pruned ones included."""
+    computed = module._modules.get("parametrizations")
+    names = {name.removesuffix("_orig") for name in module._parameters}
+    return names | set(computed) if isinstance(computed, nn.ModuleDict) else names
 
 
 def find_layers(model: nn.Module, *, strict: bool = True) -> dict[str, tuple[nn.Module, Adapter]]:
@@ -69,7 +77,7 @@ def find_layers(model: nn.Module, *, strict: bool = True) -> dict[str, tuple[nn.
             adapter = _ADAPTERS[key]
             if adapter is not None:
                 found[name] = (module, adapter)
-        elif strict and (marks := sorted(SSM_MARKS & module._parameters.keys())):
+        elif strict and (marks := sorted(SSM_MARKS & _parameter_names(module))):
             raise ModelError(
                 f"{label(module, name)} looks like a state-space layer (it owns {', '.join(marks)}) but no adapter is "
                 f"registered for {qualified_name(type(module))}; supported: {', '.join(supported_layers())}. "

@@ -93,7 +93,8 @@ def _cut(batch: Any, count: int, left: int) -> Any:
     if isinstance(batch, Mapping):
         return {key: _cut(value, count, left) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [_cut(value, count, left) for value in batch]
+        parts = [_cut(value, count, left) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 
 

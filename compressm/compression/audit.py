@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter
+from compressm.adapters.base import plain_parameters
 from compressm.errors import ArgumentError, ModelError, OptimizerError, bad_argument
 
 Optimizers = Sequence[torch.optim.Optimizer]
@@ -53,7 +54,8 @@ def check_swappable(model: nn.Module, targets: Mapping[str, tuple[nn.Module, Ite
         targets: per layer name the module and the local names of the parameters to replace.
 
     Raises:
-        ModelError: a parameter is shared between modules, carries gradient hooks, or is not a plain Parameter.
+        ModelError: a parameter is shared between modules, carries gradient hooks, is computed (parametrized, pruned) or is
+            not a plain Parameter.
     """
     owners: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
@@ -61,8 +63,8 @@ def check_swappable(model: nn.Module, targets: Mapping[str, tuple[nn.Module, Ite
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(full_name(prefix, key))
     for name, (module, keys) in targets.items():
-        for key in keys:
-            parameter, full = module._parameters[key], full_name(name, key)
+        for key, parameter in plain_parameters(module, tuple(keys), name).items():
+            full = full_name(name, key)
             if len(owners.get(id(parameter), ())) > 1:
                 raise ModelError(
                     f"parameter {full} is shared ({', '.join(owners[id(parameter)])}), expected every state-space layer "

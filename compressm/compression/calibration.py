@@ -65,9 +65,9 @@ def collect(
         batches: each a tensor, a tuple or list whose first entry is the input, or a dict of keyword arguments.
         forward: ``forward(model, batch) -> output`` for models that are called differently.
         sequences: at most so many sequences are used; the first dimension of a batch counts them.
-        rows_per_state: time steps are subsampled evenly so that about ``rows_per_state * 2N`` samples enter the outer
-            products of a layer; None uses all.
-        seed: of the random probes.
+        rows_per_state: time steps are subsampled evenly, every sequence with an offset of its own, so that about
+            ``rows_per_state * 2N`` samples enter the outer products of a layer; None uses all.
+        seed: of the random probes and offsets.
 
     Raises:
         DataError: no batch, or a layer that no batch reaches.
@@ -79,12 +79,8 @@ def collect(
     with undisturbed(model, [module for module, _ in layers.values()]):
         taken = take(batches, sequences)
         total = sum(count for _, count in taken)
-        meters = {
-            name: _Meter(adapter, systems[name], total, rows_per_state) for name, (_, adapter) in layers.items()
-        }
-        handles = [
-            module.register_forward_hook(meters[name].observe, with_kwargs=True) for name, (module, _) in layers.items()
-        ]
+        meters = {name: _Meter(adapter, systems[name], total, rows_per_state, seed) for name, (_, adapter) in layers.items()}
+        handles = [module.register_forward_hook(meters[name].observe, with_kwargs=True) for name, (module, _) in layers.items()]
         try:
             for index, (batch, _) in enumerate(taken):
                 _probe(model, batch, forward or default_forward, meters, seed + index)
@@ -118,12 +114,13 @@ def _probe(model: nn.Module, batch: Any, forward: Forward, meters: Mapping[str, 
 class _Meter:
     """Accumulates P and Q of one layer."""
 
-    def __init__(self, adapter: Adapter, system: DiagonalSystem, total: int, rows_per_state: int | None) -> None:
+    def __init__(self, adapter: Adapter, system: DiagonalSystem, total: int, rows_per_state: int | None, seed: int) -> None:
         self.adapter = adapter
         self.log_lam = system.log_lam
         self.drive = torch.cat([system.B.real, system.B.imag])  # (2N, H)
         self.sense = torch.cat([system.C.real, -system.C.imag], 1).T.contiguous()  # (2N, H_out)
         self.total, self.rows_per_state = total, rows_per_state
+        self.random = torch.Generator().manual_seed(seed)
         n = self.drive.shape[0]
         self.P = torch.zeros(n, n, dtype=torch.float64, device=self.drive.device)
         self.Q = torch.zeros_like(self.P)
@@ -161,10 +158,11 @@ class _Meter:
         steps = max(1, min(length, CHUNK_BYTES // per_step))
         group = max(1, min(batch, CHUNK_BYTES // (per_step * steps)))
         rows = 0
+        offsets = torch.randint(stride, (batch, 1), generator=self.random).to(device)
         for first in range(0, batch, group):
             part = signal[first : first + group].to(dtype)
             carry = None if start is None else start[first : first + group].to(device, dtype)
-            offset = torch.arange(first, first + len(part), device=device)[:, None]
+            offset = offsets[first : first + group]
             starts = range(0, length, steps)
             for t in reversed(starts) if reverse else starts:
                 x = part[:, t : t + steps] @ weight.T

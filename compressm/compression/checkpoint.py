@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.adapters import Adapter
+from compressm.compression.audit import ELEMENTWISE
 from compressm.compression.codec import decode, encode, to_storable
 from compressm.compression.compressor import Compressor, as_optimizers
 from compressm.compression.planning import compressible_layers, plain_model
@@ -28,6 +30,7 @@ from compressm.errors import CheckpointError, OptimizerError
 
 FORMAT = 1
 KEY = "compressm"
+CHECKSUM = "crc32"
 
 Layers = Mapping[str, tuple[nn.Module, Adapter]]
 OptimizerArgument = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -67,7 +70,8 @@ def save(
         "extra": encode(extra, "extra", tensors),
     }
     storable, manifest["complex"] = to_storable(tensors)
-    _write(path, to_bytes(storable, metadata={KEY: json.dumps(manifest)}))
+    text = json.dumps(manifest)
+    _write(path, to_bytes(storable, metadata={KEY: text, CHECKSUM: _checksum(text, storable)}))
     return path
 
 
@@ -100,6 +104,11 @@ def load(
         if progress is None:
             raise CheckpointError(f"{path}: holds no compressor state. Load it without compressor=, or save with one")
         compressor.check_state_dict(progress)
+        if dict(progress["ranks"]) != ranks:
+            raise CheckpointError(
+                f"{path}: its compressor state has ranks {progress['ranks']} and its model {ranks}, expected the same. "
+                "Save a model together with its own compressor"
+            )
     extra = decode(manifest.get("extra"), tensors)
     undo = reshape(model, layers, ranks, optimizers)
     complete = False
@@ -126,7 +135,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
+            metadata = file.metadata() or {}
+            text = metadata.get(KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"not readable as safetensors ({error})"
@@ -140,6 +150,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if manifest["format"] > FORMAT:
         got, version = manifest["format"], manifest.get("compressm")
         raise CheckpointError(f"{path}: format {got} (compressm {version}) is newer than {FORMAT}. Upgrade compressm")
+    if metadata.get(CHECKSUM) != _checksum(text, tensors):
+        raise CheckpointError(f"{path}: its checksum does not fit its content, the file is damaged. Use an earlier checkpoint")
     for name in manifest.get("complex", []):
         if name not in tensors or tensors[name].shape[-1:] != (2,):
             raise CheckpointError(f"{path}: complex tensor {name!r} is missing or malformed")
@@ -158,11 +170,6 @@ def _write(path: Path, data: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         temporary = None
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error.strerror or error}); {len(data)} bytes are needed. Free space or choose another"
@@ -171,10 +178,45 @@ def _write(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+    _flush_folder(path)
+
+
+def _flush_folder(path: Path) -> None:
+    """Make the renaming last through a power cut."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: written, but its folder cannot be flushed to disk ({error.strerror or error}); after a power cut the "
+            "earlier checkpoint may be there instead"
+        ) from error
+
+
+def _checksum(manifest: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the manifest and the tensors, dtypes and shapes included; safetensors has none."""
+    crc = zlib.crc32(manifest.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        crc = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
+        crc = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def _persistent(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """Parameters and persistent buffers.
+
+    Raises:
+        CheckpointError: a module has extra state (``get_extra_state``), which would be lost.
+    """
+    state = model.state_dict()
+    foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise CheckpointError(f"model: extra state {foreign[:4]} is no tensor and cannot be stored. Pass it as extra=")
+    return dict(state)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -211,7 +253,7 @@ def _checked_optimizer_state(
         if name not in numbers or not isinstance(entries, Mapping):
             raise CheckpointError(f"{path}: optimizer state of {name!r}, expected a parameter of this optimizer")
         for key, value in entries.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != shapes[name]:
+            if key in ELEMENTWISE and isinstance(value, Tensor) and value.shape != shapes[name]:
                 got, expected = tuple(value.shape), tuple(shapes[name])
                 raise CheckpointError(f"{path}: optimizer state {key} of {name!r} has shape {got}, expected {expected}")
         state[numbers[name]] = dict(entries)
@@ -255,5 +297,3 @@ def _check_tensors(path: str | Path, model: nn.Module, state: Mapping[str, Any])
 def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, value in _persistent(model).items():
         value.copy_(state[name])
-
-

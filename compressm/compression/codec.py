@@ -30,8 +30,11 @@ def encode(tree: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if tree is None or isinstance(tree, bool | str):
         return tree
     if isinstance(tree, Tensor):
-        tensors[where] = tree
-        return {TENSOR: where}
+        key, again = where, 1
+        while key in tensors:  # {"a/b": x, "a": {"b": y}} and {1: x, "1": y} lead to the same name
+            key, again = f"{where}#{again}", again + 1
+        tensors[key] = tree
+        return {TENSOR: key}
     if type(tree) is int:
         return tree
     if type(tree) is float:

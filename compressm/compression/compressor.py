@@ -20,6 +20,7 @@ from compressm.compression.planning import (
     Planned,
     analyse,
     compressible_layers,
+    describe_edits,
     make_plan,
     plain_model,
     with_new_kernels,
@@ -117,8 +118,8 @@ class Compressor:
         check_moments(self.moments)
         check_multiple(multiple_of)
         self.calibration = Calibration(_replayable(calibration), forward, sequences)
-        self.policy.check_layers(self.ranks)
         check_swappable(self.model, {name: (m, adapter.parameters(m)) for name, (m, adapter) in self.layers.items()})
+        self.policy.check_layers(self.ranks)
         if self.optimizers:
             check_optimizers(self.layers, self.model, self.optimizers)
         if ema is not None:
@@ -284,7 +285,8 @@ def compress(
     optimizers = as_optimizers(optimizer)
     chosen = _recipe(recipe, calibration)
     moments = moments if moments is not None else chosen.moments
-    _check(policy, Policy, "policy").check_layers({name: 0 for name in layers})
+    check_swappable(plain, {name: (module, adapter.parameters(module)) for name, (module, adapter) in layers.items()})
+    _check(policy, Policy, "policy").check_layers({name: adapter.rank(module) for name, (module, adapter) in layers.items()})
     check_moments(moments)
     check_multiple(multiple_of)
     if optimizers:
@@ -300,7 +302,7 @@ def execute(
     model: nn.Module, planned: Planned, *, optimizers: Sequence[torch.optim.Optimizer], ema: Ema | None, moments: str
 ) -> None:
     """Carry a plan out: describe every edit, then apply all of them or none."""
-    edits = {name: planned.layers[name][1].edit(planned.layers[name][0], r) for name, r in planned.reductions.items()}
+    edits = describe_edits(planned)
     if edits:
         apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
 

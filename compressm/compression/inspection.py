@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from compressm.compression.planning import Calibration, analyse, compressible_layers, plain_model
+from compressm.compression._workers import each
+from compressm.compression.planning import Calibration, Candidate, analyse, compressible_layers, plain_model
 from compressm.compression.policies import energy_order
-from compressm.control import slots
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,7 +82,7 @@ class Inspection:
 
         table = Table(title="Hankel spectra", caption="states kept at tau = fraction of the sum of sigma discarded")
         for heading in ("layer", "states", "|lambda| max", "spectrum", "sigma max", "median", "min"):
-            table.add_column(heading, justify="left" if heading in ("layer", "spectrum") else "right")
+            table.add_column(heading, justify="left" if heading in ("layer", "spectrum") else "right", no_wrap=True)
         for tau in TAUS:
             table.add_column(f"tau {tau:g}", justify="right")
         table.add_column(f"bound at {TAUS[1]:g}", justify="right")
@@ -105,7 +105,7 @@ class Inspection:
 
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=140, color_system=None)
+        console = Console(file=StringIO(), width=200, color_system=None)
         console.print(self)
         return console.file.getvalue().rstrip()
 
@@ -155,26 +155,25 @@ def inspect(
     runs = [analyse(model, layers, convention, Calibration()) for convention in ("real", "complex")]
     if calibration is not None:
         runs.insert(0, analyse(model, layers, "real", Calibration(calibration, forward, sequences)))
+    inspected = each(lambda name, _: tuple(_spectrum(run[name]) for run in runs), layers)
     found = []
     for name, (module, adapter) in layers.items():
-        spectra = tuple(_spectrum(run[name].balanced.hsv, run[name]) for run in runs)
+        spectra = inspected[name]
         slowest = float(adapter.read(module, name).log_lam.real.exp().max())
         found.append(LayerInspection(name, type(module).__name__, adapter.rank(module), slowest, spectra))
     return Inspection(tuple(found))
 
 
-def _spectrum(hsv, candidate) -> SpectrumInspection:
-    convention = candidate.balanced.convention
+def _spectrum(candidate: Candidate) -> SpectrumInspection:
+    hsv, convention = candidate.hsv, candidate.balanced.convention
     ranks, bounds = {}, {}
     degenerate = not bool((hsv > 0).any())
     for tau in TAUS:
         order = len(hsv) if degenerate else energy_order(hsv, tau)
-        ranks[tau] = min(candidate.rank, slots(order, convention))
+        ranks[tau] = candidate.balanced.modes(order)
         bounds[tau] = 2 * float(hsv[order:].sum())
     bound_holds = candidate.gramians == "data-free"
-    return SpectrumInspection(
-        convention, candidate.gramians, tuple(hsv.tolist()), ranks, bounds if bound_holds else None
-    )
+    return SpectrumInspection(convention, candidate.gramians, tuple(hsv.tolist()), ranks, bounds if bound_holds else None)
 
 
 def _draw(axis, layer: LayerInspection) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,11 @@ def check_moments(moments: str) -> None:
 
 
 def new_states(
-    optimizer: torch.optim.Optimizer, old: Mapping[str, Tensor], edit: LayerEdit, moments: str
+    optimizer: torch.optim.Optimizer,
+    old: Mapping[str, Tensor],
+    edit: LayerEdit,
+    moments: str,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> tuple[dict[str, dict[str, Any]], set[str]]:
     """State of one layer's new parameters in one optimizer; mutates nothing.
 
@@ -52,6 +56,7 @@ def new_states(
         old: local name to old parameter, all those that change together (also those the optimizer does not hold).
         edit: how the layer changes.
         moments: one of MOMENTS.
+        optimizers: all that train the layer; the moments that others hold of its parameters enter the transport.
 
     Returns:
         new state by local name (absent: the optimizer starts afresh), and the keys of unknown state that was dropped.
@@ -74,8 +79,11 @@ def new_states(
                 if name not in state:
                     state[name] = value[window].clone()
         return result, unknown
+    elsewhere = {
+        key: state for other in optimizers if other is not optimizer for key, p in old.items() if (state := other.state.get(p))
+    }
     for name, kind in kinds.items():
-        _transport(name, kind, states, result, old, edit)
+        _transport(name, kind, {**elsewhere, **states}, result, old, edit)
     return result, unknown
 
 
@@ -94,13 +102,17 @@ def _transport(
     name: str,
     kind: str,
     states: Mapping[str, Mapping[str, Any]],
-    result: Mapping[str, dict[str, Any]],
+    result: dict[str, dict[str, Any]],
     old: Mapping[str, Tensor],
     edit: LayerEdit,
 ) -> None:
-    """Carry one kind of state of all the layer's parameters; parameters without it count as zero."""
-    held = {key: states[key][name] for key in result if _has_shape(states[key].get(name), old[key])}
-    if not held:
+    """Carry one kind of state of all the layer's parameters; parameters without it count as zero.
+
+    A parameter whose squared gradients vanish on the way (it follows from others that have none, frozen ones say) starts
+    afresh: with a step count but no second moment Adam's next step would be several times too long.
+    """
+    held = {key: state[name] for key, state in states.items() if _has_shape(state.get(name), old[key])}
+    if not held.keys() & result.keys():
         return
     full = {
         key: held[key].detach().double() if key in held else torch.zeros_like(old[key], dtype=torch.float64)
@@ -108,8 +120,12 @@ def _transport(
     }
     carry = edit.first_moments if kind == FIRST else edit.second_moments
     carried = carry(full)
-    for key, value in held.items():
-        result[key][name] = carried[key].to(value)
+    for key in held.keys() & result.keys():
+        value = held[key]
+        if kind == SECOND and bool(value.any()) and not bool(carried[key].any()):
+            del result[key]
+        else:
+            result[key][name] = carried[key].to(value)
 
 
 def _has_shape(value: Any, parameter: Tensor) -> bool:

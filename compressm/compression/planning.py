@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from compressm.adapters import Adapter, find_layers, supported_layers
-from compressm.compression.calibration import collect
+from compressm.adapters import Adapter, LayerEdit, find_layers, supported_layers
+from compressm.compression._workers import each
+from compressm.compression.calibration import DataGramians, collect
 from compressm.compression.policies import LayerSpectrum, Policy
 from compressm.compression.report import LayerReduction, ReductionPlan
-from compressm.control import Balanced, Reduction, balance, blend, real_gramians
+from compressm.control import Balanced, DiagonalSystem, Reduction, balance, blend, real_gramians
 from compressm.errors import ModelError, NumericalError, bad_argument
 
 BLEND = 1e-2  # share of the data-free Gramians in the data Gramians
@@ -47,6 +48,7 @@ class Candidate:
     adapter: Adapter
     rank: int
     balanced: Balanced
+    hsv: Tensor
     gramians: str
 
 
@@ -104,25 +106,29 @@ def analyse(
     Raises:
         NumericalError, DataError, ArgumentError: see ``Adapter.read`` and ``calibration.collect``.
     """
-    systems = {name: adapter.read(module, name) for name, (module, adapter) in layers.items()}
+    systems = each(lambda name, layer: layer[1].read(layer[0], name), layers)
     measured = {}
     if calibration.batches is not None:
         measured = collect(
             model, layers, systems, calibration.batches, forward=calibration.forward, sequences=calibration.sequences
         )
-    candidates = {}
-    for name, (module, adapter) in layers.items():
-        system, data = systems[name], measured.get(name)
-        if data is None:
-            balanced, gramians = balance(system, convention=convention), "data-free"
-        else:
-            white_P, white_Q = real_gramians(system)
-            P = blend(data.P.to(white_P), white_P, BLEND)
-            Q = white_Q if data.Q is None else blend(data.Q.to(white_Q), white_Q, BLEND)
-            balanced = balance(system, convention=convention, P=P, Q=Q, fallback_Q=white_Q)
-            gramians = "data P, data-free Q" if data.Q is None else "data"
-        candidates[name] = Candidate(module, adapter, adapter.rank(module), balanced, gramians)
-    return candidates
+
+    def candidate(name: str, layer: tuple[nn.Module, Adapter]) -> Candidate:
+        balanced, gramians = _balanced(systems[name], measured.get(name), convention)
+        return Candidate(*layer, layer[1].rank(layer[0]), balanced, balanced.hsv, gramians)
+
+    return each(candidate, layers)
+
+
+def _balanced(system: DiagonalSystem, data: DataGramians | None, convention: str) -> tuple[Balanced, str]:
+    """A layer's system balanced, and what its Gramians are called in reports."""
+    if data is None:
+        return balance(system, convention=convention), "data-free"
+    white_P, white_Q = real_gramians(system)
+    P = blend(data.P.to(white_P), white_P, BLEND)
+    Q = white_Q if data.Q is None else blend(data.Q.to(white_Q), white_Q, BLEND)
+    balanced = balance(system, convention=convention, P=P, Q=Q, fallback_Q=white_Q)
+    return balanced, "data P, data-free Q" if data.Q is None else "data"
 
 
 def make_plan(
@@ -139,25 +145,44 @@ def make_plan(
     Raises:
         NumericalError: a spectrum is all zero or not finite (names the layer).
     """
-    records, reductions = [], {}
-    for name, item in candidates.items():
-        spectrum = LayerSpectrum(
-            name, item.rank, item.balanced.hsv, item.balanced.convention, None if keep is None else keep.get(name)
-        )
-        rank = policy.rank(spectrum, multiple_of)
-        if not 1 <= rank <= item.rank:
-            expected = f"between 1 and {item.rank} for layer {name!r}"
-            raise bad_argument("policy", got=f"rank {rank}", expected=expected)
-        reduction = None
-        if rank < item.rank:
-            try:
-                reduction = item.balanced.reduce(rank)
-            except NumericalError as error:
-                raise NumericalError(f"layer {name!r}: {error}") from error
-            reductions[name] = reduction
-        records.append(_record(name, item, reduction))
+
+    def reduced(name: str, item: Candidate) -> tuple[LayerReduction, Reduction | None]:
+        return _reduced(name, item, _rank(policy, name, item, None if keep is None else keep.get(name), multiple_of))
+
+    done = each(reduced, candidates)
     layers = {name: (item.module, item.adapter) for name, item in candidates.items()}
-    return Planned(ReductionPlan(tuple(records)), layers, reductions)
+    reductions = {name: reduction for name, (_, reduction) in done.items() if reduction is not None}
+    return Planned(ReductionPlan(tuple(record for record, _ in done.values())), layers, reductions)
+
+
+def _rank(policy: Policy, name: str, item: Candidate, keep: float | None, multiple_of: int) -> int:
+    """The policy's answer for one layer, checked."""
+    spectrum = LayerSpectrum(name, item.rank, item.hsv, item.balanced.convention, keep, item.balanced.modes)
+    rank = policy.rank(spectrum, multiple_of)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= item.rank:
+        raise bad_argument("policy", got=repr(rank), expected=f"a rank between 1 and {item.rank} for layer {name!r}")
+    return rank
+
+
+def _reduced(name: str, item: Candidate, rank: int) -> tuple[LayerReduction, Reduction | None]:
+    """One layer's record and, if it changes, its reduction."""
+    if rank == item.rank:
+        return _record(name, item, None), None
+    try:
+        reduction = item.balanced.reduce(rank)
+        return _record(name, item, reduction), reduction
+    except NumericalError as error:
+        raise NumericalError(f"layer {name!r}: {error}") from error
+
+
+def describe_edits(planned: Planned) -> dict[str, LayerEdit]:
+    """How every layer that changes becomes its reduced system; mutates nothing."""
+
+    def edit(name: str, reduction: Reduction) -> LayerEdit:
+        module, adapter = planned.layers[name]
+        return adapter.edit(module, reduction)
+
+    return each(edit, planned.reductions)
 
 
 def with_new_kernels(planned: Planned) -> tuple[LayerReduction, ...]:
@@ -169,7 +194,7 @@ def with_new_kernels(planned: Planned) -> tuple[LayerReduction, ...]:
 
 
 def _record(name: str, item: Candidate, reduction: Reduction | None) -> LayerReduction:
-    hsv, convention = item.balanced.hsv, item.balanced.convention
+    hsv, convention = item.hsv, item.balanced.convention
     kernel = item.adapter.kernel_plan(item.module)
     common = {"name": name, "rank_before": item.rank, "spectrum": tuple(hsv.tolist()), "convention": convention}
     common |= {"gramians": item.gramians, "kernel_plan_before": kernel, "kernel_plan_after": kernel}
@@ -180,7 +205,7 @@ def _record(name: str, item: Candidate, reduction: Reduction | None) -> LayerRed
             **common, rank_after=item.rank, spectrum_after=common["spectrum"], discarded=0.0, error_bound=bound,
             method="identity",
         )  # fmt: skip
-    kept = reduction.real_order if convention == "real" else reduction.system.order
+    kept = reduction.real_order
     tail = float(hsv[kept:].sum())
     after = hsv[:kept]
     if bound_holds:

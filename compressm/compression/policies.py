@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class LayerSpectrum:
         hsv: (n,) float64 Hankel singular values, descending; n = 2 rank in the real convention, rank in the complex.
         convention: ``"real"`` or ``"complex"``.
         keep: for policies with a budget, the fraction of the sum that this attempt must keep; else None.
+        modes: how many states of the layer the leading ones of the spectrum take; None: the least that is possible.
     """
 
     name: str
@@ -33,6 +34,11 @@ class LayerSpectrum:
     hsv: Tensor
     convention: str
     keep: float | None = None
+    modes: Callable[[int], int] | None = None
+
+    def slots(self, order: int) -> int:
+        """States of the layer that hold the ``order`` largest values of the spectrum; real eigenvalues take one each."""
+        return slots(order, self.convention) if self.modes is None else self.modes(order)
 
     def check(self) -> None:
         """Raise NumericalError if the spectrum is all zero or not finite."""
@@ -46,7 +52,7 @@ class LayerSpectrum:
 
 
 class Policy(ABC):
-    """Chooses the rank of one layer.  Frozen and pure."""
+    """Chooses the rank of one layer.  Frozen and pure: several layers may be asked at a time, from several threads."""
 
     multiple_of: int | None = None
 
@@ -100,8 +106,11 @@ class Energy(Policy):
     def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
         spectrum.check()
         tau = self.tau if spectrum.keep is None else 1 - spectrum.keep
-        kept = slots(energy_order(spectrum.hsv, tau), spectrum.convention)
-        return _round_and_gate(kept, spectrum.rank, self.multiple_of or multiple_of, self.gate)
+        order, multiple = energy_order(spectrum.hsv, tau), self.multiple_of or multiple_of
+        least = _round_and_gate(slots(order, spectrum.convention), spectrum.rank, multiple, self.gate)
+        if least == spectrum.rank:
+            return least
+        return _round_and_gate(spectrum.slots(order), spectrum.rank, multiple, self.gate)
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,11 @@ class FixedRank(Policy):
             raise bad_argument("FixedRank", got=", ".join(unknown), expected=expected)
 
     def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
-        spectrum.check()
         wanted = self.ranks.get(spectrum.name, spectrum.rank) if isinstance(self.ranks, dict) else self.ranks
-        return min(wanted, spectrum.rank)
+        if wanted >= spectrum.rank:
+            return spectrum.rank
+        spectrum.check()
+        return wanted
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Warmup(Schedule):
         _check_steps("total_steps", self.total_steps)
         _check_fraction("fraction", self.fraction)
         _check_steps("attempts", self.attempts)
-        if self.total_steps * self.fraction < self.attempts:
+        if self.total_steps * self.fraction < self.attempts - 1e-9:
             got = f"{self.attempts} attempts in {self.total_steps * self.fraction:g} steps"
             remedy = "Train longer, raise fraction or lower attempts"
             raise bad_argument("attempts", got=got, expected="at least one step per attempt", remedy=remedy)

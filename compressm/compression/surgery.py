@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter, LayerEdit
+from compressm.compression._workers import each
 from compressm.compression.audit import (
     Ema,
     Optimizers,
@@ -77,18 +78,17 @@ def apply_edits(
     swaps = [Swap.of(name, layers[name][0], edit.tensors) for name, edit in edits.items()]
     actions: list[Action] = []
     for optimizer in optimizers:
-        unknown: set[str] = set()
-        states: dict[str, dict[str, dict[str, Any]]] = {}
-        for swap in swaps:
-            states[swap.name], keys = new_states(optimizer, swap.old, edits[swap.name], moments)
-            unknown |= keys
-        if unknown:
+        carried = each(
+            lambda name, swap, optimizer=optimizer: new_states(optimizer, swap.old, edits[name], moments, optimizers),
+            {swap.name: swap for swap in swaps},
+        )
+        if unknown := set().union(*(keys for _, keys in carried.values())):
             warn_unknown(optimizer, unknown)
-        actions += _optimizer_actions(optimizer, swaps, states)
+        actions += _optimizer_actions(optimizer, swaps, {name: states for name, (states, _) in carried.items()})
     if ema is not None:
         check_ema(ema, model, {name: layers[name] for name in edits})
-        for name, edit in edits.items():
-            actions += _ema_actions(ema, name, edit)
+        for part in each(lambda name, edit: _ema_actions(ema, name, edit), edits).values():
+            actions += part
     _commit(model, optimizers, swaps, actions)
 
 

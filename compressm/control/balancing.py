@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from compressm.control.coordinates import Coordinates, check_convention, white_gramians
+from compressm.control.coordinates import Coordinates, check_convention, slots, white_gramians
 from compressm.control.obs import obs_subset
 from compressm.control.system import DiagonalSystem, check_rank
 from compressm.errors import NumericalError, bad_argument
@@ -19,6 +18,8 @@ NUMERICAL_RANK = 1e-13  # singular values below this share of the largest cannot
 MAX_CONDITION = 1e4  # of the eigenvectors of the reduced A
 MAX_MODULUS = 1 - 1e-6
 RETRIES = 3
+EXACT_ORDER = 128  # up to here every order is tried; eigenvalues of larger matrices cost too much
+PROBES = 8  # decompositions in search of an order above that
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,15 @@ class _Bases:
 
 
 @dataclass(frozen=True, eq=False)
+class _Eigen:
+    """Eigenvalues and eigenvectors of a truncated A."""
+
+    values: Tensor
+    vectors: Tensor
+    modes: int  # complex states that they take
+
+
+@dataclass(frozen=True, eq=False)
 class Balanced:
     """A balanced system, ready to be cut at any rank.
 
@@ -74,19 +84,19 @@ class Balanced:
     P: Tensor
     Q: Tensor
     fallback_Q: Tensor | None = None
+    _bases: _Bases = field(init=False, repr=False)
+    _coordinates: Coordinates = field(init=False, repr=False)
+    _known: dict[int, _Eigen] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Not cached properties: in Python 3.11 all instances share their lock, and layers are balanced side by side.
+        object.__setattr__(self, "_bases", _balance(self.P, self.Q))
+        object.__setattr__(self, "_coordinates", Coordinates.of(self.system, self.convention))
 
     @property
     def hsv(self) -> Tensor:
         """(n,) float64 Hankel singular values, descending."""
         return self._bases.hsv
-
-    @cached_property
-    def _bases(self) -> _Bases:
-        return _balance(self.P, self.Q)
-
-    @cached_property
-    def _coordinates(self) -> Coordinates:
-        return Coordinates.of(self.system, self.convention)
 
     def reduce(self, rank: int) -> Reduction:
         """Truncate to ``rank`` complex states and diagonalise.
@@ -114,31 +124,68 @@ class Balanced:
         slowest = float(self.system.log_lam.real.max().exp())
         return Reduction(self.system, right, left, multiplicity, "identity", 1.0, slowest, coordinates.size)
 
+    def modes(self, order: int) -> int:
+        """Complex states that the leading ``order`` states of the spectrum take: one for every conjugate pair of the
+        eigenvalues that they have on their own, and one for every real eigenvalue."""
+        least = min(self.system.order, slots(order, self.convention))
+        if self.convention == "complex" or least == self.system.order or self._bases.rank == 0:
+            return least
+        return max(least, self._eigen(self._bases, min(order, self._bases.rank)).modes)
+
+    def _eigen(self, bases: _Bases, order: int) -> _Eigen:
+        """Eigenvalues and eigenvectors of the leading ``order`` states; those of the measured Gramians are remembered."""
+        known = self._known if bases is self._bases else {}
+        if order not in known:
+            A = bases.left[:order] @ self._coordinates.A @ bases.right[:, :order]
+            values, vectors = torch.linalg.eig(A)
+            modes = int((values.imag >= 0).sum()) if self.convention == "real" else order
+            known[order] = _Eigen(values, vectors, modes)
+        return known[order]
+
+    def _fitting(self, bases: _Bases, rank: int) -> int:
+        """The largest order whose modes fit into ``rank``, or where trying all costs too much one that (nearly) fills it."""
+        top = min(bases.rank, 2 * rank if self.convention == "real" else rank)
+        if top <= EXACT_ORDER or self.convention == "complex":
+            return next((order for order in range(top, 0, -1) if self._eigen(bases, order).modes <= rank), 0)
+        low, low_modes = rank, slots(rank, self.convention)  # every order takes at most as many modes
+        for order, eigen in (self._known if bases is self._bases else {}).items():
+            if low < order <= top and eigen.modes <= rank:
+                low, low_modes = order, eigen.modes
+        high, probe = top + 1, top
+        for _ in range(PROBES):
+            if low_modes == rank or high - low <= 1:
+                break
+            modes = self._eigen(bases, probe).modes
+            if modes <= rank:
+                low, low_modes = probe, modes
+            else:
+                high, high_modes = probe, modes
+            if high <= top:
+                probe = low + (rank - low_modes) * (high - low) // (high_modes - low_modes)
+                probe = min(max(probe, low + 1), high - 1)
+        return low
+
     def _cut(self, bases: _Bases, rank: int, method: str) -> Reduction | None:
         """The largest order that fits and passes the guards, or None after three that do not pass."""
-        real = self.convention == "real"
-        order = min(bases.rank, 2 * rank if real else rank)
+        order = self._fitting(bases, rank)
         failures = 0
         while order > 0 and failures < RETRIES:
             T, W = bases.right[:, :order], bases.left[:order]
-            eigenvalues, E = torch.linalg.eig(W @ self._coordinates.A @ T)
-            keep = eigenvalues.imag >= 0 if real else torch.ones_like(eigenvalues.real, dtype=torch.bool)
-            excess = int(keep.sum()) - rank
-            if excess > 0:
-                order -= excess
+            eigen = self._eigen(bases, order)
+            if eigen.modes > rank:
+                order -= 1
                 continue
-            condition, modulus = float(torch.linalg.cond(E)), float(eigenvalues.abs().max())
+            eigenvalues, E = eigen.values, eigen.vectors
+            diagonalise = _real_modes if self.convention == "real" else _complex_modes
+            lam, right, left, condition = diagonalise(eigenvalues, E, T, W)
+            modulus = float(eigenvalues.abs().max())
             if modulus < 1 and condition <= MAX_CONDITION:
-                right = (T.to(E) @ E)[:, keep]
-                left = torch.linalg.solve(E, W.to(E))[keep]
-                return self._assemble(eigenvalues[keep], right, left, rank, method, condition, modulus, order)
+                return self._assemble(lam, right, left, rank, method, condition, modulus, order)
             order, failures = order - 1, failures + 1
         if bases.rank == 0:
             empty = torch.empty(0, dtype=torch.complex128, device=self.P.device)
             shape = self._coordinates.size
-            return self._assemble(
-                empty, empty.expand(shape, 0), empty[:, None].expand(0, shape), rank, method, 1.0, 0.0, 0
-            )
+            return self._assemble(empty, empty.expand(shape, 0), empty[:, None].expand(0, shape), rank, method, 1.0, 0.0, 0)
         return None
 
     def _assemble(
@@ -214,11 +261,22 @@ def balance(
         ArgumentError: unknown convention, a batched system, or Gramians of another shape.
         NumericalError: Gramians that are not finite.
     """
+    return Balanced(system, convention, *_checked(system, convention, P, Q, fallback_Q))
+
+
+def hankel_singular_values(system: DiagonalSystem, convention: str) -> Tensor:
+    """(n,) float64, descending, of an unbatched system; cheaper than balancing it."""
+    P, Q, _ = _checked(system, convention, None, None, None)
+    return _singular_values(P, Q)
+
+
+def _checked(
+    system: DiagonalSystem, convention: str, P: Tensor | None, Q: Tensor | None, fallback_Q: Tensor | None
+) -> list[Tensor | None]:
+    """The Gramians to balance, see :func:`balance`."""
     check_convention(convention)
     if system.batch_shape:
-        raise bad_argument(
-            "system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes"
-        )
+        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
     n = system.order * (2 if convention == "real" else 1)
     if P is None or Q is None:
         white_P, white_Q = white_gramians(system, convention)
@@ -228,14 +286,12 @@ def balance(
     for name, gramian in (("P", P), ("Q", Q), ("fallback_Q", fallback_Q)):
         if gramian is not None:
             if gramian.shape != (n, n):
-                raise bad_argument(
-                    name, got=tuple(gramian.shape), expected=f"({n}, {n}) in the {convention} convention"
-                )
+                raise bad_argument(name, got=tuple(gramian.shape), expected=f"({n}, {n}) in the {convention} convention")
             gramian = gramian.to(system.log_lam.device, dtype)
             if not bool(torch.isfinite(gramian).all()):
                 raise NumericalError(f"Gramian {name} holds NaN or infinite entries, expected finite ones")
         prepared.append(gramian)
-    return Balanced(system, convention, *prepared)
+    return prepared
 
 
 def factor(gramian: Tensor) -> Tensor:
@@ -253,6 +309,47 @@ def factor(gramian: Tensor) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(correlation)
     keep = eigenvalues > DROP * eigenvalues[-1]
     return scale[:, None] * vectors[:, keep] * eigenvalues[keep].sqrt()
+
+
+def _singular_values(P: Tensor, Q: Tensor) -> Tensor:
+    """Hankel singular values of a pair of Gramians, descending, without bases."""
+    L_p, L_q = factor(P), factor(Q)
+    unit_p, unit_q = _power_of_two(L_p), _power_of_two(L_q)
+    hsv = torch.zeros(P.shape[0], dtype=torch.float64, device=P.device)
+    sigma = torch.linalg.svdvals((L_q / unit_q).mH @ (L_p / unit_p))
+    hsv[: len(sigma)] = sigma * (unit_p * unit_q)
+    return hsv
+
+
+def _complex_modes(eigenvalues: Tensor, E: Tensor, T: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Eigenvalues, right and left bases of all modes, and the condition of their eigenvectors."""
+    condition = _condition(E)
+    left = torch.linalg.solve(E, W) if condition <= MAX_CONDITION else W
+    return eigenvalues, T @ E, left, condition
+
+
+def _real_modes(eigenvalues: Tensor, E: Tensor, T: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The same for one mode of every conjugate pair and the real modes of a real matrix, in real arithmetic.
+
+    Eigenvectors e, conj(e) of a pair and sqrt(2) Re e, sqrt(2) Im e differ by a unitary matrix, hence have one condition.
+    """
+    pair, single = eigenvalues.imag > 0, eigenvalues.imag == 0
+    lam = torch.cat([eigenvalues[pair], eigenvalues[single]])
+    e, pairs = E[:, pair], int(pair.sum())
+    root = math.sqrt(2)
+    R = torch.cat([root * e.real, root * e.imag, E[:, single].real], 1)
+    condition = _condition(R)
+    left, right = torch.linalg.solve(R, W) if condition <= MAX_CONDITION else W, T @ R
+    split = (pairs, pairs, len(lam) - pairs)
+    (re, im, one), (t_re, t_im, t_one) = left.split(split), right.split(split, 1)
+    left = torch.cat([torch.complex(re, -im) / root, one.to(E)])
+    right = torch.cat([torch.complex(t_re, t_im) / root, t_one.to(E)], 1)
+    return lam, right, left, condition
+
+
+def _condition(matrix: Tensor) -> float:
+    values = torch.linalg.svdvals(matrix)
+    return float(values[0] / values[-1]) if bool(values[-1] > 0) else math.inf
 
 
 def _balance(P: Tensor, Q: Tensor) -> _Bases:

@@ -44,9 +44,7 @@ class DiagonalSystem:
             value = getattr(self, name).detach().to(torch.complex128)
             bad = int((~torch.isfinite(value)).sum())
             if bad:
-                raise NumericalError(
-                    f"{name}: {bad} of {value.numel()} entries are NaN or infinite, expected finite ones"
-                )
+                raise NumericalError(f"{name}: {bad} of {value.numel()} entries are NaN or infinite, expected finite ones")
             object.__setattr__(self, name, value)
         if bool((self.log_lam.real >= 0).any()):
             largest = float(self.log_lam.real.max())
@@ -78,7 +76,7 @@ class DiagonalSystem:
 
     def hankel_singular_values(self, convention: str = "real") -> Tensor:
         """Descending float64, (..., 2N) for ``"real"`` and (..., N) for ``"complex"``."""
-        return self._each(lambda system: _balance(system, convention).hsv)
+        return self._each(lambda system: _singular_values(system, convention))
 
     def truncate(self, rank: int, convention: str = "real") -> DiagonalSystem:
         """Balanced truncation to ``order == rank``.
@@ -144,6 +142,12 @@ def _balance(system: DiagonalSystem, convention: str) -> Balanced:
     from compressm.control.balancing import balance
 
     return balance(system, convention)
+
+
+def _singular_values(system: DiagonalSystem, convention: str) -> Tensor:
+    from compressm.control.balancing import hankel_singular_values
+
+    return hankel_singular_values(system, convention)
 
 
 def check_rank(rank: int, order: int) -> None:

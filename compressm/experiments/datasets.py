@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import tarfile
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ def _cifar_jpeg(path: Path) -> Dataset:
     from PIL import Image
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             data = {key: file[key] for key in file.files if key != "class_names"}
         parts = []
         for split in ("train", "test"):
@@ -174,7 +175,7 @@ def _cifar_jpeg(path: Path) -> Dataset:
             slices = (packed[a:b] for a, b in itertools.pairwise(offsets))
             pixels = np.stack([np.asarray(Image.open(io.BytesIO(s)).convert("RGB")) for s in slices])
             parts += [torch.from_numpy(pixels).reshape(-1, 1024, 3), torch.from_numpy(data[f"{split}_labels"]).long()]
-    except (OSError, ValueError, KeyError, zlib.error) as error:
+    except (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: damaged or incomplete ({error}), expected CIFAR-10 as JPEG. Fetch it again") from error
     return Dataset("CIFAR-10 (lossy JPEG copy)", *parts, 10)
 

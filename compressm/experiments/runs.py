@@ -44,11 +44,13 @@ class Command:
         preset: name of the preset.
         settings: resolved.
         data_dir: folder of the data; None downloads them.
+        resume: go on with what lies in the output folder.
     """
 
     preset: str
     settings: Settings
     data_dir: str | None
+    resume: bool = False
 
     def write(self, out: Path) -> None:
         body = {"preset": self.preset, "data_dir": self.data_dir, "settings": self.settings.model_dump(mode="json")}
@@ -65,23 +67,27 @@ class Interrupted(Exception):
 def prepare(
     preset: str, overrides: dict[str, Any], out: Path, data_dir: str | None, *, resume: bool, overwrite: bool
 ) -> Command:
-    """Resolve the settings, and settle what happens to what is already in the output folder.
+    """Resolve the settings, and settle what is to happen to what is already in the output folder.  Changes nothing.
 
     Raises:
         ConfigError: unknown preset, key or value; an unfinished command in ``out`` that is neither resumed nor overwritten; or
             a resumed one with other settings.
-        CheckpointError: the folder cannot be written.
     """
     command = Command(preset, resolve(preset, overrides), data_dir)
     earlier = _earlier(out)
     if earlier is not None and resume:
         _check_same(earlier, preset, overrides, out)
-        return Command(preset, earlier.settings, data_dir or earlier.data_dir)
+        return Command(preset, earlier.settings, data_dir or earlier.data_dir, resume=True)
     if earlier is not None and not overwrite and not (out / REPORT_FILE).exists() and any(out.glob("*.safetensors")):
         raise ConfigError(
             f"--out {out}: holds an unfinished {earlier.preset} command. Continue it with --resume, start anew with "
             "--overwrite, or choose another folder"
         )
+    return command
+
+
+def _clear(command: Command, out: Path) -> None:
+    """Make the output folder ready for a command that starts anew."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in TITLES:
@@ -91,7 +97,6 @@ def prepare(
     except OSError as error:
         raise CheckpointError(f"--out {out}: {error.strerror}, expected a folder that can be written") from error
     command.write(out)
-    return command
 
 
 def execute(command: Command, out: Path, display: Display, stopped: Callable[[], bool]) -> dict[str, Any]:
@@ -108,6 +113,9 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
     device = pick_device(settings.device)
     folder = Path(command.data_dir) if command.data_dir is not None else None
     data = datasets.load(settings.dataset, folder).to(device)
+    if not command.resume:
+        _clear(command, out)
+    display.message(f"[bold]{settings.title}[/] (seed {settings.seed}) into {out}")
     finished: list[TrainingRun] = []
     for name in settings.runs:
         states = [settings.d_state] * settings.blocks if name in ("compressed", "full") else finished[0].model.states

@@ -3,7 +3,8 @@
 from compressm.kernels._plan import KernelPlan
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
-from compressm.kernels.lti_scan import lti_scan, lti_scan_planar, plan_for
+from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
+from compressm.kernels.planning import plan
 
 __all__ = [
     "Gramians",
@@ -13,5 +14,5 @@ __all__ = [
     "gramians_many",
     "lti_scan",
     "lti_scan_planar",
-    "plan_for",
+    "plan",
 ]

@@ -43,6 +43,10 @@ def diagonal_scan(
             got=f"{tuple(x.shape)} of {x.dtype}",
             expected=f"a real tensor (batch, length, 2N) with N = {log_decay.shape[-1]}, [re | im]",
         )
+    for name, tensor in (("log_decay", log_decay), ("phase", phase)):
+        if tensor.dim() != 1 or tensor.shape != log_decay.shape or tensor.device != x.device:
+            expected = f"shape {(x.shape[2] // 2,)} on {x.device}"
+            raise bad_argument(name, got=f"shape {tuple(tensor.shape)} on {tensor.device}", expected=expected)
     if initial_state is not None and initial_state.shape != (x.shape[0], x.shape[2]):
         raise bad_argument("initial_state", got=tuple(initial_state.shape), expected=(x.shape[0], x.shape[2]))
     chosen = choose_backend(x.device.type, x.dtype, backend)

@@ -46,21 +46,12 @@ def gramians(log_lam: Tensor, B: Tensor, C: Tensor, *, backend: str | None = Non
     """
     check_system(log_lam, B, C)
     batch = torch.broadcast_shapes(log_lam.shape[:-1], B.shape[:-2], C.shape[:-2])
-    if not batch:
-        return gramians_many([(log_lam, B, C)], backend=backend)[0]
-    flat = [
-        t.expand(*batch, *t.shape[t.dim() - k :]).flatten(0, len(batch) - 1) for t, k in ((log_lam, 1), (B, 2), (C, 2))
-    ]
-    if _choose(log_lam.device.type, backend) == "triton":
-        quads = gramians_many(list(zip(*flat, strict=True)), backend="triton")
-        stacked = (torch.stack(matrices) for matrices in zip(*quads, strict=True))
-    else:
-        stacked = gramians_many([tuple(flat)], backend=backend)[0]
-    return Gramians(*(matrix.unflatten(0, batch) for matrix in stacked))
+    whole = tuple(t.expand(*batch, *t.shape[t.dim() - k :]) for t, k in ((log_lam, 1), (B, 2), (C, 2)))
+    return gramians_many([whole], backend=backend)[0]
 
 
 def gramians_many(systems: Sequence[System], *, backend: str | None = None) -> list[Gramians]:
-    """Gramians of several systems of different shapes; one kernel launch on a GPU.
+    """Gramians of several systems of different shapes; one kernel launch on a GPU, except where gradients are needed.
 
     Args:
         systems: (log_lam, B, C) each, shapes as in :func:`gramians`, on one device.
@@ -71,8 +62,11 @@ def gramians_many(systems: Sequence[System], *, backend: str | None = None) -> l
     prepared = []
     for system in systems:
         check_system(*system)
+        if system[0].device != systems[0][0].device:
+            raise bad_argument("systems", got=f"{system[0].device}", expected=f"one device, {systems[0][0].device}")
         prepared.append(tuple(tensor.to(torch.complex128) for tensor in system))
-    chosen = _choose(prepared[0][0].device.type, backend)
+    differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for system in prepared for tensor in system)
+    chosen = choose_backend(prepared[0][0].device.type, differentiate, backend)
     if chosen == "triton":
         from compressm.kernels import _gramians_triton
 
@@ -108,13 +102,15 @@ def check_system(log_lam: Tensor, B: Tensor, C: Tensor) -> None:
         raise bad_argument("log_lam, B, C", got=f"{log_lam.device}, {B.device}, {C.device}", expected="one device")
 
 
-def _choose(device: str, backend: str | None) -> str:
-    triton = Candidate("triton", lambda: _triton_why_not(device))
+def choose_backend(device: str, differentiate: bool, backend: str | None) -> str:
+    triton = Candidate("triton", lambda: _triton_why_not(device, differentiate))
     others = [Candidate("torch", lambda: None), Candidate("reference", lambda: None)]
     return choose("gramians", [*others, triton] if device == "cpu" else [triton, *others], backend)
 
 
-def _triton_why_not(device: str) -> str | None:
+def _triton_why_not(device: str, differentiate: bool) -> str | None:
+    if differentiate:
+        return "the kernel has no backward, and an argument requires a gradient"
     from compressm.kernels import _gramians_triton
 
     return _gramians_triton.why_not(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -88,27 +89,29 @@ def lti_scan_planar(
     _check(u, log_decay, phase, B_re, B_im, C_re, C_im, D, initial_state)
     launch = _launch(u.device.type, u.dtype, *u.shape, C_re.shape[0], log_decay.shape[0], backend)
     work = torch.promote_types(u.dtype, torch.float32)
-    operands = Operands(
-        log_decay.to(work),
-        phase.to(work),
-        torch.cat([B_re, B_im], 0).to(work),
-        torch.cat([C_re, -C_im], 1).to(work),
-        None if D is None else D.to(work),
-    )
-    start = None if initial_state is None else initial_state.to(work)
-    y, last = _run(u.to(work), operands, start, *launch)
+    with _no_autocast(u.device.type):
+        operands = Operands(
+            log_decay.to(work),
+            phase.to(work),
+            torch.cat([B_re, B_im], 0).to(work),
+            torch.cat([C_re, -C_im], 1).to(work),
+            None if D is None else D.to(work),
+        )
+        start = None if initial_state is None else initial_state.to(work)
+        y, last = _run(u.to(work), operands, start, *launch)
     y = y.to(u.dtype)
     return (y, last) if return_last_state else y
 
 
-def plan_for(u: Tensor, n_states: int, n_outputs: int, backend: str | None = None) -> KernelPlan:
-    """The plan that :func:`lti_scan` follows for an input u (batch, L, H); pure, runs nothing but the first C++ build."""
-    return _plan(u.device.type, u.dtype, *u.shape, n_outputs, n_states, backend)
+def _no_autocast(device: str) -> AbstractContextManager:
+    """Keep the products in float32: autocast would round the state, and the compiled backends take one dtype."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _plan(
+def plan_for_shapes(
     device: str, dtype: torch.dtype, batch: int, length: int, channels: int, outputs: int, states: int, backend: str | None
 ) -> KernelPlan:
+    """The plan that :func:`lti_scan` follows for an input (batch, length, channels)."""
     chosen = choose_backend(device, dtype, backend)
     if chosen == "reference" and (backend == "reference" or dtype == torch.float64):
         return KernelPlan("lti_scan", "reference", "scan", (), "one step at a time")
@@ -118,7 +121,7 @@ def _plan(
 @torch.compiler.assume_constant_result
 def _launch(*shapes_and_backend) -> tuple[str, int, int, bool]:
     """(backend, tau, tile rows, store states) of the plan; torch.compile takes them as constants while it traces."""
-    plan = _plan(*shapes_and_backend)
+    plan = plan_for_shapes(*shapes_and_backend)
     config = dict(plan.config)
     return plan.backend, config.get("tau", 1), config.get("rows", 0), bool(config.get("store", 0))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import bad_argument
-from compressm.kernels import KernelPlan, lti_scan_planar, plan_for
+from compressm.kernels import KernelPlan, lti_scan_planar, plan
 
 
 class LRU(nn.Module):
@@ -49,7 +49,7 @@ class LRU(nn.Module):
             raise bad_argument("max_phase", got=max_phase, expected="a number in (0, 2 pi]")
         self.d_model = d_model
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
-        self.kernel_plan: KernelPlan | None = None
+        self._last_call: tuple[str, torch.dtype, int, int] | None = None  # device type, dtype, batch and length of the input
         empty = {"device": device, "dtype": dtype}
         for name, shape in self.parameter_shapes(d_state).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **empty)))
@@ -81,6 +81,15 @@ class LRU(nn.Module):
         """States N, read from the parameters."""
         return self.nu_log.shape[0]
 
+    @property
+    def kernel_plan(self) -> KernelPlan | None:
+        """The kernel that runs an input like the last one at the present number of states; None before the first call."""
+        if self._last_call is None:
+            return None
+        device, dtype, batch, length = self._last_call
+        H, N = self.d_model, self.d_state
+        return plan("lti_scan", {"u": (batch, length, H), "B": (N, H), "C": (H, N)}, dtype, device)
+
     def initial_state(self, batch: int) -> Tensor:
         """The zero state (batch, N), complex."""
         dtype = torch.promote_types(self.nu_log.dtype, torch.float32).to_complex()
@@ -102,7 +111,7 @@ class LRU(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, length, {self.d_model})")
         if not torch.compiler.is_compiling():
-            self.kernel_plan = plan_for(x, self.d_state, self.d_model)
+            self._last_call = (x.device.type, x.dtype, x.shape[0], x.shape[1])
         gamma = self.gamma_log.exp()[:, None]
         start = None if initial_state is None else torch.cat([initial_state.real, initial_state.imag], -1)
         result = lti_scan_planar(

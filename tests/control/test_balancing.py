@@ -224,9 +224,7 @@ def test_real_reduction_beats_complex_on_the_real_system():
 def test_obs_keeps_what_cannot_be_predicted():
     """Modes that duplicate another one cost nothing, and the refit leaves the response unchanged."""
     system = draw("random", 3, 2, 2, seed=6)
-    double = DiagonalSystem(
-        *(torch.cat([getattr(system, k)] * 2, axis) for k, axis in (("log_lam", 0), ("B", 0), ("C", 1)))
-    )
+    double = DiagonalSystem(*(torch.cat([getattr(system, k)] * 2, axis) for k, axis in (("log_lam", 0), ("B", 0), ("C", 1))))
     P, _ = real_gramians(double)
     modes, embedding = obs_subset(Coordinates.of(double, "real"), P, 3)
     assert sorted(m % 3 for m in modes.tolist()) == [0, 1, 2]
@@ -248,9 +246,7 @@ def test_obs_takes_over_where_balancing_cannot(monkeypatch):
 
 def test_data_free_q_takes_over_where_measured_gramians_are_unstable():
     """States only ever seen along x but felt along y, nearly orthogonal to it: the projected eigenvalue leaves the circle."""
-    system = DiagonalSystem(
-        *(torch.tensor(v, dtype=torch.complex128) for v in ([-0.1 + 1j, -0.2], [[1], [1]], [[1, 1]]))
-    )
+    system = DiagonalSystem(*(torch.tensor(v, dtype=torch.complex128) for v in ([-0.1 + 1j, -0.2], [[1], [1]], [[1, 1]])))
     x, y = torch.tensor([[1.0, 0, 0, 0], [0.1, 0, 1.0, 0]], dtype=torch.float64)
     P, Q = torch.outer(x, x), torch.outer(y, y)
     assert balance(system, P=P, Q=Q).reduce(1).method == "obs"
@@ -262,15 +258,52 @@ def test_data_free_q_takes_over_where_measured_gramians_are_unstable():
 
 def test_batched_systems_agree_with_single_ones():
     systems = [draw("random", 5, 2, 3, seed) for seed in range(4)]
-    batch = DiagonalSystem(
-        *(torch.stack([getattr(s, k) for s in systems]).unflatten(0, (2, 2)) for k in ("log_lam", "B", "C"))
-    )
+    batch = DiagonalSystem(*(torch.stack([getattr(s, k) for s in systems]).unflatten(0, (2, 2)) for k in ("log_lam", "B", "C")))
     assert batch.batch_shape == (2, 2)
     assert batch.hankel_singular_values().shape == (2, 2, 10)
     assert relative(batch.hankel_singular_values()[1, 0], systems[2].hankel_singular_values()) < 1e-13
     assert batch.truncate(2).order == 2
     assert relative(batch.truncate(2).impulse_response(5)[0, 1], systems[1].truncate(2).impulse_response(5)) < 1e-10
     assert batch.error_bound(2).shape == (2, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(KINDS), n=st.integers(1, 12), seed=st.integers(0, 10_000), data=st.data())
+def test_modes_say_what_an_order_takes(kind, n, seed, data):
+    """A cut to the states that an order takes keeps at least that order, unless the guards object."""
+    system = draw(kind, n, 2, 2, seed)
+    convention = data.draw(st.sampled_from(["real", "complex"]))
+    balanced = balance(system, convention)
+    order = data.draw(st.integers(1, len(balanced.hsv)), label="order")
+    modes = balanced.modes(order)
+    assert slots(order, convention) <= modes <= n
+    fresh = balance(system, convention)
+    reduction = fresh.reduce(modes)
+    check_reduction(fresh, reduction, modes)
+    order = min(order, balanced._bases.rank)
+    if order and modes < n:
+        eigen = balanced._eigen(balanced._bases, order)
+        sound = float(eigen.values.abs().max()) < 1 and float(torch.linalg.cond(eigen.vectors)) < 1e4
+        assert reduction.method == "balanced" or not sound
+        assert reduction.real_order >= order or not sound
+
+
+def test_large_systems_are_searched_in_proportion():
+    """Most eigenvalues real: far fewer states than 2 rank fit, and few decompositions must find how many."""
+    generator = torch.Generator().manual_seed(0)
+    n = 140
+    theta = torch.where(torch.arange(n) % 5 == 0, torch.rand(n, generator=generator), torch.zeros(())).double()
+    decay = -0.01 - torch.rand(n, generator=generator).double()
+    B, C = torch.randn(2, n, n, generator=generator).double()
+    system = DiagonalSystem(torch.complex(decay, theta), B, C)
+    balanced = balance(system)
+    reduction = balanced.reduce(100)
+    assert reduction.method == "balanced"
+    assert len(balanced._known) <= 8
+    assert 97 <= int((reduction.right.abs().sum(0) > 0).sum()) <= 100
+    order = balanced.modes(150)
+    again = balanced.reduce(order)
+    assert again.real_order >= 150
 
 
 def test_slots():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _cpp, diagonal_scan, lti_scan, lti_scan_planar, plan_for
+from compressm.kernels import _cpp, diagonal_scan, lti_scan, lti_scan_planar, plan
 from compressm.kernels import _lti_scan_ref as reference
 from compressm.kernels._lti_scan_block import block_tables, toeplitz
 from compressm.kernels.lti_scan import Operands, _run
@@ -241,16 +241,30 @@ def test_same_result_for_any_thread_count():
         torch.testing.assert_close(results[1][name], value, rtol=1e-6, atol=1e-6, msg=name)
 
 
+def shapes(batch, length, channels, states):
+    return {"u": (batch, length, channels), "B": (states, channels), "C": (channels, states)}
+
+
 def test_plan_says_what_runs():
-    small, wide = torch.zeros(50, 784, 8), torch.zeros(16, 1024, 512)
-    assert plan_for(small, 256, 8).form == "block"
-    assert plan_for(small, 256, 8).backend == "cpp"
-    assert plan_for(wide, 384, 512).form == "scan"
-    assert plan_for(small.double(), 256, 8).backend == "reference"
-    assert plan_for(small, 256, 8, "reference").form == "scan"
-    assert plan_for(small, 256, 8) is plan_for(small, 256, 8)
-    assert "cpp block" in str(plan_for(small, 256, 8))
-    assert plan_for(small, 256, 8).get("tau") > 1
+    small, wide = shapes(50, 784, 8, 256), shapes(16, 1024, 512, 384)
+    assert plan("lti_scan", small).form == "block"
+    assert plan("lti_scan", small).backend == "cpp"
+    assert plan("lti_scan", wide).form == "scan"
+    assert plan("lti_scan", small, torch.float64).backend == "reference"
+    assert plan("lti_scan", small, backend="reference").form == "scan"
+    assert plan("lti_scan", small) is plan("lti_scan", small)
+    assert "cpp block" in str(plan("lti_scan", small))
+    assert plan("lti_scan", small).get("tau") > 1
+    assert plan("gramians", small).backend == "torch"
+
+
+def test_plan_names_wrong_input():
+    with pytest.raises(ArgumentError, match="op: expected one of lti_scan, gramians, got 'scan'"):
+        plan("scan", shapes(1, 2, 3, 4))
+    with pytest.raises(ArgumentError, match="a shape of 3 axes for u"):
+        plan("lti_scan", {"B": (4, 3), "C": (3, 4)})
+    with pytest.raises(ArgumentError, match=r"B \(N, H\)"):
+        plan("lti_scan", {**shapes(1, 2, 3, 4), "B": (3, 4)})
 
 
 def test_custom_ops_are_well_formed():

@@ -1,0 +1,167 @@
+"""Rank policies."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressm.compression import Energy, FixedRank, Policy, Shrink
+from compressm.compression.policies import LayerSpectrum, energy_order
+from compressm.errors import ArgumentError, NumericalError
+
+values = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=40).filter(lambda v: max(v) > 1e-3)
+taus = st.floats(0, 1, exclude_max=True)
+
+
+def spectrum(hsv, convention="complex", keep=None, name="lru") -> LayerSpectrum:
+    hsv = torch.as_tensor(sorted(hsv, reverse=True), dtype=torch.float64)
+    rank = len(hsv) if convention == "complex" else len(hsv) // 2
+    return LayerSpectrum(name, rank, hsv, convention, keep)
+
+
+@given(values, taus)
+def test_energy_order_is_the_smallest_that_holds_its_fraction(hsv, tau):
+    hsv = sorted(hsv, reverse=True)
+    order = energy_order(torch.tensor(hsv, dtype=torch.float64), tau)
+    tails = [math.fsum(hsv[m:]) for m in range(len(hsv) + 1)]
+    slack = 1e-12 * tails[0]
+    assert 1 <= order <= len(hsv)
+    assert tails[order] <= tau * tails[0] + slack
+    assert order == 1 or tails[order - 1] > tau * tails[0] - slack
+
+
+@given(values, taus, taus)
+def test_larger_tau_never_keeps_more(hsv, one, other):
+    tensor = torch.tensor(sorted(hsv, reverse=True), dtype=torch.float64)
+    assert energy_order(tensor, max(one, other)) <= energy_order(tensor, min(one, other))
+
+
+@given(values, taus, st.integers(1, 9), st.sampled_from(["real", "complex"]), st.floats(0.01, 1))
+def test_energy_rank_is_valid_rounded_and_gated(hsv, tau, multiple, convention, gate):
+    layer = spectrum(hsv * 2, convention)
+    rank = Energy(tau=tau, gate=gate).rank(layer, multiple)
+    assert 1 <= rank <= layer.rank
+    order = energy_order(layer.hsv, tau)
+    wanted = order if convention == "complex" else math.ceil(order / 2)
+    if rank < layer.rank:
+        assert rank < gate * layer.rank
+        assert rank >= wanted
+        assert rank % multiple == 0
+        assert rank - wanted < multiple
+    else:
+        assert min(layer.rank, math.ceil(wanted / multiple) * multiple) >= gate * layer.rank
+
+
+@given(values)
+def test_tau_zero_keeps_everything(hsv):
+    layer = spectrum([*hsv, 0.0])
+    assert Energy(tau=0).rank(layer) == layer.rank
+    assert Energy(keep=1).rank(layer) == layer.rank
+    assert Energy(tau=0.5).rank(spectrum(hsv, keep=1.0)) == len(hsv)
+
+
+def test_energy_counts_sigma_not_its_square():
+    layer = spectrum([6.0, 3.0, 1.0])  # tails 10, 4, 1
+    assert [Energy(tau=tau).rank(layer) for tau in (0.05, 0.1, 0.39, 0.4, 0.9)] == [3, 2, 2, 1, 1]
+
+
+def test_golden_ranks(golden):
+    for name in ("lti_N64_H8_init", "lti_N256_H8_decay", "lti_N384_H64_init"):
+        g = golden(name)
+        for keep, rank in zip(g["tols"].tolist(), g["threshold_ranks"].tolist(), strict=True):
+            assert Energy(keep=keep, gate=1.0).rank(spectrum(g["hsv_ref"].tolist())) == rank
+
+
+def test_keep_is_one_minus_tau():
+    assert Energy(keep=0.98).tau == pytest.approx(0.02)
+    assert Energy(tau=0.02).keep == Energy(tau=0.02).budget == 0.98
+    assert Shrink(0.5).budget is FixedRank(3).budget is None
+
+
+@pytest.mark.parametrize(("count", "kept"), [(95, 100), (94, 94)])
+def test_gate_leaves_layers_alone_below_five_per_cent(count, kept):
+    hsv = [1.0] * count + [1e-9] * (100 - count)
+    assert Energy(tau=1e-3).rank(spectrum(hsv)) == kept
+
+
+def test_multiple_of():
+    hsv = [1.0] * 9 + [0.0] * 31
+    assert Energy(tau=0.01).rank(spectrum(hsv)) == 9
+    assert Energy(tau=0.01).rank(spectrum(hsv), 8) == 16
+    assert Energy(tau=0.01, multiple_of=4).rank(spectrum(hsv), 8) == 12
+    assert Energy(tau=0.01, multiple_of=64).rank(spectrum(hsv)) == 40
+
+
+def test_a_share_of_the_budget_replaces_tau():
+    layer = [6.0, 3.0, 1.0]
+    assert Energy(tau=0.4).rank(spectrum(layer, keep=0.89)) == 2
+    assert Energy(tau=0.4).rank(spectrum(layer, keep=0.95)) == 3
+
+
+@pytest.mark.parametrize("policy", [Energy(tau=0.1), Shrink(0.5), FixedRank(1)])
+def test_hopeless_spectra_raise(policy):
+    with pytest.raises(NumericalError, match="layer 'lru': all 4 Hankel singular values are zero"):
+        policy.rank(spectrum([0.0] * 4))
+    for bad in (math.nan, math.inf):
+        with pytest.raises(NumericalError, match=r"layer 'lru'.*NaN or infinity"):
+            policy.rank(LayerSpectrum("lru", 2, torch.tensor([bad, 1.0]), "complex"))
+
+
+def test_fixed_rank():
+    layer = spectrum([1.0] * 10)
+    assert [FixedRank(k).rank(layer, 8) for k in (1, 9, 10, 11)] == [1, 9, 10, 10]
+    assert FixedRank({"lru": 4}).rank(layer) == 4
+    assert FixedRank({"other": 4}).rank(layer) == 10
+    assert FixedRank({"other": 4}).rank(spectrum([0.0] * 3)) == 3
+    with pytest.raises(ArgumentError, match=r"FixedRank: expected names of .*: a, b, got c"):
+        FixedRank({"a": 1, "c": 2}).check_layers({"a": 3, "b": 3})
+
+
+@given(st.integers(1, 600), st.floats(0.01, 0.99), st.integers(1, 9))
+def test_shrink(rank, fraction, multiple):
+    layer = spectrum([1.0] * rank)
+    kept = Shrink(fraction, gate=1.0).rank(layer, multiple)
+    wanted = max(1, math.ceil(rank * (1 - fraction) - 1e-9))
+    assert kept == min(rank, math.ceil(wanted / multiple) * multiple)
+
+
+def test_shrink_by_halves_is_exact():
+    assert [Shrink(0.5).rank(spectrum([1.0] * n)) for n in (1, 2, 7, 8)] == [1, 1, 4, 4]
+    assert Shrink(0.9).rank(spectrum([1.0] * 10)) == 1
+
+
+def test_policies_are_frozen_values():
+    assert Energy(tau=0.02) == Energy(tau=0.02)
+    assert eval(repr(FixedRank({"a": 3}))) == FixedRank({"a": 3})
+    assert isinstance(Shrink(0.1), Policy)
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: Energy(), "tau, keep: expected exactly one"),
+        (lambda: Energy(tau=0.1, keep=0.9), "tau, keep: expected exactly one"),
+        (lambda: Energy(tau=1), r"tau: expected a number in \[0, 1\), got 1"),
+        (lambda: Energy(tau=-0.1), "tau"),
+        (lambda: Energy(tau=math.nan), "tau.*got nan"),
+        (lambda: Energy(tau=True), "tau.*got True"),
+        (lambda: Energy(tau="0.1"), "tau.*got '0.1'"),
+        (lambda: Energy(keep=0), r"keep: expected a number in \(0, 1\], got 0"),
+        (lambda: Energy(keep=1.1), "keep"),
+        (lambda: Energy(tau=0.1, multiple_of=0), "multiple_of: expected a positive integer, got 0"),
+        (lambda: Energy(tau=0.1, gate=0), "gate"),
+        (lambda: FixedRank(0), "FixedRank rank: expected a positive integer, got 0"),
+        (lambda: FixedRank({"a": 2.5}), "FixedRank a: expected a positive integer, got 2.5"),
+        (lambda: FixedRank(True), "FixedRank rank"),
+        (lambda: Shrink(1), "fraction"),
+        (lambda: Shrink(0.0), "fraction"),
+        (lambda: Shrink(0.5, multiple_of=1.5), "multiple_of"),
+    ],
+)
+def test_out_of_range(build, match):
+    with pytest.raises(ArgumentError, match=match):
+        build()

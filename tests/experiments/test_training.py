@@ -1,0 +1,182 @@
+"""Presets, models, and runs that are stopped and resumed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import compressm
+from compressm.errors import ConfigError, NumericalError
+from compressm.experiments import datasets
+from compressm.experiments.models import Classifier, SequenceBlock, evaluate, parameter_groups
+from compressm.experiments.settings import PRESETS, parse_assignments, resolve
+from compressm.experiments.training import TrainingRun, learning_rate, pick_device
+
+TINY = {"steps": 24, "d_state": 12, "d_model": 4, "batch_size": 16, "eval_every": 10, "log_every": 4, "reduce_until": 0.5}
+
+
+class Listener:
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.points, self.evaluations, self.reductions = [], [], []
+
+    def point(self, run, point):
+        self.points.append(point)
+
+    def evaluation(self, run, evaluation):
+        self.evaluations.append(evaluation)
+
+    def reduction(self, run, reduction):
+        self.reductions.append(reduction)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return datasets.load("digits", None)
+
+
+def make(data, path, name="compressed", **overrides):
+    settings = resolve("digits", {**TINY, **overrides})
+    return TrainingRun(name, settings, data, [settings.d_state] * settings.blocks, path)
+
+
+def never():
+    return False
+
+
+def timeless(record):
+    """A record's tree without its times."""
+    drop = {"seconds", "seconds_per_step"}
+    lists = [[{k: v for k, v in d.items() if k not in drop} for d in part] for part in (record.curve, record.reductions)]
+    return record.step, lists, record.evaluations
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_a_run_stopped_anywhere_resumes_to_the_same_result(data, tmp_path, recipe):
+    overrides = {"recipe": recipe, "attempts": 3 if recipe == "paper" else 1, "tau": 0.3, "dropout": 0.2}
+    whole = make(data, tmp_path / "whole.safetensors", **overrides)
+    assert whole.train(Listener(), never)
+    assert whole.record.reductions[-1]["ranks"] == {f"blocks.{i}.lru": n for i, n in enumerate(whole.model.states)}
+    assert max(whole.model.states) < 12
+    for cut in (1, 4, 11, 12, 13, 23):
+        part = make(data, tmp_path / "part.safetensors", **overrides)
+        assert not part.train(Listener(), lambda cut=cut, part=part: part.record.step >= cut)
+        assert part.record.step == cut
+        rest = make(data, tmp_path / "part.safetensors", **overrides)
+        rest.restore()
+        assert rest.train(Listener(), never)
+        assert timeless(rest.record) == timeless(whole.record)
+        for (name, a), b in zip(whole.model.named_parameters(), rest.model.parameters(), strict=True):
+            assert torch.equal(a, b), (cut, name)
+        assert rest.compressor.history[-1].ranks == whole.compressor.history[-1].ranks
+
+
+def test_runs_of_one_seed_agree_until_the_cut(data, tmp_path):
+    big, cut = make(data, tmp_path / "a.safetensors", "full"), make(data, tmp_path / "b.safetensors", "compressed")
+    seen = {run.name: Listener() for run in (big, cut)}
+    for run in (big, cut):
+        run.train(seen[run.name], never)
+    losses = {name: [point["loss"] for point in listener.points] for name, listener in seen.items()}
+    assert losses["full"][:3] == losses["compressed"][:3]
+    assert losses["full"][3:] != losses["compressed"][3:]
+    assert [r["step"] for r in seen["compressed"].reductions] == [12]
+    assert seen["full"].reductions == []
+    assert [e["step"] for e in seen["full"].evaluations] == [10, 20, 24]
+
+
+def test_the_reduction_keeps_accuracy_and_names_kernels(data, tmp_path):
+    run = make(data, tmp_path / "run.safetensors", steps=300, tau=0.02, d_state=16, d_model=8, lr=0.01)
+    listener = Listener()
+    run.train(listener, never)
+    (reduction,) = listener.reductions
+    assert abs(reduction["accuracy_after"] - reduction["accuracy_before"]) < 0.05
+    for layer in reduction["layers"]:
+        assert layer["gramians"] == "data"
+        assert "lti_scan" in layer["kernel_plan_before"] and "lti_scan" in layer["kernel_plan_after"]  # noqa: PT018
+    summary = run.summary()
+    assert summary["final"]["accuracy"] > 0.3
+    assert summary["final"]["states"] == reduction["ranks"]
+    assert summary["parameters"] == sum(p.numel() for p in run.model.parameters())
+    model = make(data, tmp_path / "other.safetensors", "full", d_state=16, d_model=8).model
+    compressm.load(run.path, model)
+    assert evaluate(model, data.test_x, data.test_y, 100)[0] == summary["final"]["accuracy"]
+
+
+def test_divergence_is_an_error(data, tmp_path):
+    run = make(data, tmp_path / "run.safetensors", "full", log_every=2)
+    with torch.no_grad():
+        run.model.decoder.weight.fill_(torch.nan)
+    with pytest.raises(NumericalError, match=r"run 'full': the loss is nan at step 2.*--set lr=0\.001"):
+        run.train(Listener(), never)
+
+
+def test_learning_rate_warms_up_and_falls():
+    factor = learning_rate(resolve("digits", {"steps": 100, "warmup": 0.1, "cosine": True}))
+    values = [factor(step) for step in range(101)]
+    assert values[:10] == sorted(values[:10])
+    assert math.isclose(values[10], 1.0)
+    assert math.isclose(values[55], 0.5)
+    assert values[100] < 1e-12
+    assert learning_rate(resolve("smnist-baseline", {}))(123_456) == 1.0
+
+
+def test_paper_presets():
+    baseline, cut = resolve("smnist-baseline", {}), resolve("smnist-tau0.02", {})
+    for s in (baseline, cut):
+        assert (s.blocks, s.d_state, s.d_model, s.batch_size, s.lr, s.dropout, s.steps) == (1, 256, 8, 50, 4e-4, 0.1, 200_000)
+    assert (baseline.runs, cut.runs) == (("full",), ("compressed",))
+    assert (cut.recipe, cut.attempts, cut.reduce_until, cut.tau) == ("paper", 4, 0.1, 0.02)
+    s = resolve("scifar-tau0.10", {})
+    assert (s.blocks, s.d_state, s.d_model, s.batch_size, s.steps) == (6, 384, 512, 50, 180_000)
+    assert (s.weight_decay, s.ssm_lr_factor, s.cosine, s.warmup > 0, s.tau) == (0.05, 0.25, True, True, 0.1)
+    for name in PRESETS:
+        assert resolve(name, {}).title
+
+
+def test_wrong_settings_name_the_allowed_ones():
+    with pytest.raises(ConfigError, match=r"preset: got 'smist' \(did you mean 'smnist'\?\), expected one of digits, smnist"):
+        resolve("smist", {})
+    with pytest.raises(ConfigError, match=r"unknown key 'd_sate' \(did you mean 'd_state'\?\).*expected one of .*d_model"):
+        resolve("digits", {"d_sate": 3})
+    with pytest.raises(ConfigError, match=r"tau: got 1.5"):
+        resolve("digits", {"tau": 1.5})
+    with pytest.raises(ConfigError, match="steps: got 'many'"):
+        resolve("digits", {"steps": "many"})
+    with pytest.raises(ConfigError, match="train longer or reduce later"):
+        resolve("digits", {"steps": 2})
+    with pytest.raises(ConfigError, match="'compressed', which must be the first run"):
+        resolve("digits", {"runs": ["small"]})
+    with pytest.raises(ConfigError, match="expected key=value"):
+        parse_assignments(["tau"])
+    assert parse_assignments(["tau=0.5", 'runs=["full"]', "device=cpu", "cosine=false"]) == {
+        "tau": 0.5, "runs": ["full"], "device": "cpu", "cosine": False
+    }  # fmt: skip
+    for name in ("nonsense", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device: got '{name}'"):
+            pick_device(name)
+
+
+def test_block_is_the_residual_block_of_the_paper():
+    block = SequenceBlock(6, 5, 0.3, 0.9, 0.999, 6.28).eval()
+    x = torch.randn(2, 7, 6)
+    left, right = block.glu(nn.functional.gelu(block.lru(block.norm(x)))).chunk(2, -1)
+    torch.testing.assert_close(block(x), x + left * torch.sigmoid(right))
+
+
+def test_classifier_normalises_pixels_and_groups_parameters():
+    pixels = torch.randint(0, 256, (3, 11, 2), dtype=torch.uint8)
+    mean, std = torch.tensor([100.0, 20.0]), torch.tensor([50.0, 10.0])
+    model = Classifier(2, 10, 4, [3, 5], mean=mean, std=std).eval()
+    same = Classifier(2, 10, 4, [3, 5], mean=torch.zeros(2), std=torch.ones(2)).eval()
+    same.load_state_dict({**model.state_dict(), "mean": torch.zeros(2), "std": torch.ones(2)})
+    torch.testing.assert_close(model(pixels), same((pixels - mean) / std))
+    assert model.states == [3, 5]
+    rest, ssm = parameter_groups(model, 0.01, 0.25, 0.1)
+    assert (rest["weight_decay"], ssm["weight_decay"], ssm["lr"]) == (0.1, 0.0, 0.0025)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in ssm["params"]} == {"nu_log", "theta_log", "gamma_log", "B_re", "B_im"}
+    assert len(rest["params"]) + len(ssm["params"]) == len(names)

@@ -1,0 +1,65 @@
+"""Every Triton kernel compiles for every target, without spills, in the budget of registers and instructions.
+
+What it finds is recorded as properties of the tests (``pytest --junit-xml``); ``python tests/kernels/aot.py`` prints it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Most registers a lane, and most instructions in the loop per element: a step of a complex state, or (i, j, k) of a Gramian.
+CUDA_BUDGET = {
+    "scan_fwd_fp32": (72, 21),
+    "scan_fwd_bf16": (72, 26),
+    "scan_ends_bf16": (72, 17.5),
+    "scan_bwd_fp32": (88, 35.5),
+    "scan_bwd_bf16": (88, 44),
+    "gramians": (72, 20),
+}
+HIP_BUDGET = {  # Triton 3.6 masks every load with a branch of its own
+    "scan_fwd_fp32": (64, 37),
+    "scan_fwd_bf16": (64, 47),
+    "scan_ends_bf16": (104, 27),
+    "scan_bwd_fp32": (96, 115),
+    "scan_bwd_bf16": (96, 130),
+    "gramians": (128, 55),
+}
+BUDGETS = {"sm_80": CUDA_BUDGET, "sm_90": CUDA_BUDGET, "sm_100": CUDA_BUDGET, "gfx942": HIP_BUDGET}
+
+
+@pytest.fixture(scope="module")
+def report():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-W", "error", str(ROOT / "tests" / "kernels" / "aot.py")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", BUDGETS)
+def test_machine_code(report, target, record_property):
+    rows = {row["kernel"]: row for row in report["rows"] if row["target"] == target}
+    assert rows.keys() == BUDGETS[target].keys()
+    for name, (registers, instructions) in BUDGETS[target].items():
+        record_property(name, rows[name])
+        assert rows[name]["spills"] == 0, rows[name]
+        assert rows[name]["layout_conversions"] == 0, rows[name]
+        assert rows[name]["registers"] <= registers, rows[name]
+        assert 4 <= rows[name]["per_element"] <= instructions, rows[name]
+
+
+def test_no_shape_compiles_anew(report):
+    assert report["specialized"] == []
+
+
+def test_cpu_tensors_need_the_interpreter(report):
+    assert all("run on a GPU" in reason for reason in report["why_not"])
