@@ -126,11 +126,12 @@ class Balanced:
 
     def modes(self, order: int) -> int:
         """Complex states that the leading ``order`` states of the spectrum take: one for every conjugate pair of the
-        eigenvalues that they have on their own, and one for every real eigenvalue."""
+        eigenvalues that they have on their own, and one for every real eigenvalue; never more than the system has."""
         least = min(self.system.order, slots(order, self.convention))
         if self.convention == "complex" or least == self.system.order or self._bases.rank == 0:
             return least
-        return max(least, self._eigen(self._bases, min(order, self._bases.rank)).modes)
+        modes = self._eigen(self._bases, min(order, self._bases.rank)).modes
+        return min(self.system.order, max(least, modes))
 
     def _eigen(self, bases: _Bases, order: int) -> _Eigen:
         """Eigenvalues and eigenvectors of the leading ``order`` states; those of the measured Gramians are remembered."""
