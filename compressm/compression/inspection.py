@@ -15,6 +15,7 @@ from compressm.compression.planning import Calibration, Candidate, analyse, comp
 from compressm.compression.policies import energy_order
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 TAUS = (0.01, 0.02, 0.04, 0.1)
@@ -77,37 +78,22 @@ class Inspection:
             layer["spectra"] = list(layer["spectra"])
         return {"layers": list(data["layers"])}
 
-    def __rich__(self) -> Table:
-        from rich.table import Table
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.text import Text
 
-        table = Table(title="Hankel spectra", caption="states kept at tau = fraction of the sum of sigma discarded")
-        for heading in ("layer", "states", "|lambda| max", "spectrum", "sigma max", "median", "min"):
-            table.add_column(heading, justify="left" if heading in ("layer", "spectrum") else "right", no_wrap=True)
-        for tau in TAUS:
-            table.add_column(f"tau {tau:g}", justify="right")
-        table.add_column(f"bound at {TAUS[1]:g}", justify="right")
-        for layer in self.layers:
-            for index, spectrum in enumerate(layer.spectra):
-                head = (f"{layer.name or '(model)'} ({layer.kind})", str(layer.states), f"{layer.slowest:.6f}")
-                hsv = spectrum.hsv
-                bound = "-" if spectrum.error_bounds is None else f"{spectrum.error_bounds[TAUS[1]]:.3g}"
-                table.add_row(
-                    *(head if index == 0 else ("", "", "")),
-                    f"{spectrum.convention}, {spectrum.gramians}",
-                    *(f"{value:.3g}" for value in (hsv[0], hsv[len(hsv) // 2], hsv[-1])),
-                    *(str(spectrum.ranks[tau]) for tau in TAUS),
-                    bound,
-                )
-        return table
+        caption = "max, min: Hankel singular values; tau: states kept if that share of their sum goes; bound: of the error"
+        parts = [part for layer in self.layers for part in (_layer_table(layer), "")]
+        return Group(*parts, Text(caption, style="dim italic"))
 
     def __str__(self) -> str:
         from io import StringIO
 
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=200, color_system=None)
+        console = Console(file=StringIO(), width=120, color_system=None)
         console.print(self)
-        return console.file.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
     def plot(self, path: str | Path) -> Path:
         """Draw every layer's spectra into one picture file (png, svg or pdf by suffix) and return its path.
@@ -174,6 +160,27 @@ def _spectrum(candidate: Candidate) -> SpectrumInspection:
         bounds[tau] = 2 * float(hsv[order:].sum())
     bound_holds = candidate.gramians == "data-free"
     return SpectrumInspection(convention, candidate.gramians, tuple(hsv.tolist()), ranks, bounds if bound_holds else None)
+
+
+def _layer_table(layer: LayerInspection) -> Table:
+    """One layer in 80 columns: a line for every spectrum."""
+    from rich.table import Table
+
+    title = f"[bold]{layer.name or '(model)'}[/] ({layer.kind}): {layer.states} states, |lambda| up to {layer.slowest:.6f}"
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, expand=False)
+    table.add_column("spectrum", min_width=19)
+    taus = [f"{tau:g}".removeprefix("0") for tau in TAUS]
+    for heading in ("max", "min", *(f"tau {tau}" for tau in taus), f"bound {taus[1]}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for spectrum in layer.spectra:
+        table.add_row(
+            f"{spectrum.convention}, {spectrum.gramians}",
+            f"{spectrum.hsv[0]:.3g}",
+            f"{spectrum.hsv[-1]:.3g}",
+            *(str(spectrum.ranks[tau]) for tau in TAUS),
+            "-" if spectrum.error_bounds is None else f"{spectrum.error_bounds[TAUS[1]]:.3g}",
+        )
+    return table
 
 
 def _draw(axis, layer: LayerInspection) -> None:

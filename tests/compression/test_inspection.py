@@ -47,11 +47,16 @@ def test_ranks_are_those_of_the_policy(training):
 
 
 def test_table(training):
-    text = str(compressm.inspect(training().model))
-    assert "Hankel spectra" in text
-    for part in ("lrus.0 (LRU)", "lrus.1 (LRU)", "real, data-free", "complex, data-free", "tau 0.02", "bound at 0.02", "│"):
-        assert part in text
-    assert len({len(line) for line in text.splitlines() if "│" in line or "┃" in line}) == 1
+    found = compressm.inspect(training().model)
+    lines = str(found).splitlines()
+    for layer in found.layers:
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{layer.name} (LRU): {layer.states} states"))
+        header, rows = lines[start + 1], lines[start + 2 :]
+        assert header.split() == "spectrum max min tau .01 tau .02 tau .04 tau .1 bound .02".split()
+        for line, spectrum in zip(rows, layer.spectra, strict=False):
+            assert line.startswith(f"{spectrum.convention}, {spectrum.gramians}")
+            assert line.split()[-5:-1] == [str(spectrum.ranks[tau]) for tau in TAUS]
+    assert max(map(len, lines[:-1])) <= 80
     assert "(model) (LRU)" in str(compressm.inspect(training().model.lrus[0]))
 
 
