@@ -136,8 +136,8 @@ def _tau(report: Report) -> str:
         return ""
     text = f"tau = {clean(str(tau))} is the fraction of the sum of Hankel singular values that may be cut, taken from the "
     text += f"{' and the '.join(names)}."
-    if any(layer.changed and layer.convention == "real" and layer.kept_values < 2 * layer.rank_after for layer in layers):
-        text += " Real modes take a state each instead of half of one, so a cut can reach a little further."
+    if any(layer.changed and layer.convention == "real" for layer in layers):
+        text += " A state holds a conjugate pair, two values of this spectrum, or one real mode."
     if isinstance(attempts, int) and attempts > 1:
         shared = report.config.get("recipe") != "paper"
         again = f"Each of the {attempts} attempts may cut that much again."

@@ -81,8 +81,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 2400, "lr": 4e-3, "warmup": 0.05, "cosine": True, "tau": 0.2, "log_every": 20, "eval_every": 200,
     },
     "smnist": {
-        "title": "Sequential MNIST, 784 pixels in a row", "dataset": "smnist", "steps": 12_000, "lr": 4e-3,
-        "warmup": 0.05, "cosine": True, "tau": 0.02, "log_every": 100, "eval_every": 2000,
+        "title": "Sequential MNIST, 784 pixels in a row", "dataset": "smnist", "steps": 20_000, "lr": 4e-3,
+        "warmup": 0.05, "cosine": True, "tau": 0.04, "log_every": 100, "eval_every": 2000,
     },
     "smnist-baseline": {"title": "Sequential MNIST, the paper's full-size run", **_SMNIST, "runs": ("full",)},
     **{
