@@ -13,6 +13,11 @@ from rich.text import Text
 from compressm.experiments.report_data import REFERENCE, Report, Row, clean, parse_report, rows
 
 COMPRESSED = "compressed"
+CONTROLS = {  # how the headline calls the runs that it compares with; all of them, also those that do better
+    REFERENCE: "the full-size run",
+    "small": "the run that was small from the start",
+    "small_narrow": "the small one with narrow initial phases",
+}
 MISSING = "-"
 
 
@@ -172,12 +177,17 @@ def _accuracy(row: Row, table: dict[str, Row]) -> str:
     if row.accuracy is None:
         return ""
     compared = []
-    for name, what in ((REFERENCE, "the full-size run"), ("small", "the run that was small from the start")):
+    for name, what in CONTROLS.items():
         other = table.get(name)
         if other is not None and other is not row and other.accuracy is not None:
             gap = _points(row.accuracy - other.accuracy)
             compared.append(f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'} {what}" if gap else f"equal to {what}")
-    return f"test accuracy {percent(row.accuracy)}" + (f", {' and '.join(compared)}" if compared else "")
+    return f"test accuracy {percent(row.accuracy)}" + (f", {_listed(compared)}" if compared else "")
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _time(row: Row, full: Row | None) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -91,29 +93,36 @@ def library() -> Any:
 
 
 def _load(sources: list[Path], compiler: str) -> str | None:
+    from filelock import FileLock
+
     digest = _digest(sources, compiler)
     folder = _build_folder(digest)
     library = folder / f"compressm_cpp_{digest}.so"
     try:
-        if not library.exists():
-            _build(sources, folder, library.stem)
+        with FileLock(folder / "build.lock"):  # the system frees it when its holder dies
+            if not library.exists():
+                _build(sources, library)
+                return None
         torch.ops.load_library(str(library))
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         return f"building or loading them in {folder} failed: {str(error).strip().splitlines()[-1]}"
     return None
 
 
-def _build(sources: list[Path], folder: Path, name: str) -> None:
+def _build(sources: list[Path], library: Path) -> None:
+    """Compile and load; a library that is there is complete, even if an earlier build was killed half-way."""
     from torch.utils import cpp_extension
 
     started = time.perf_counter()
-    logger.warning("compressm: building the C++ kernels once (about a minute) in %s", folder)
-    cpp_extension.load(
-        name=name,
-        sources=[str(path) for path in sources if path.suffix == ".cpp"],
-        extra_cflags=_FLAGS,
-        build_directory=str(folder),
-        is_python_module=False,
-        verbose=False,
-    )
+    logger.warning("compressm: building the C++ kernels once (about a minute) in %s", library.parent)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        cpp_extension.load(
+            name=library.stem,
+            sources=[str(path) for path in sources if path.suffix == ".cpp"],
+            extra_cflags=_FLAGS,
+            build_directory=folder,
+            is_python_module=False,
+            verbose=False,
+        )
+        os.replace(Path(folder) / library.name, library)
     logger.warning("compressm: built in %.0f s", time.perf_counter() - started)

@@ -155,9 +155,17 @@ def test_speed_compares_times_measured_the_same_way(data):
 def test_headline_says_the_gain(data):
     assert headline(data) == (
         "While it trained, the model shrank from 128 to 28 states in 2 layers: test accuracy 97.00 %, 0.32 points below the "
-        "full-size run and 2.00 points above the run that was small from the start. A training step takes 7.00 ms instead of "
-        "12.6 ms (1.80x the speed of full size), and training took 10.0 s in all instead of 15.0 s (33 % less)."
+        "full-size run, 2.00 points above the run that was small from the start and 1.00 points above the small one with "
+        "narrow initial phases. A training step takes 7.00 ms instead of 12.6 ms (1.80x the speed of full size), and training "
+        "took 10.0 s in all instead of 15.0 s (33 % less)."
     )
+
+
+def test_headline_hides_no_control_that_does_better(data):
+    data["runs"][3]["final"]["accuracy"] = 0.98
+    assert "2.00 points above the run that was small from the start and 1.00 points below the small one with" in headline(data)
+    data["runs"] = data["runs"][:2]
+    assert "97.00 %, 0.32 points below the full-size run. A training step" in headline(data)
 
 
 def test_table_fits_a_terminal_of_100_columns(data):
