@@ -116,6 +116,10 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
     if not command.resume:
         _clear(command, out)
     display.message(f"[bold]{settings.title}[/] (seed {settings.seed}) into {out}")
+    N, H = settings.d_state, settings.d_model
+    shapes = {"u": (settings.batch_size, data.train_x.shape[1], H), "B": (N, H), "C": (H, N)}
+    plan = compressm.kernels.plan("lti_scan", shapes, device=device)  # builds the C++ kernels, if ever, before any clock runs
+    display.message(f"at full size each layer runs {plan}")
     finished: list[TrainingRun] = []
     for name in settings.runs:
         states = [settings.d_state] * settings.blocks if name in ("compressed", "full") else finished[0].model.states
