@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import time
@@ -13,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
+from compressm.experiments import runs
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,7 @@ def machine() -> dict[str, object]:
     """What a result file says about where it was measured."""
     root = Path(__file__).resolve().parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root, check=False).stdout
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = models[0] if models else name
-    return {
-        "cpu": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.strip(),
-    }
+    return {**runs.machine(torch.device("cpu")), "commit": commit.strip()}
 
 
 def save(path: Path, results: dict[str, Timing], extra: dict[str, object]) -> None:

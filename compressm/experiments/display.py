@@ -65,7 +65,7 @@ class TrainingDisplay:
 
     def message(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def point(self, run: str, point: dict[str, Any]) -> None:
         """A new point of the training curve."""

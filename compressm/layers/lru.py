@@ -83,7 +83,10 @@ class LRU(nn.Module):
 
     @property
     def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs an input like the last one at the present number of states; None before the first call."""
+        """The kernel that runs the layer at its present number of states; None before the first call.
+
+        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
+        """
         if self._last_call is None:
             return None
         device, dtype, batch, length = self._last_call
@@ -110,7 +113,7 @@ class LRU(nn.Module):
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, length, {self.d_model})")
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
             self._last_call = (x.device.type, x.dtype, x.shape[0], x.shape[1])
         gamma = self.gamma_log.exp()[:, None]
         start = None if initial_state is None else torch.cat([initial_state.real, initial_state.imag], -1)

@@ -91,8 +91,22 @@ def test_compiles_into_one_graph():
 def test_reports_the_kernel_plan():
     layer = LRU(4, 6)
     assert layer.kernel_plan is None
-    layer(torch.zeros(1, 5, 4))
-    assert layer.kernel_plan.op == "lti_scan"
+    layer(torch.zeros(50, 784, 4))
+    training = layer.kernel_plan
+    assert (training.op, training.form) == ("lti_scan", "block")
+    layer.eval()(torch.zeros(1, 1, 4))
+    assert layer.kernel_plan is training
+    layer.train()(torch.zeros(1, 1, 4))
+    assert layer.kernel_plan.form == "scan"
+
+
+def test_the_kernel_plan_follows_the_number_of_states():
+    layer = LRU(8, 256)
+    layer(torch.zeros(50, 784, 8))
+    before = layer.kernel_plan
+    for name, shape in layer.parameter_shapes(28).items():
+        setattr(layer, name, torch.nn.Parameter(torch.zeros(shape)))
+    assert layer.kernel_plan.get("tau") < before.get("tau")
 
 
 @pytest.mark.parametrize(
