@@ -18,6 +18,7 @@ import torch
 import compressm
 from compressm.errors import CheckpointError, ConfigError
 from compressm.experiments import datasets
+from compressm.experiments.models import count_parameters
 from compressm.experiments.report_data import FORMAT
 from compressm.experiments.report_html import write_html
 from compressm.experiments.settings import PRESETS, Settings, resolve
@@ -126,8 +127,12 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
         run = TrainingRun(name, settings, data, states, checkpoint_path(out, name))
         if run.path.exists():
             run.restore()
-        summary = (name, TITLES[name], settings.steps, sum(p.numel() for p in run.model.parameters()), run.model.states)
+        summary = (name, TITLES[name], settings.steps, count_parameters(run.model), run.model.states)
         display.started(*summary)
+        if run.record.curve:
+            display.point(name, run.record.curve[-1])
+        if run.record.evaluations:
+            display.evaluation(name, run.record.evaluations[-1])
         if not run.train(display, stopped):
             raise Interrupted(name, run.record.step)
         finished.append(run)
