@@ -5,6 +5,8 @@ from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.planning import plan
+from compressm.kernels.selective_scan import selective_scan
+from compressm.kernels.selective_state_update import selective_state_update
 
 __all__ = [
     "Gramians",
@@ -15,4 +17,6 @@ __all__ = [
     "lti_scan",
     "lti_scan_planar",
     "plan",
+    "selective_scan",
+    "selective_state_update",
 ]

@@ -1,0 +1,318 @@
+"""The selective scan of Mamba-1: a diagonal recurrence whose step sizes, inputs and outputs depend on the token."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from compressm.errors import bad_argument
+from compressm.kernels import _selective_scan_cpu, _selective_scan_ref
+from compressm.kernels._dispatch import Candidate, choose
+from compressm.kernels._plan import KernelPlan
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t and out_t = (C_t h_t + D u_t) silu(z_t), per channel, from h = 0.
+
+    The meaning and the argument order are those of mamba_ssm's ``selective_scan_fn`` (Gu and Dao 2023, arXiv 2312.00752,
+    equation 2 and algorithm 2), with dt = delta + delta_bias, or softplus of it.  N, L, D and G are arbitrary; cost and
+    memory are linear in N.  The backward recomputes the states from a few that the forward keeps.
+
+    Args:
+        u: (batch, D, L), float32, bfloat16 or float16 (float64 on the reference); any strides, so that a transposed
+            (batch, L, D) tensor is read as it lies.
+        delta: (batch, D, L), step sizes before bias and softplus.
+        A: (D, N) real, not positive.
+        B: (batch, G, N, L), (batch, N, L) for one group, or (D, N) where it is constant; channel d reads group d // (D / G).
+        C: like B.
+        D: (D,) skip weights, or None.
+        z: (batch, D, L) gate, or None.
+        delta_bias: (D,), or None.
+        delta_softplus: dt = softplus(delta + delta_bias).
+        return_last_state: also return the state after the last step.
+        initial_state: (batch, D, N), the state in front of the first step; None for zero.
+        cu_seqlens: (sequences + 1,) int32 or int64: batch is 1 and its steps are several sequences one after the other,
+            sequence i at cu_seqlens[i] to cu_seqlens[i + 1], each from a state of its own (states are then
+            (sequences, D, N)).
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
+
+    Returns:
+        out (batch, D, L) in u's dtype and strides, or (out, last state (batch, D, N) in float32).  State and accumulation
+        are float32 (float64 for float64 inputs).  Every tensor argument but cu_seqlens is differentiable.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit; A is positive or not finite, cu_seqlens does not add up (these
+            two are looked at on CPU tensors only: on a GPU looking would wait for it).
+        BackendError: the named backend cannot run.
+    """
+    B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    constant = B.dim() == 2 or C.dim() == 2
+    batch, channels, length = u.shape
+    io = _common_dtype(u, delta, B, C, z)
+    chosen = _launch(u.device.type, io, batch, channels, length, A.shape[1], constant, backend)
+    if chosen == "reference":
+        out, last = _selective_scan_ref.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
+        )
+    else:
+        io = torch.float32 if chosen == "cpp" else io
+        u_io, delta, B, C, z = (None if t is None else t.to(io) for t in (u, delta, B, C, z))
+        A, D, delta_bias, initial_state = (None if t is None else t.float() for t in (A, D, delta_bias, initial_state))
+        out, last, *_ = selective_scan_op(
+            u_io, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, torch.is_grad_enabled(), chosen
+        )
+        out = out.to(u.dtype)
+    return (out, last) if return_last_state else out
+
+
+def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that inputs of different precision promote to."""
+    dtypes = [t.dtype for t in tensors if t is not None]
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = torch.promote_types(common, dtype)
+    return common
+
+
+def choose_backend(device: str, dtype: torch.dtype, constant: bool, backend: str | None) -> str:
+    """Backend of a selective scan: Triton on a GPU, C++ on a CPU, else the reference.
+
+    Args:
+        device: device type of the tensors; dtype: the one they promote to.
+        constant: B or C has no time axis.
+        backend: the caller's choice or None.
+    """
+    triton = Candidate("triton", lambda: _triton_why_not(device, dtype, constant))
+    cpp = Candidate("cpp", lambda: _selective_scan_cpu.why_not(device, dtype, constant))
+    others = [cpp, Candidate("reference", lambda: None)]
+    return choose("selective_scan", [*others, triton] if device == "cpu" else [triton, *others], backend)
+
+
+def _triton_why_not(device: str, dtype: torch.dtype, constant: bool) -> str | None:
+    from compressm.kernels import _selective_scan_triton
+
+    return _selective_scan_triton.why_not(device, dtype, constant)
+
+
+def plan_for_shapes(
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    channels: int,
+    length: int,
+    states: int,
+    constant: bool,
+    backend: str | None,
+) -> KernelPlan:
+    """The plan that :func:`selective_scan` follows for an input (batch, channels, length)."""
+    chosen = choose_backend(device, dtype, constant, backend)
+    if chosen == "reference" or math.prod((batch, channels, length, states)) == 0:
+        return KernelPlan("selective_scan", "reference", "scan", (), "one step at a time")
+    if chosen == "cpp":
+        return _selective_scan_cpu.plan(batch, channels, length, states)
+    from compressm.kernels import _selective_scan_triton
+
+    return _selective_scan_triton.plan(batch, channels, length, states, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _launch(*shapes_and_backend) -> str:
+    """The backend of the plan; torch.compile takes it as a constant while it traces."""
+    return plan_for_shapes(*shapes_and_backend).backend
+
+
+@torch.library.custom_op("compressm::selective_scan", mutates_args=())
+def selective_scan_op(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    train: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """selective_scan on a compiled backend, ``"cpp"`` or ``"triton"``.
+
+    u, delta, B (batch, G, N, L), C and z share one dtype; A, D, delta_bias and initial_state are float32.
+
+    Returns:
+        out (as u), last state (sequences, D, N) float32, and, where ``train``, what the backward needs: checkpoints (states
+        in front of every tile of steps, float32) and the scan's output in front of the gate (as u; empty without z).
+    """
+    return _backend(backend).forward(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, train
+    )
+
+
+def _backend(name: str):
+    if name == "cpp":
+        return _selective_scan_cpu
+    from compressm.kernels import _selective_scan_triton
+
+    return _selective_scan_triton
+
+
+@selective_scan_op.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, train, backend):
+    batch, channels, length = u.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = _backend(backend).checkpoint_shape(batch, channels, length, A.shape[1], cu_seqlens is not None, sequences)
+    return (
+        torch.empty_like(u),
+        A.new_empty((sequences, channels, A.shape[1])),
+        A.new_empty(shape if train else (0,)),
+        torch.empty_like(u) if train and z is not None else u.new_empty((0,)),
+    )
+
+
+@torch.library.custom_op("compressm::selective_scan_backward", mutates_args=())
+def selective_scan_backward_op(
+    grad_out: Tensor,
+    grad_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    y: Tensor,
+    delta_softplus: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); empty for an argument that was None."""
+    return _backend(backend).backward(
+        grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints, y, delta_softplus
+    )
+
+
+@selective_scan_backward_op.register_fake
+def _(
+    grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints, y, delta_softplus, backend
+):  # fmt: skip
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return tuple(u.new_empty((0,)) if t is None else torch.empty_like(t) for t in arguments)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, delta_softplus, _, backend = inputs
+    ctx.save_for_backward(*tensors, output[2], output[3])
+    ctx.settings = (delta_softplus, backend)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_last, _grad_checkpoints, _grad_y):
+    saved = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[0])
+    grads = selective_scan_backward_op(grad_out, grad_last, *saved, *ctx.settings)
+    grads = [None if t is None else grad for t, grad in zip(saved[:9], grads, strict=True)]
+    return (*grads, None, None, None, None)
+
+
+selective_scan_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if u.dim() != 3 or not u.is_floating_point():
+        raise bad_argument("u", got=f"{tuple(u.shape)} of {u.dtype}", expected="a real tensor (batch, D, L)")
+    batch, channels, length = u.shape
+    if A.dim() != 2 or A.shape[0] != channels or not A.is_floating_point():
+        expected = f"a real tensor (D, N) with D = {channels} as in u"
+        raise bad_argument("A", got=f"{tuple(A.shape)} of {A.dtype}", expected=expected)
+    states = A.shape[1]
+    groups = None
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.dim() == 4 and groups is None:
+            groups = tensor.shape[1]
+            if groups == 0 or channels % groups:
+                raise bad_argument(name, got=f"{groups} groups", expected=f"a number of groups that divides D = {channels}")
+        shape = (batch, groups, states, length) if tensor.dim() == 4 else (channels, states)
+        if tuple(tensor.shape) != shape:
+            expected = f"(batch, N, L), (batch, G, N, L) or (D, N) with batch {batch}, D {channels}, N {states}, L {length}"
+            if groups is not None:
+                expected += f", G {groups}"
+            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=expected)
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    shapes = {
+        "delta": (delta, (batch, channels, length)),
+        "D": (D, (channels,)),
+        "z": (z, (batch, channels, length)),
+        "delta_bias": (delta_bias, (channels,)),
+        "initial_state": (initial_state, (sequences, channels, states)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"shape {shape}")
+    tensors = {name: tensor for name, (tensor, _) in shapes.items()} | {"A": A, "B": B, "C": C}
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise bad_argument(name, got=str(tensor.dtype), expected="a real floating point tensor")
+        if tensor is not None and tensor.device != u.device:
+            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{u.device}, where u is")
+    if cu_seqlens is not None:
+        _check_packing(cu_seqlens, batch, u.device)
+    if u.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(A, cu_seqlens, length)
+
+
+def _check_packing(cu_seqlens: Tensor, batch: int, device: torch.device) -> None:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+        raise bad_argument("cu_seqlens", got=got, expected="int32 or int64 (sequences + 1,), from 0 to L")
+    if batch != 1:
+        raise bad_argument("u", got=f"a batch of {batch}", expected="a batch of 1, as cu_seqlens packs the sequences along L")
+    if cu_seqlens.device != device:
+        raise bad_argument("cu_seqlens", got=f"device {cu_seqlens.device}", expected=f"{device}, where u is")
+
+
+def _check_values(A: Tensor, cu_seqlens: Tensor | None, length: int) -> None:
+    if A.numel():
+        low, high = (bound.item() for bound in torch.aminmax(A.detach()))
+        if not (math.isfinite(low) and high <= 0):
+            got = "NaN or infinite values" if not math.isfinite(low + high) else f"values up to {high:.3g}"
+            raise bad_argument("A", got=got, expected="finite values, none positive", remedy="A = -exp(A_log) is negative.")
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
+            raise bad_argument("cu_seqlens", got=bounds, expected=f"numbers that rise from 0 to L = {length}")
