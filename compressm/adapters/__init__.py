@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from compressm.adapters.base import Adapter, LayerEdit
+from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter
 from compressm.adapters.lru import LRUAdapter
+from compressm.adapters.lti import LTIAdapter
+from compressm.adapters.mamba import MambaAdapter
 from compressm.adapters.registry import find_layers, register_adapter, supported_layers
 
 register_adapter("compressm.layers.lru.LRU", LRUAdapter())
+for _name in (
+    "compressm.layers.mamba.Mamba",
+    "mamba_ssm.modules.mamba_simple.Mamba",
+    "transformers.models.mamba.modeling_mamba.MambaMixer",
+):
+    register_adapter(_name, MambaAdapter())
 
-__all__ = ["Adapter", "LRUAdapter", "LayerEdit", "find_layers", "register_adapter", "supported_layers"]
+__all__ = [
+    "Adapter",
+    "Analysis",
+    "LRUAdapter",
+    "LTIAdapter",
+    "LayerEdit",
+    "MambaAdapter",
+    "Meter",
+    "find_layers",
+    "register_adapter",
+    "supported_layers",
+]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.control import DiagonalSystem, Reduction
 from compressm.errors import ModelError, NumericalError
 
 TensorMap = Mapping[str, Tensor]
@@ -26,10 +25,11 @@ class LayerEdit:
 
     Attributes:
         rank_before, rank_after: states before and after.
-        tensors: parameter name (local to the layer) to its new value, in the parameter's dtype and device.
+        tensors: parameter name (relative to the layer) to its new value, in the parameter's dtype and device.
         first_moments: carries gradient-like state (Adam's ``exp_avg``, SGD's ``momentum_buffer``).
         second_moments: carries squared-gradient state (Adam's ``exp_avg_sq``).
         values: carries another copy of the parameters (an EMA) through the same change of basis.
+        subset: where the reduced states are some of the old ones: cuts a tensor like the named parameter down to them.
     """
 
     rank_before: int
@@ -38,6 +38,66 @@ class LayerEdit:
     first_moments: Transport
     second_moments: Transport
     values: Transport
+    subset: Callable[[str, Tensor], Tensor] | None = None
+
+
+class Analysis(ABC):
+    """One layer's spectrum, ready to be cut at any rank.
+
+    Attributes:
+        hsv: (n,) float64 Hankel singular values, descending.
+        convention: which system they belong to: ``"real"``, ``"complex"``, ``"selective"`` or ``"mean-LTI"``.
+        gramians: what they were computed from, ``"data"``, ``"data-free"`` or ``"data P, data-free Q"``.
+        bounded: whether 2 * sum of the values cut bounds the H-infinity norm of the error.
+    """
+
+    hsv: Tensor
+    convention: str
+    gramians: str
+    bounded: bool
+
+    @abstractmethod
+    def modes(self, order: int) -> int:
+        """States of the layer that the ``order`` largest values take."""
+
+    @abstractmethod
+    def reduce(self, rank: int) -> Any:
+        """The reduction to ``rank`` states that ``Adapter.edit`` takes; it has ``order`` (states) and ``method`` (words)."""
+
+    @abstractmethod
+    def spectrum_after(self, reduction: Any) -> Tensor:
+        """Hankel singular values of the reduced layer, descending."""
+
+
+class Meter(ABC):
+    """Measures one layer while calibration batches run through the model.
+
+    Attributes:
+        signals: outputs of the batch now running whose gradients :meth:`adjoint` wants.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[Tensor] = []
+
+    @abstractmethod
+    def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Forward hook; may return another output of equal value."""
+
+    def adjoint(self, grad: Tensor) -> None:  # noqa: B027 (nothing to do by default)
+        """Take the gradient of the probed model output by one of ``signals``."""
+
+    @property
+    @abstractmethod
+    def reached(self) -> bool:
+        """Whether anything was observed."""
+
+    @abstractmethod
+    def result(self, name: str) -> Any:
+        """What ``Adapter.analyse`` takes.
+
+        Raises:
+            NumericalError: the measurement is not finite; ``name`` is the layer's.
+        """
 
 
 class Adapter(ABC):
@@ -46,51 +106,79 @@ class Adapter(ABC):
     An adapter has no state and never mutates a module.
     """
 
+    paper_uses_data = False  # whether recipe "paper" averages over calibration data
+
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
-        """Local names of the parameters whose shape depends on the rank."""
+        """Names, relative to the layer, of the parameters whose shape depends on the rank."""
 
     @abstractmethod
     def rank(self, module: nn.Module) -> int:
         """Number of states."""
 
     @abstractmethod
-    def read(self, module: nn.Module, name: str = "") -> DiagonalSystem:
-        """The layer as a system, float64.
+    def analyse(self, module: nn.Module, name: str, convention: str, measured: Any | None) -> Analysis:
+        """The layer's spectrum and what is needed to cut it.
 
         Args:
             module: the layer.
             name: its name in the model, for messages.
+            convention: ``"real"`` for our default, ``"complex"`` for the paper's method.
+            measured: what the layer's meter returned, or None for a data-free analysis.
 
         Raises:
-            NumericalError: a parameter is NaN or infinite, or an eigenvalue is not inside the unit circle.
+            NumericalError: a parameter is NaN or infinite, or the layer is not stable.
             ModelError: a parameter is not a plain parameter (parametrized, missing).
         """
 
     @abstractmethod
-    def edit(self, module: nn.Module, reduction: Reduction) -> LayerEdit:
+    def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Meter:
+        """Measures the layer on ``sequences`` calibration sequences.
+
+        Args:
+            rows_per_state: about so many time steps per state enter the statistics, chosen evenly at random; None: all.
+            seed: of that choice.
+        """
+
+    @abstractmethod
+    def slowest(self, module: nn.Module) -> float:
+        """Largest modulus of an eigenvalue of the recurrence."""
+
+    @abstractmethod
+    def edit(self, module: nn.Module, reduction: Any) -> LayerEdit:
         """Describe how the layer becomes the reduced system."""
 
     @abstractmethod
     def blank(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
         """Zero tensors in the shapes of ``rank`` states, dtype and device of the module's parameters."""
 
-    @abstractmethod
-    def layer_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The driving signal (batch, L, H) real and the initial state (batch, N) complex or None of one call."""
-
-    @abstractmethod
-    def layer_output(self, output: Any) -> Tensor:
-        """The output signal (batch, L, H_out) in what the module's forward returned."""
-
-    @abstractmethod
-    def with_output(self, output: Any, signal: Tensor) -> Any:
-        """``output`` with its output signal replaced by ``signal``."""
+    def attributes(self, module: nn.Module, rank: int) -> dict[str, int]:
+        """Plain attributes, by name relative to the layer, that must say ``rank`` states; none by default."""
+        return {}
 
     def kernel_plan(self, module: nn.Module) -> str:
         """Which kernel runs the layer now, in one line; empty before the first forward pass."""
         plan = getattr(module, "kernel_plan", None)
         return "" if plan is None else str(plan)
+
+
+def holder(module: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """The submodule that owns ``key`` (such as ``"x_proj.weight"``), and the last part of the name.
+
+    Raises:
+        AttributeError: no such submodule.
+    """
+    owner, _, leaf = key.rpartition(".")
+    return module.get_submodule(owner), leaf
+
+
+def parameter_at(module: nn.Module, key: str) -> nn.Parameter | None:
+    """The parameter under a name relative to the layer; None if there is none."""
+    try:
+        owner, leaf = holder(module, key)
+    except AttributeError:
+        return None
+    return owner._parameters.get(leaf)
 
 
 def plain_parameters(module: nn.Module, names: tuple[str, ...], name: str = "") -> dict[str, nn.Parameter]:
@@ -101,7 +189,7 @@ def plain_parameters(module: nn.Module, names: tuple[str, ...], name: str = "") 
     """
     found: dict[str, nn.Parameter] = {}
     for key in names:
-        parameter = module._parameters.get(key)
+        parameter = parameter_at(module, key)
         if parameter is None:
             raise ModelError(
                 f"{label(module, name)}: {key} is not a plain parameter. Remove parametrizations and pruning masks "

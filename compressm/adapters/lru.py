@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters._lru_transport import LRUTransport
-from compressm.adapters.base import Adapter, LayerEdit, check_finite, label, plain_parameters
+from compressm.adapters.base import LayerEdit, check_finite, label, plain_parameters
+from compressm.adapters.lti import LTIAdapter
 from compressm.control import DiagonalSystem, Reduction
 from compressm.errors import ModelError, NumericalError
 
@@ -19,7 +20,7 @@ MIN_LOG_DECAY = 1e-12
 MAX_LOG_DECAY = 40.0  # |lambda| = 4e-18: gone after one step in any precision
 
 
-class LRUAdapter(Adapter):
+class LRUAdapter(LTIAdapter):
     """Reads lam = exp(-exp(nu_log) + i exp(theta_log)), B = exp(gamma_log) (B_re + i B_im), C = C_re + i C_im.
 
     The skip D does not depend on the states and stays.  Edits choose the free scale of every mode: gamma = sqrt(1 -

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter
-from compressm.adapters.base import plain_parameters
+from compressm.adapters.base import holder, parameter_at, plain_parameters
 from compressm.errors import ArgumentError, ModelError, OptimizerError, bad_argument
 
 Optimizers = Sequence[torch.optim.Optimizer]
@@ -36,7 +36,7 @@ def check_optimizers(layers: Mapping[str, tuple[nn.Module, Adapter]], model: nn.
         full_name(name, key)
         for name, (module, adapter) in layers.items()
         for key in adapter.parameters(module)
-        if (p := module._parameters.get(key)) is not None and p.requires_grad and not counts.get(id(p))
+        if (p := parameter_at(module, key)) is not None and p.requires_grad and not counts.get(id(p))
     ]
     if missing:
         raise OptimizerError(
@@ -89,26 +89,27 @@ def check_ema(ema: Ema, model: nn.Module, layers: Mapping[str, tuple[nn.Module, 
     if ema is model:
         raise bad_argument("ema", got="the model itself", expected="a separate averaged copy")
     for name, (module, adapter) in layers.items():
-        holder = ema_holder(ema, name)
         for key in adapter.parameters(module):
-            value = holder.get(full_name(name, key) if isinstance(ema, MutableMapping) else key)
-            if value is None or value.shape != module._parameters[key].shape:
+            slot, leaf = ema_slot(ema, name, key)
+            value, shape = slot.get(leaf), parameter_at(module, key).shape
+            if value is None or value.shape != shape:
                 got = "nothing" if value is None else f"shape {tuple(value.shape)}"
-                expected = f"{full_name(name, key)} of shape {tuple(module._parameters[key].shape)}"
+                expected = f"{full_name(name, key)} of shape {tuple(shape)}"
                 raise bad_argument("ema", got=got, expected=expected, remedy="Build the copy from the model as it is now")
 
 
-def ema_holder(ema: Ema, layer: str) -> MutableMapping[str, Tensor]:
-    """The mapping that holds a layer's tensors in an EMA copy: the dict itself, or the submodule's parameters."""
+def ema_slot(ema: Ema, layer: str, key: str) -> tuple[MutableMapping[str, Tensor], str]:
+    """Where a layer's tensor lies in an EMA copy: the dict itself or the owning submodule's parameters, and the name there."""
     if isinstance(ema, MutableMapping):
-        return ema
+        return ema, full_name(layer, key)
     if not isinstance(ema, nn.Module):
         raise bad_argument("ema", got=type(ema).__name__, expected="an nn.Module or a dict of parameter names to tensors")
     root = ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema
     try:
-        return root.get_submodule(layer)._parameters
+        owner, leaf = holder(root.get_submodule(layer), key)
     except AttributeError as error:
-        raise ArgumentError(f"ema: has no submodule {layer!r}, expected the structure of the model") from error
+        raise ArgumentError(f"ema: has no submodule {layer!r} with {key}, expected the structure of the model") from error
+    return owner._parameters, leaf
 
 
 def held_counts(optimizers: Optimizers) -> dict[int, int]:

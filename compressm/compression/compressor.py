@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressm.adapters import Adapter
 from compressm.compression.audit import Ema, check_ema, check_optimizers, check_swappable
 from compressm.compression.moments import check_moments
 from compressm.compression.planning import (
@@ -46,7 +47,7 @@ class Recipe:
         convention: whose spectrum, ``"real"`` or ``"complex"``.
         moments: default treatment of optimizer state.
         shared_budget: attempts share one tau, so that the product of the kept fractions is 1 - tau.
-        data: whether data Gramians are allowed.
+        data: whether data Gramians are used.
     """
 
     name: str
@@ -82,11 +83,13 @@ class Compressor:
             arguments; a DataLoader is fine); None: data-free Gramians.
         recipe: None or ``"default"``: real 2N-state spectrum, one tau budget for all attempts, transported moments.
             ``"paper"``: CompreSSM as its authors run it: complex spectrum, data-free, the full tau at every attempt, sliced
-            moments; use it with ``Warmup(total_steps)``.
+            moments; selective layers by the time-invariant mean of every channel, over ``calibration`` if there is one.
+            Use it with ``Warmup(total_steps)``.
         forward: ``forward(model, batch) -> output`` for calibrating models that are called differently.
         ema: averaged copy that follows: ``AveragedModel``, another module of the same structure, or a dict of names to tensors.
         moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
         multiple_of: ranks are rounded up to a multiple of this.
+        uniform: all layers keep as many states as the one that needs most, for servers that expect one state size.
         sequences: at most so many calibration sequences.
 
     Raises:
@@ -106,15 +109,16 @@ class Compressor:
         ema: Ema | None = None,
         moments: str | None = None,
         multiple_of: int = 1,
+        uniform: bool = False,
         sequences: int = 64,
     ) -> None:
         self.model = plain_model(model)
         self.layers = compressible_layers(self.model)
         self.optimizers = as_optimizers(optimizer)
         self.policy, self.schedule = _check(policy, Policy, "policy"), _check(schedule, Schedule, "schedule")
-        self.recipe = _recipe(recipe, calibration)
+        self.recipe = _recipe(recipe, calibration, self.layers)
         self.moments = moments if moments is not None else self.recipe.moments
-        self.multiple_of, self.ema = multiple_of, ema
+        self.multiple_of, self.uniform, self.ema = multiple_of, uniform, ema
         check_moments(self.moments)
         check_multiple(multiple_of)
         self.calibration = Calibration(_replayable(calibration), forward, sequences)
@@ -251,7 +255,7 @@ class Compressor:
 
     def _plan(self) -> Planned:
         candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
-        return make_plan(candidates, self.policy, keep=self._keep(), multiple_of=self.multiple_of)
+        return make_plan(candidates, self.policy, keep=self._keep(), multiple_of=self.multiple_of, uniform=self.uniform)
 
     def _keep(self) -> dict[str, float] | None:
         """Per layer, the fraction the next attempt must keep: an equal share of what is left of the budget."""
@@ -273,6 +277,7 @@ def compress(
     ema: Ema | None = None,
     moments: str | None = None,
     multiple_of: int = 1,
+    uniform: bool = False,
     sequences: int = 64,
 ) -> ReductionReport:
     """Reduce a model once, in place, for example after training.
@@ -283,7 +288,7 @@ def compress(
     plain = plain_model(model)
     layers = compressible_layers(plain)
     optimizers = as_optimizers(optimizer)
-    chosen = _recipe(recipe, calibration)
+    chosen = _recipe(recipe, calibration, layers)
     moments = moments if moments is not None else chosen.moments
     check_swappable(plain, {name: (module, adapter.parameters(module)) for name, (module, adapter) in layers.items()})
     _check(policy, Policy, "policy").check_layers({name: adapter.rank(module) for name, (module, adapter) in layers.items()})
@@ -293,7 +298,7 @@ def compress(
         check_optimizers(layers, plain, optimizers)
     started = time.perf_counter()
     candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
-    planned = make_plan(candidates, policy, multiple_of=multiple_of)
+    planned = make_plan(candidates, policy, multiple_of=multiple_of, uniform=uniform)
     execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
     return finish(planned, 0, f"one-shot, {policy}, recipe {chosen.name}", started)
 
@@ -337,12 +342,14 @@ def as_optimizers(
     return listed
 
 
-def _recipe(name: str | None, calibration: Any) -> Recipe:
+def _recipe(name: str | None, calibration: Any, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> Recipe:
     recipe = RECIPES.get(name or "default")
     if recipe is None:
         raise bad_argument("recipe", got=repr(name), expected=f"one of {', '.join(RECIPES)}")
-    if calibration is not None and not recipe.data:
-        raise ArgumentError(f"calibration: recipe {recipe.name!r} is data-free, expected None. Drop calibration or the recipe")
+    if calibration is not None and not recipe.data and not any(adapter.paper_uses_data for _, adapter in layers.values()):
+        raise ArgumentError(
+            f"calibration: recipe {recipe.name!r} is data-free for these layers, expected None. Drop calibration or the recipe"
+        )
     return recipe
 
 

@@ -26,7 +26,7 @@ class SpectrumInspection:
     """One spectrum of one layer.
 
     Attributes:
-        convention: ``"real"`` (2N real states) or ``"complex"`` (N complex states).
+        convention: ``"real"`` (2N real states), ``"complex"`` (N complex states), ``"selective"`` or ``"mean-LTI"``.
         gramians: ``"data"``, ``"data P, data-free Q"`` or ``"data-free"``.
         hsv: Hankel singular values, descending.
         ranks: per tau, the states that :class:`Energy` would keep (without gate and rounding).
@@ -50,7 +50,7 @@ class LayerInspection:
         kind: class name.
         states: rank now.
         slowest: largest modulus of an eigenvalue.
-        spectra: real first, then complex (data-free only).
+        spectra: with the data first, if there are some, then data-free: the default's, then the paper's.
     """
 
     name: str
@@ -145,21 +145,21 @@ def inspect(
     found = []
     for name, (module, adapter) in layers.items():
         spectra = inspected[name]
-        slowest = float(adapter.read(module, name).log_lam.real.exp().max())
+        slowest = adapter.slowest(module)
         found.append(LayerInspection(name, type(module).__name__, adapter.rank(module), slowest, spectra))
     return Inspection(tuple(found))
 
 
 def _spectrum(candidate: Candidate) -> SpectrumInspection:
-    hsv, convention = candidate.hsv, candidate.balanced.convention
+    hsv, convention = candidate.analysis.hsv, candidate.analysis.convention
     ranks, bounds = {}, {}
     degenerate = not bool((hsv > 0).any())
     for tau in TAUS:
         order = len(hsv) if degenerate else energy_order(hsv, tau)
-        ranks[tau] = candidate.balanced.modes(order)
+        ranks[tau] = candidate.analysis.modes(order)
         bounds[tau] = 2 * float(hsv[order:].sum())
-    bound_holds = candidate.gramians == "data-free"
-    return SpectrumInspection(convention, candidate.gramians, tuple(hsv.tolist()), ranks, bounds if bound_holds else None)
+    bounds = bounds if candidate.analysis.bounded else None
+    return SpectrumInspection(convention, candidate.analysis.gramians, tuple(hsv.tolist()), ranks, bounds)
 
 
 def _layer_table(layer: LayerInspection) -> Table:

@@ -48,7 +48,8 @@ def new_states(
 
     ``transport`` carries gradient-like state by the transposed change of basis and squared gradients by its element-wise
     square, and keeps ``step``.  ``reset`` gives the parameter no state, so that the optimizer starts it at step 0.
-    ``slice`` keeps the leading entries (the CompreSSM authors' way, although the basis has changed).  State with the
+    ``slice`` keeps the entries of the kept states where these are a subset of the old ones, else the leading entries (the
+    CompreSSM authors' way, although the basis has changed).  State with the
     parameter's shape that is neither known nor sliced makes the parameter start afresh like ``reset``.
 
     Args:
@@ -77,7 +78,7 @@ def new_states(
             window = tuple(slice(0, size) for size in edit.tensors[key].shape)
             for name, value in states[key].items():
                 if name not in state:
-                    state[name] = value[window].clone()
+                    state[name] = value[window].clone() if edit.subset is None else edit.subset(key, value)
         return result, unknown
     elsewhere = {
         key: state for other in optimizers if other is not optimizer for key, p in old.items() if (state := other.state.get(p))

@@ -6,17 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from compressm.adapters import Adapter, LayerEdit, find_layers, supported_layers
+from compressm.adapters import Adapter, Analysis, LayerEdit, find_layers, supported_layers
 from compressm.compression._workers import each
-from compressm.compression.calibration import DataGramians, collect
+from compressm.compression.calibration import collect
 from compressm.compression.policies import LayerSpectrum, Policy
 from compressm.compression.report import LayerReduction, ReductionPlan
-from compressm.control import Balanced, DiagonalSystem, Reduction, balance, blend, real_gramians
 from compressm.errors import ModelError, NumericalError, bad_argument
 
-BLEND = 1e-2  # share of the data-free Gramians in the data Gramians
 WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
     "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
@@ -42,14 +40,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer balanced, before its rank is chosen."""
+    """One layer analysed, before its rank is chosen."""
 
     module: nn.Module
     adapter: Adapter
     rank: int
-    balanced: Balanced
-    hsv: Tensor
-    gramians: str
+    analysis: Analysis
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class Planned:
 
     plan: ReductionPlan
     layers: Mapping[str, tuple[nn.Module, Adapter]]
-    reductions: Mapping[str, Reduction]
+    reductions: Mapping[str, Any]
 
 
 def plain_model(model: Any) -> nn.Module:
@@ -101,38 +97,31 @@ def compressible_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]
 def analyse(
     model: nn.Module, layers: Mapping[str, tuple[nn.Module, Adapter]], convention: str, calibration: Calibration
 ) -> dict[str, Candidate]:
-    """Read and balance every layer, all from statistics of the model as it is.
+    """Read every layer and compute its spectrum, all from statistics of the model as it is.
 
     Raises:
-        NumericalError, DataError, ArgumentError: see ``Adapter.read`` and ``calibration.collect``.
+        NumericalError, DataError, ArgumentError: see ``Adapter.analyse`` and ``calibration.collect``.
     """
-    systems = each(lambda name, layer: layer[1].read(layer[0], name), layers)
     measured = {}
     if calibration.batches is not None:
         measured = collect(
-            model, layers, systems, calibration.batches, forward=calibration.forward, sequences=calibration.sequences
+            model, layers, calibration.batches, forward=calibration.forward, sequences=calibration.sequences
         )
 
     def candidate(name: str, layer: tuple[nn.Module, Adapter]) -> Candidate:
-        balanced, gramians = _balanced(systems[name], measured.get(name), convention)
-        return Candidate(*layer, layer[1].rank(layer[0]), balanced, balanced.hsv, gramians)
+        module, adapter = layer
+        return Candidate(module, adapter, adapter.rank(module), adapter.analyse(module, name, convention, measured.get(name)))
 
     return each(candidate, layers)
 
 
-def _balanced(system: DiagonalSystem, data: DataGramians | None, convention: str) -> tuple[Balanced, str]:
-    """A layer's system balanced, and what its Gramians are called in reports."""
-    if data is None:
-        return balance(system, convention=convention), "data-free"
-    white_P, white_Q = real_gramians(system)
-    P = blend(data.P.to(white_P), white_P, BLEND)
-    Q = white_Q if data.Q is None else blend(data.Q.to(white_Q), white_Q, BLEND)
-    balanced = balance(system, convention=convention, P=P, Q=Q, fallback_Q=white_Q)
-    return balanced, "data P, data-free Q" if data.Q is None else "data"
-
-
 def make_plan(
-    candidates: Mapping[str, Candidate], policy: Policy, *, keep: Mapping[str, float] | None = None, multiple_of: int = 1
+    candidates: Mapping[str, Candidate],
+    policy: Policy,
+    *,
+    keep: Mapping[str, float] | None = None,
+    multiple_of: int = 1,
+    uniform: bool = False,
 ) -> Planned:
     """Choose ranks and reduce.
 
@@ -141,13 +130,21 @@ def make_plan(
         policy: the rank policy.
         keep: per layer, the fraction that this attempt must keep of a shared budget; None: the policy's own.
         multiple_of: ranks are rounded up to a multiple of this.
+        uniform: every layer keeps as many states as the one that needs most.
 
     Raises:
         NumericalError: a spectrum is all zero or not finite (names the layer).
     """
 
-    def reduced(name: str, item: Candidate) -> tuple[LayerReduction, Reduction | None]:
-        return _reduced(name, item, _rank(policy, name, item, None if keep is None else keep.get(name), multiple_of))
+    def rank(name: str, item: Candidate) -> int:
+        return _rank(policy, name, item, None if keep is None else keep.get(name), multiple_of)
+
+    ranks = each(rank, candidates)
+    if uniform:
+        ranks = {name: min(candidates[name].rank, max(ranks.values())) for name in ranks}
+
+    def reduced(name: str, item: Candidate) -> tuple[LayerReduction, Any | None]:
+        return _reduced(name, item, ranks[name])
 
     done = each(reduced, candidates)
     layers = {name: (item.module, item.adapter) for name, item in candidates.items()}
@@ -157,19 +154,19 @@ def make_plan(
 
 def _rank(policy: Policy, name: str, item: Candidate, keep: float | None, multiple_of: int) -> int:
     """The policy's answer for one layer, checked."""
-    spectrum = LayerSpectrum(name, item.rank, item.hsv, item.balanced.convention, keep, item.balanced.modes)
+    spectrum = LayerSpectrum(name, item.rank, item.analysis.hsv, item.analysis.convention, keep, item.analysis.modes)
     rank = policy.rank(spectrum, multiple_of)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= item.rank:
         raise bad_argument("policy", got=repr(rank), expected=f"a rank between 1 and {item.rank} for layer {name!r}")
     return rank
 
 
-def _reduced(name: str, item: Candidate, rank: int) -> tuple[LayerReduction, Reduction | None]:
+def _reduced(name: str, item: Candidate, rank: int) -> tuple[LayerReduction, Any | None]:
     """One layer's record and, if it changes, its reduction."""
     if rank == item.rank:
         return _record(name, item, None), None
     try:
-        reduction = item.balanced.reduce(rank)
+        reduction = item.analysis.reduce(rank)
         return _record(name, item, reduction), reduction
     except NumericalError as error:
         raise NumericalError(f"layer {name!r}: {error}") from error
@@ -178,7 +175,7 @@ def _reduced(name: str, item: Candidate, rank: int) -> tuple[LayerReduction, Red
 def describe_edits(planned: Planned) -> dict[str, LayerEdit]:
     """How every layer that changes becomes its reduced system; mutates nothing."""
 
-    def edit(name: str, reduction: Reduction) -> LayerEdit:
+    def edit(name: str, reduction: Any) -> LayerEdit:
         module, adapter = planned.layers[name]
         return adapter.edit(module, reduction)
 
@@ -193,28 +190,25 @@ def with_new_kernels(planned: Planned) -> tuple[LayerReduction, ...]:
     )
 
 
-def _record(name: str, item: Candidate, reduction: Reduction | None) -> LayerReduction:
-    hsv, convention = item.hsv, item.balanced.convention
+def _record(name: str, item: Candidate, reduction: Any | None) -> LayerReduction:
+    analysis, hsv = item.analysis, item.analysis.hsv
     kernel = item.adapter.kernel_plan(item.module)
-    common = {"name": name, "rank_before": item.rank, "spectrum": tuple(hsv.tolist()), "convention": convention}
-    common |= {"gramians": item.gramians, "kernel_plan_before": kernel, "kernel_plan_after": kernel}
-    bound_holds = item.gramians == "data-free"
+    common = {"name": name, "rank_before": item.rank, "spectrum": tuple(hsv.tolist()), "convention": analysis.convention}
+    common |= {"gramians": analysis.gramians, "kernel_plan_before": kernel, "kernel_plan_after": kernel}
     if reduction is None:
-        bound = 0.0 if bound_holds else None
+        bound = 0.0 if analysis.bounded else None
         return LayerReduction(
             **common, rank_after=item.rank, spectrum_after=common["spectrum"], discarded=0.0, error_bound=bound,
             method="identity",
         )  # fmt: skip
     kept = reduction.real_order
     tail = float(hsv[kept:].sum())
-    after = hsv[:kept]
-    if bound_holds:
-        after = reduction.system.hankel_singular_values(convention=convention)
     return LayerReduction(
         **common,
-        rank_after=reduction.system.order,
-        spectrum_after=tuple(after.tolist()),
+        rank_after=reduction.order,
+        spectrum_after=tuple(analysis.spectrum_after(reduction).tolist()),
         discarded=tail / float(hsv.sum()),
-        error_bound=2 * tail if bound_holds and reduction.method == "balanced" else None,
+        error_bound=2 * tail if analysis.bounded and reduction.method == "balanced" else None,
         method=reduction.method,
+        output_error=reduction.output_error,
     )

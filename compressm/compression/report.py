@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from compressm.errors import bad_argument
@@ -19,13 +19,15 @@ class LayerReduction:
         spectrum: Hankel singular values before, descending; 2N of them in the real convention, N in the complex.
         spectrum_after: those of the reduced layer.  With data Gramians: the kept part of ``spectrum``, which is what the
             balanced data Gramians become; data-free: computed anew from the reduced system.
-        convention: ``"real"`` (2N real states behind y = Re(C x)) or ``"complex"`` (the paper's N complex states).
+        convention: ``"real"`` (2N real states behind y = Re(C x)), ``"complex"`` (the paper's N complex states),
+            ``"selective"`` (states h_t and output maps C_t of a selective scan) or ``"mean-LTI"`` (its time-invariant mean).
         gramians: ``"data"``, ``"data-free"``, or ``"data P, data-free Q"`` where the model allowed no backward pass.
         discarded: fraction of the sum of ``spectrum`` that was cut.
         error_bound: bound on the H-infinity norm of the error, 2 * sum of the cut values; None with data Gramians, to
             which it does not apply.
         method: how the reduced system was found (``"balanced"``, ``"balanced, data-free Q"``, ``"obs"``, ``"identity"``).
         kernel_plan_before, kernel_plan_after: which kernel the layer runs, one line each; empty if it has not run yet.
+        output_error: relative root mean square error of the layer's output on the calibration data, where it is known.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerReduction:
     method: str
     kernel_plan_before: str = ""
     kernel_plan_after: str = ""
+    output_error: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -49,7 +52,7 @@ class LayerReduction:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerReduction:
         """The inverse of ``dataclasses.asdict``, with lists for tuples allowed."""
-        values = {field.name: data[field.name] for field in fields(cls)}
+        values = {field.name: data[field.name] for field in fields(cls) if field.name in data or field.default is MISSING}
         return cls(**{k: tuple(v) if k.startswith("spectrum") else v for k, v in values.items()})
 
 
@@ -135,6 +138,8 @@ def describe(layer: LayerReduction) -> str:
         f"{name}: {layer.rank_before} -> {layer.rank_after} states, {layer.discarded:.3g} of the sum of the "
         f"{layer.convention} {layer.gramians} spectrum cut, {layer.method}"
     )
+    if layer.output_error is not None:
+        text += f", {layer.output_error:.3g} relative error of its output"
     if layer.kernel_plan_before != layer.kernel_plan_after:
         text += f"; kernel {layer.kernel_plan_before or 'none yet'} -> {layer.kernel_plan_after or 'none yet'}"
     return text

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter, LayerEdit
+from compressm.adapters.base import holder, parameter_at
 from compressm.compression._workers import each
 from compressm.compression.audit import (
     Ema,
@@ -17,8 +18,7 @@ from compressm.compression.audit import (
     audit,
     check_ema,
     check_swappable,
-    ema_holder,
-    full_name,
+    ema_slot,
     trained_names,
 )
 from compressm.compression.moments import new_states, warn_unknown
@@ -32,19 +32,32 @@ class Swap:
 
     Attributes:
         name, module: the layer.
-        old, new: local name to parameter.
+        old, new: name relative to the layer, to parameter.
+        attributes: plain attributes that change along, by name relative to the layer.
     """
 
     name: str
     module: nn.Module
     old: dict[str, nn.Parameter]
     new: dict[str, nn.Parameter]
+    attributes: Mapping[str, int]
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> Swap:
+    def of(cls, name: str, module: nn.Module, tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> Swap:
         """Wrap new tensors like the old parameters: requires_grad and attributes such as ``_no_weight_decay`` stay."""
-        old = {key: module._parameters[key] for key in tensors}
-        return cls(name, module, old, {key: _parameter_like(old[key], value) for key, value in tensors.items()})
+        old = {key: parameter_at(module, key) for key in tensors}
+        return cls(name, module, old, {key: _parameter_like(old[key], value) for key, value in tensors.items()}, attributes)
+
+    def actions(self) -> list[Action]:
+        """Put the new parameters and attributes into the module."""
+        actions = []
+        for key, parameter in self.new.items():
+            owner, leaf = holder(self.module, key)
+            actions.append(_assign(owner._parameters, leaf, parameter))
+        for key, value in self.attributes.items():
+            owner, leaf = holder(self.module, key)
+            actions.append(_set(owner, leaf, value))
+        return actions
 
 
 def apply_edits(
@@ -75,7 +88,10 @@ def apply_edits(
         ModelError, OptimizerError, ArgumentError, NumericalError: nothing has changed.
     """
     check_swappable(model, {name: (layers[name][0], edit.tensors) for name, edit in edits.items()})
-    swaps = [Swap.of(name, layers[name][0], edit.tensors) for name, edit in edits.items()]
+    swaps = []
+    for name, edit in edits.items():
+        module, adapter = layers[name]
+        swaps.append(Swap.of(name, module, edit.tensors, adapter.attributes(module, edit.rank_after)))
     actions: list[Action] = []
     for optimizer in optimizers:
         carried = each(
@@ -111,7 +127,7 @@ def reshape(
         if adapter.rank(module) != rank:
             blank = adapter.blank(module, rank)
             check_swappable(model, {name: (module, blank)})
-            swaps.append(Swap.of(name, module, blank))
+            swaps.append(Swap.of(name, module, blank, adapter.attributes(module, rank)))
     actions = [action for optimizer in optimizers for action in _optimizer_actions(optimizer, swaps, {})]
     undo = _commit(model, optimizers, swaps, actions)
     return undo
@@ -121,7 +137,7 @@ def _commit(model: nn.Module, optimizers: Optimizers, swaps: Sequence[Swap], act
     """Do everything, audit, and undo everything if the audit raises; returns the undo."""
     trained = trained_names(model, optimizers)
     for swap in swaps:
-        actions += [_assign(swap.module._parameters, key, swap.new[key]) for key in swap.new]
+        actions += swap.actions()
     done: list[Callable[[], None]] = []
 
     def undo() -> None:
@@ -161,13 +177,12 @@ def _optimizer_actions(
 
 
 def _ema_actions(ema: Ema, name: str, edit: LayerEdit) -> list[Action]:
-    holder = ema_holder(ema, name)
-    keys = {key: full_name(name, key) if isinstance(ema, MutableMapping) else key for key in edit.tensors}
-    values = edit.values({key: holder[keys[key]].detach().double() for key in keys})
+    slots = {key: ema_slot(ema, name, key) for key in edit.tensors}
+    values = edit.values({key: slot[leaf].detach().double() for key, (slot, leaf) in slots.items()})
     actions = []
-    for key, held in keys.items():
-        old, value = holder[held], values[key].to(holder[held])
-        actions.append(_assign(holder, held, _parameter_like(old, value) if isinstance(old, nn.Parameter) else value))
+    for key, (slot, leaf) in slots.items():
+        old, value = slot[leaf], values[key].to(slot[leaf])
+        actions.append(_assign(slot, leaf, _parameter_like(old, value) if isinstance(old, nn.Parameter) else value))
     return actions
 
 
@@ -184,6 +199,11 @@ def _assign(container: Any, key: Any, value: Any) -> Action:
         return lambda: container.__setitem__(key, item)
 
     return put(value), put(old)
+
+
+def _set(owner: nn.Module, name: str, value: Any) -> Action:
+    old = getattr(owner, name)
+    return lambda: setattr(owner, name, value), lambda: setattr(owner, name, old)
 
 
 def _rekey(mapping: MutableMapping[Any, Any], old: Tensor, new: Tensor, state: dict[str, Any] | None) -> Action:

@@ -1,7 +1,24 @@
 """Control theory on frozen systems; it knows no nn.Module."""
 
-from compressm.control.balancing import Balanced, Reduction, balance
+from compressm.control.balancing import Balanced, Reduction, balance, singular_values
 from compressm.control.coordinates import blend, real_gramians, slots
+from compressm.control.selective import MeanSystem, SelectiveMoments, SelectiveReduction, mean_subset, refitted_subset
+from compressm.control.siso import siso_hankel_singular_values
 from compressm.control.system import DiagonalSystem
 
-__all__ = ["Balanced", "DiagonalSystem", "Reduction", "balance", "blend", "real_gramians", "slots"]
+__all__ = [
+    "Balanced",
+    "DiagonalSystem",
+    "MeanSystem",
+    "Reduction",
+    "SelectiveMoments",
+    "SelectiveReduction",
+    "balance",
+    "blend",
+    "mean_subset",
+    "real_gramians",
+    "refitted_subset",
+    "singular_values",
+    "siso_hankel_singular_values",
+    "slots",
+]

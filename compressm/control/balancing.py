@@ -48,6 +48,16 @@ class Reduction:
     max_modulus: float
     real_order: int
 
+    @property
+    def order(self) -> int:
+        """Complex states of the reduced system."""
+        return self.system.order
+
+    @property
+    def output_error(self) -> None:
+        """Not known: balanced truncation looks at Gramians, not at outputs."""
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class _Bases:
@@ -268,7 +278,7 @@ def balance(
 def hankel_singular_values(system: DiagonalSystem, convention: str) -> Tensor:
     """(n,) float64, descending, of an unbatched system; cheaper than balancing it."""
     P, Q, _ = _checked(system, convention, None, None, None)
-    return _singular_values(P, Q)
+    return singular_values(P, Q)
 
 
 def _checked(
@@ -312,7 +322,7 @@ def factor(gramian: Tensor) -> Tensor:
     return scale[:, None] * vectors[:, keep] * eigenvalues[keep].sqrt()
 
 
-def _singular_values(P: Tensor, Q: Tensor) -> Tensor:
+def singular_values(P: Tensor, Q: Tensor) -> Tensor:
     """Hankel singular values of a pair of Gramians, descending, without bases."""
     L_p, L_q = factor(P), factor(Q)
     unit_p, unit_q = _power_of_two(L_p), _power_of_two(L_q)

@@ -20,8 +20,8 @@ def check_convention(convention: str) -> None:
 
 
 def slots(order: int, convention: str) -> int:
-    """Complex states of a layer that ``order`` states of a convention's spectrum take: half of the real ones, rounded up."""
-    check_convention(convention)
+    """States of a layer that ``order`` values of a convention's spectrum take: half as many, rounded up, where it is the real
+    system of 2N states behind N complex ones (``"real"``), else as many."""
     return -(-order // 2) if convention == "real" else order
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import compressm
-from compressm.adapters import find_layers
-from compressm.compression import _batches, calibration
+from compressm.adapters import find_layers, lti
+from compressm.compression import _batches
 from compressm.compression.calibration import collect
 from compressm.errors import ArgumentError, DataError, NumericalError
 from compressm.layers import LRU
@@ -26,7 +26,7 @@ def relative(actual: torch.Tensor, oracle: torch.Tensor) -> float:
 def measure(model, batches, **kwargs):
     layers = find_layers(model)
     systems = {name: adapter.read(module, name) for name, (module, adapter) in layers.items()}
-    return collect(model, layers, systems, batches, **kwargs), systems
+    return collect(model, layers, batches, **kwargs), systems
 
 
 class Watched(nn.Module):
@@ -66,10 +66,10 @@ def brute_force(model: Watched, batches, seed=0):
     return X.T @ X / len(X), Y.T @ Y / len(Y), len(X)
 
 
-@pytest.mark.parametrize("chunk", [calibration.CHUNK_BYTES, 1000])
+@pytest.mark.parametrize("chunk", [lti.CHUNK_BYTES, 1000])
 def test_gramians_are_second_moments(monkeypatch, chunk):
     """Also where states are run in small chunks of time and batch."""
-    monkeypatch.setattr(calibration, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(lti, "CHUNK_BYTES", chunk)
     model = Watched()
     batches = [torch.randn(4, 33, 2, dtype=torch.float64), torch.randn(3, 17, 2, dtype=torch.float64)]
     measured, _ = measure(model, batches, rows_per_state=None)

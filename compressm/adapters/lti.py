@@ -1,0 +1,200 @@
+"""Layers that are linear time-invariant systems: their analysis by balanced truncation, and data Gramians.
+
+P is the second moment of the states on calibration inputs.  Q is the second moment of the adjoint states
+p_t = A^T p_{t+1} + C^T g_t, where g_t is the gradient at the layer's output of sum(out * v) for a random probe v ~ N(0, I)
+on the model's output.  Both live in the real coordinates [Re x; Im x].
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm.adapters.base import Adapter, Analysis, Meter
+from compressm.control import Balanced, DiagonalSystem, Reduction, balance, blend, real_gramians
+from compressm.errors import DataError, NumericalError
+from compressm.kernels import diagonal_scan
+
+BLEND = 1e-2  # share of the data-free Gramians in the data Gramians
+CHUNK_BYTES = 64 << 20  # states held at once
+
+
+@dataclass(frozen=True)
+class DataGramians:
+    """Second moments of one layer on data.
+
+    Attributes:
+        P: (2N, 2N) float64, mean of x x^T.
+        Q: (2N, 2N) float64, mean of p p^T; None where no gradient reached the layer.
+        sequences: how many sequences were seen.
+        rows: how many samples of the state entered P.
+    """
+
+    P: Tensor
+    Q: Tensor | None
+    sequences: int
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class LTIAnalysis(Analysis):
+    """A balanced system; see :class:`compressm.control.Balanced`."""
+
+    balanced: Balanced
+    gramians: str
+
+    @property
+    def hsv(self) -> Tensor:
+        return self.balanced.hsv
+
+    @property
+    def convention(self) -> str:
+        return self.balanced.convention
+
+    @property
+    def bounded(self) -> bool:
+        return self.gramians == "data-free"
+
+    def modes(self, order: int) -> int:
+        return self.balanced.modes(order)
+
+    def reduce(self, rank: int) -> Reduction:
+        return self.balanced.reduce(rank)
+
+    def spectrum_after(self, reduction: Reduction) -> Tensor:
+        """Anew from the reduced system; with data Gramians the kept part, which is what they become in balanced form."""
+        if self.bounded:
+            return reduction.system.hankel_singular_values(convention=self.convention)
+        return self.hsv[: reduction.real_order]
+
+
+class LTIAdapter(Adapter):
+    """Adapter of layers that :meth:`read` as a DiagonalSystem; says how calibration taps them."""
+
+    @abstractmethod
+    def read(self, module: nn.Module, name: str = "") -> DiagonalSystem:
+        """The layer as a system, float64.
+
+        Args:
+            module: the layer.
+            name: its name in the model, for messages.
+
+        Raises:
+            NumericalError: a parameter is NaN or infinite, or an eigenvalue is not inside the unit circle.
+            ModelError: a parameter is not a plain parameter (parametrized, missing).
+        """
+
+    @abstractmethod
+    def layer_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The driving signal (batch, L, H) real and the initial state (batch, N) complex or None of one call."""
+
+    @abstractmethod
+    def layer_output(self, output: Any) -> Tensor:
+        """The output signal (batch, L, H_out) in what the module's forward returned."""
+
+    @abstractmethod
+    def with_output(self, output: Any, signal: Tensor) -> Any:
+        """``output`` with its output signal replaced by ``signal``."""
+
+    def analyse(self, module: nn.Module, name: str, convention: str, measured: DataGramians | None) -> LTIAnalysis:
+        """Balanced with the data Gramians, or data-free where there are none or the convention is the paper's."""
+        system = self.read(module, name)
+        if measured is None or convention == "complex":
+            return LTIAnalysis(balance(system, convention=convention), "data-free")
+        white_P, white_Q = real_gramians(system)
+        P = blend(measured.P.to(white_P), white_P, BLEND)
+        Q = white_Q if measured.Q is None else blend(measured.Q.to(white_Q), white_Q, BLEND)
+        balanced = balance(system, convention=convention, P=P, Q=Q, fallback_Q=white_Q)
+        return LTIAnalysis(balanced, "data P, data-free Q" if measured.Q is None else "data")
+
+    def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> LTIMeter:
+        return LTIMeter(self, self.read(module, name), sequences, rows_per_state, seed)
+
+    def slowest(self, module: nn.Module) -> float:
+        return float(self.read(module).log_lam.real.exp().max())
+
+
+class LTIMeter(Meter):
+    """Accumulates P and Q of one layer."""
+
+    def __init__(
+        self, adapter: LTIAdapter, system: DiagonalSystem, total: int, rows_per_state: int | None, seed: int
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.log_lam = system.log_lam
+        self.drive = torch.cat([system.B.real, system.B.imag])  # (2N, H)
+        self.sense = torch.cat([system.C.real, -system.C.imag], 1).T.contiguous()  # (2N, H_out)
+        self.total, self.rows_per_state = total, rows_per_state
+        self.random = torch.Generator().manual_seed(seed)
+        n = self.drive.shape[0]
+        self.P = torch.zeros(n, n, dtype=torch.float64, device=self.drive.device)
+        self.Q = torch.zeros_like(self.P)
+        self.p_rows = self.q_rows = 0
+
+    def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Forward hook: add to P, and put a differentiable copy of the output signal in its place."""
+        u, state = self.adapter.layer_input(args, kwargs)
+        if u.dim() != 3:
+            raise DataError(f"calibration: a layer got an input of shape {tuple(u.shape)}, expected (batch, length, H)")
+        start = None if state is None else torch.cat([state.detach().real, state.detach().imag], -1)
+        self.p_rows += self._add(self.P, u.detach(), self.drive, start, reverse=False)
+        signal = self.adapter.layer_output(output)
+        watched = signal if signal.requires_grad else signal.detach().requires_grad_()
+        self.signals.append(watched)
+        return self.adapter.with_output(output, watched.clone())
+
+    def adjoint(self, grad: Tensor) -> None:
+        """Add to Q: the gradient at the output, run backwards in time through A^T."""
+        self.q_rows += self._add(self.Q, grad, self.sense, None, reverse=True)
+
+    @torch.no_grad()
+    def _add(self, moment: Tensor, signal: Tensor, weight: Tensor, start: Tensor | None, reverse: bool) -> int:
+        """Run the states driven by weight @ signal and add their outer products; returns how many were added."""
+        dtype = torch.promote_types(signal.dtype, torch.float32)
+        device, (batch, length, _) = signal.device, signal.shape
+        weight, log_lam = weight.to(device, dtype), self.log_lam.to(device)
+        decay, phase = log_lam.real.to(dtype), log_lam.imag.to(dtype)
+        n = weight.shape[0]
+        stride = 1
+        if self.rows_per_state is not None:
+            stride = max(1, self.total * length // (self.rows_per_state * n))
+        per_step = n * torch.finfo(dtype).bits // 8
+        steps = max(1, min(length, CHUNK_BYTES // per_step))
+        group = max(1, min(batch, CHUNK_BYTES // (per_step * steps)))
+        rows = 0
+        offsets = torch.randint(stride, (batch, 1), generator=self.random).to(device)
+        for first in range(0, batch, group):
+            part = signal[first : first + group].to(dtype)
+            carry = None if start is None else start[first : first + group].to(device, dtype)
+            offset = offsets[first : first + group]
+            starts = range(0, length, steps)
+            for t in reversed(starts) if reverse else starts:
+                x = part[:, t : t + steps] @ weight.T
+                states = diagonal_scan(x, decay, -phase if reverse else phase, initial_state=carry, reverse=reverse)
+                carry = states[:, 0 if reverse else -1].contiguous()
+                time = torch.arange(t, t + x.shape[1], device=device)[None, :]
+                sample = states[(time + offset) % stride == 0] if stride > 1 else states.flatten(0, 1)
+                sample = sample.to(moment.device, torch.float64)
+                moment += sample.T @ sample
+                rows += sample.shape[0]
+        return rows
+
+    @property
+    def reached(self) -> bool:
+        return self.p_rows > 0
+
+    def result(self, name: str) -> DataGramians:
+        P = self.P / self.p_rows
+        Q = self.Q / self.q_rows if self.q_rows else None
+        for letter, gramian in (("P", P), ("Q", Q)):
+            if gramian is not None and not bool(torch.isfinite(gramian).all()):
+                raise NumericalError(
+                    f"calibration: Gramian {letter} of layer {name!r} is not finite, expected finite states on the "
+                    "calibration data. Look for NaN or infinity in the batches"
+                )
+        return DataGramians(P, Q, self.total, self.p_rows)

@@ -1,0 +1,244 @@
+"""Mamba-1 mixers: ours, mamba_ssm's and transformers' (in_proj, conv1d, x_proj, dt_proj, A_log, out_proj).
+
+All channels share B_t = W_B x_t and C_t = W_C x_t, rows of the bias-free linear ``x_proj``.  A layer with fewer states keeps
+the rows of W_B and the columns of A_log that belong to a subset of the states, and any linear map F of C_t goes into its
+weight, F W_C: it stays an ordinary Mamba layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, check_finite, label, plain_parameters
+from compressm.control import (
+    MeanSystem,
+    SelectiveMoments,
+    SelectiveReduction,
+    mean_subset,
+    refitted_subset,
+    singular_values,
+)
+from compressm.errors import DataError, ModelError, NumericalError
+from compressm.kernels import selective_scan
+
+NAMES = ("x_proj.weight", "A_log")
+READ = (*NAMES, "dt_proj.weight", "dt_proj.bias")
+STEP_BYTES = 64 << 20  # of M_t kept per layer
+SLAB_BYTES = 64 << 20  # of intermediate (channels, N, N) tensors
+MIN_LOG_DECAY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class MambaAnalysis(Analysis):
+    """Second moments of a selective scan; ``convention`` is ``"selective"`` or ``"mean-LTI"``."""
+
+    moments: SelectiveMoments
+    convention: str
+    gramians: str
+    bounded: bool = False
+    hsv: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        mean = self.convention == "mean-LTI"
+        hsv = self.moments.mean.hankel_singular_values() if mean else singular_values(self.moments.P, self.moments.Q)
+        object.__setattr__(self, "hsv", hsv)
+
+    def modes(self, order: int) -> int:
+        return order
+
+    def reduce(self, rank: int) -> SelectiveReduction:
+        return (mean_subset if self.convention == "mean-LTI" else refitted_subset)(self.moments, rank)
+
+    def spectrum_after(self, reduction: SelectiveReduction) -> Tensor:
+        return self.hsv[: reduction.order]
+
+
+class MambaAdapter(Adapter):
+    """A subset of the states and a refitted C; the paper's recipe keeps C and chooses by the mean system of every channel.
+
+    The spectrum of the default recipe is that of P = sum_d E[h_d h_d^T] and Q = E[C C^T]: its squares are the output energy
+    that a projection of independent h and C would lose.  Without calibration data the inputs of the scan count as white noise
+    of unit variance and the step sizes as those of ``dt_proj.bias``.
+    """
+
+    paper_uses_data = True
+
+    def parameters(self, module: nn.Module) -> tuple[str, ...]:
+        return NAMES
+
+    def rank(self, module: nn.Module) -> int:
+        return plain_parameters(module, ("A_log",))["A_log"].shape[1]
+
+    def attributes(self, module: nn.Module, rank: int) -> dict[str, int]:
+        width = module.dt_proj.weight.shape[1] + 2 * rank
+        own = {name: rank for name in ("d_state", "ssm_state_size") if name in vars(module)}
+        return {**own, "x_proj.out_features": width}
+
+    def slowest(self, module: nn.Module) -> float:
+        parameters = self._checked(module, "")
+        dt = F.softplus(parameters["dt_proj.bias"].detach().double())
+        return float(torch.exp(-dt * parameters["A_log"].detach().double().exp().amin(1)).max())
+
+    @torch.no_grad()
+    def analyse(self, module: nn.Module, name: str, convention: str, measured: SelectiveMoments | None) -> MambaAnalysis:
+        parameters = self._checked(module, name)
+        moments = white_moments(parameters) if measured is None else measured
+        kind = "mean-LTI" if convention == "complex" else "selective"
+        return MambaAnalysis(moments, kind, "data-free" if measured is None else "data")
+
+    def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> MambaMeter:
+        return MambaMeter(self._checked(module, name)["A_log"], sequences, rows_per_state, seed)
+
+    @torch.no_grad()
+    def edit(self, module: nn.Module, reduction: SelectiveReduction) -> LayerEdit:
+        parameters = plain_parameters(module, NAMES)
+        order = parameters["A_log"].shape[1]
+        low_rank = parameters["x_proj.weight"].shape[0] - 2 * order
+
+        def subset(key: str, value: Tensor) -> Tensor:
+            states = reduction.states.to(value.device)
+            if key == "A_log":
+                return value[:, states].contiguous()
+            dt, B, C = value.split([low_rank, order, order])
+            return torch.cat([dt, B[states], C[states]])
+
+        def values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            result = {key: subset(key, tensors[key].double()) for key in NAMES}
+            C = tensors["x_proj.weight"][low_rank + order :].double()
+            result["x_proj.weight"][low_rank + reduction.order :] = reduction.mix.to(C.device) @ C
+            return result
+
+        def moments(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {key: subset(key, tensors[key].double()) for key in NAMES}
+
+        new = values({key: parameter.detach() for key, parameter in parameters.items()})
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in new.values()):
+            raise NumericalError("the reduced scan has NaN or infinite weights, expected finite values")
+        tensors = {key: tensor.to(parameters[key]) for key, tensor in new.items()}
+        # A kept row of W_C has the gradient it had: sum_td g_td h_tdn x_t^T, whatever F is; so have B and A_log, nearly.
+        return LayerEdit(order, reduction.order, tensors, moments, moments, values, subset)
+
+    def blank(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
+        parameters = plain_parameters(module, NAMES)
+        weight, A_log = parameters["x_proj.weight"], parameters["A_log"]
+        rows = weight.shape[0] - 2 * (A_log.shape[1] - rank)
+        return {"x_proj.weight": weight.new_zeros(rows, weight.shape[1]), "A_log": A_log.new_zeros(A_log.shape[0], rank)}
+
+    def _checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
+        """The parameters that the scan depends on, finite.
+
+        Raises:
+            ModelError, NumericalError: a parameter is missing or not finite.
+        """
+        parameters = plain_parameters(module, READ, name)
+        check_finite(module, parameters, name)
+        check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
+        if getattr(module.x_proj, "bias", None) is not None:
+            raise ModelError(f"{label(module, name)}: x_proj has a bias, expected none: C could not be refitted through it")
+        return parameters
+
+
+def white_moments(parameters: dict[str, Tensor]) -> SelectiveMoments:
+    """Moments for white inputs of unit variance and the step sizes of ``dt_proj.bias``."""
+    weight, A_log, bias = (parameters[key].detach().double() for key in ("x_proj.weight", "A_log", "dt_proj.bias"))
+    order = A_log.shape[1]
+    B, C = weight[-2 * order : -order], weight[-order:]
+    dt = F.softplus(bias)
+    log_lam = -(dt[:, None] * A_log.exp()).clamp_min(MIN_LOG_DECAY)
+    decay = torch.zeros(order, order, dtype=torch.float64, device=A_log.device)
+    slab = max(1, SLAB_BYTES // (8 * order**2))
+    for first in range(0, len(dt), slab):
+        part = log_lam[first : first + slab]
+        decay += (dt[first : first + slab, None, None] ** 2 / -torch.expm1(part[:, :, None] + part[:, None, :])).sum(0)
+    # The mean of B_t and of C_t vanishes for white inputs: their root mean squares stand in for it.
+    mean = MeanSystem(log_lam, dt[:, None] * B.norm(dim=1), C.norm(dim=1))
+    none = torch.zeros(0, order, dtype=torch.float64, device=A_log.device)
+    return SelectiveMoments(decay * (B @ B.T), C @ C.T, none[:, :, None].expand(0, order, order), none, mean)
+
+
+class MambaMeter(Meter):
+    """Looks at the states and at C_t at evenly spaced steps; the scan itself runs in between.
+
+    Args:
+        A_log: (D, N), for the sizes.
+        sequences, rows_per_state, seed: as in ``Adapter.meter``.
+    """
+
+    def __init__(self, A_log: Tensor, sequences: int, rows_per_state: int | None, seed: int) -> None:
+        super().__init__()
+        order = A_log.shape[1]
+        most = max(1, STEP_BYTES // (4 * order**2))
+        self.sequences = sequences
+        self.steps = most if rows_per_state is None else min(most, rows_per_state * order)
+        self.random = torch.Generator().manual_seed(seed)
+        self.M: list[Tensor] = []
+        self.C: list[Tensor] = []
+        self.A = -A_log.detach().double().exp()
+        self.lam, self.drive = torch.zeros_like(self.A), torch.zeros_like(self.A)
+
+    @property
+    def reached(self) -> bool:
+        return bool(self.M)
+
+    @torch.no_grad()
+    def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        hidden = args[0] if args else next((v for k, v in kwargs.items() if k.startswith("hidden_states")), None)
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            got = type(hidden).__name__ if not isinstance(hidden, Tensor) else f"a tensor of shape {tuple(hidden.shape)}"
+            raise DataError(f"calibration: a {type(module).__name__} layer got {got}, expected (batch, length, d_model)")
+        x, delta, B, C = scan_inputs(module, hidden)
+        bias = module.dt_proj.bias
+        length = x.shape[-1]
+        stride = max(1, self.sequences * length // self.steps)
+        first = int(torch.randint(min(stride, length), (1,), generator=self.random))
+        state, begin = None, 0
+        for step in range(first, length, stride):
+            part = slice(begin, step + 1)
+            _, state = selective_scan(
+                x[..., part], delta[..., part], self.A, B[..., part], C[..., part], delta_bias=bias, delta_softplus=True,
+                return_last_state=True, initial_state=state,
+            )  # fmt: skip
+            self._add(state, C[..., step], F.softplus(delta[..., step] + bias), B[..., step])
+            begin = step + 1
+
+    def _add(self, h: Tensor, C: Tensor, dt: Tensor, B: Tensor) -> None:
+        """One step of all sequences: h (batch, D, N), C and B (batch, N), dt (batch, D)."""
+        self.M.append((h.mT @ h).float().cpu())
+        self.C.append(C.float().cpu())
+        dt, B = dt.double(), B.double()
+        self.drive += dt.T @ B
+        for row in dt:
+            self.lam += torch.exp(row[:, None] * self.A)
+
+    def result(self, name: str) -> SelectiveMoments:
+        device = self.A.device
+        M, C = torch.cat(self.M).to(device), torch.cat(self.C).to(device)
+        steps = len(M)
+        P = torch.zeros(M.shape[1:], dtype=torch.float64, device=device)
+        for part in M.split(256):
+            P += part.double().sum(0)
+        wide = C.double()
+        mean = MeanSystem((self.lam / steps).log().clamp_max(-MIN_LOG_DECAY), self.drive / steps, wide.mean(0))
+        moments = SelectiveMoments(P / steps, wide.T @ wide / steps, M, C, mean)
+        for letter, matrix in (("E[h h^T]", moments.P), ("E[C C^T]", moments.Q), ("E[exp(dt A)]", self.lam)):
+            if not bool(torch.isfinite(matrix).all()):
+                raise NumericalError(
+                    f"calibration: {letter} of layer {name!r} is not finite, expected finite states on the calibration "
+                    "data. Look for NaN or infinity in the batches"
+                )
+        return moments
+
+
+def scan_inputs(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(u, delta before its bias, B, C) of a mixer's scan for hidden states (batch, L, d_model); (batch, D or N, L) each."""
+    channels, order = module.A_log.shape
+    low_rank = module.dt_proj.weight.shape[1]
+    x = module.in_proj(hidden)[..., :channels].mT
+    x = F.silu(module.conv1d(x)[..., : x.shape[-1]])
+    dt, B, C = module.x_proj(x.mT).split([low_rank, order, order], dim=-1)
+    return x, F.linear(dt, module.dt_proj.weight).mT, B.mT, C.mT
