@@ -32,7 +32,9 @@ RunFolder = Annotated[Path, typer.Argument(help="Output folder of compressm trai
 @app.command()
 def train(
     preset: Preset,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data files; without it they are downloaded.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the data; without it: a download, or Python's own library for stdlib-lm.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of every run.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of parameters, order of the data and dropout.")] = None,
@@ -48,6 +50,7 @@ def train(
     from compressm.experiments import runs
     from compressm.experiments.display import TrainingDisplay
     from compressm.experiments.summary import headline, summary_table
+    from compressm.experiments.tasks import TASK_CLASSES
 
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
     overrides = {key: value for key, value in options.items() if value is not None}
@@ -61,7 +64,8 @@ def train(
     command = runs.prepare(preset, overrides, out, folder, resume=resume, overwrite=overwrite)
     if resume and not command.resume:
         console.print(f"nothing to resume in {out}, starting anew", highlight=False)
-    with _stop_on_signal() as stopped, TrainingDisplay(console, len(command.settings.runs)) as display:
+    metric = TASK_CLASSES[command.settings.task].metric
+    with _stop_on_signal() as stopped, TrainingDisplay(console, len(command.settings.runs), metric) as display:
         try:
             report = runs.execute(command, out, display, lambda: bool(stopped))
         except runs.Interrupted as interruption:

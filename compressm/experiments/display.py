@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from compressm.compression.report import LayerReduction, describe
+from compressm.experiments.metrics import Metric
 
 LINE_SECONDS = 15.0  # between plain lines about one run
 
@@ -23,7 +24,7 @@ class _Row:
     steps: int
     states: list[int]
     point: dict[str, Any] = field(default_factory=dict)
-    test: float | None = None
+    watched: float | None = None
 
 
 class TrainingDisplay:
@@ -32,10 +33,11 @@ class TrainingDisplay:
     Args:
         console: where to write; a live table if it is a terminal, lines otherwise.
         runs: how many there will be.
+        metric: of the task.
     """
 
-    def __init__(self, console: Console, runs: int) -> None:
-        self.console, self.runs = console, runs
+    def __init__(self, console: Console, runs: int, metric: Metric) -> None:
+        self.console, self.runs, self.metric = console, runs, metric
         self.rows: dict[str, _Row] = {}
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -75,30 +77,32 @@ class TrainingDisplay:
         now = time.monotonic()
         if self._live is None and now - self._spoken > LINE_SECONDS:
             self._spoken = now
-            self.message(f"  {row.title}: {_line(row)}")
+            self.message(f"  {row.title}: {self._line(row)}")
 
     def evaluation(self, run: str, evaluation: dict[str, Any]) -> None:
-        """Accuracy and loss on the test set."""
+        """The metric on the split that it watches."""
         row = self.rows[run]
-        row.test = evaluation["accuracy"]
+        row.watched = evaluation[self.metric.key]
         if self._live is None:
             self._spoken = time.monotonic()
-            self.message(f"  {row.title}: {_line(row)}")
+            self.message(f"  {row.title}: {self._line(row)}")
 
     def reduction(self, run: str, reduction: dict[str, Any]) -> None:
         """A reduction was made."""
-        before, after = reduction["accuracy_before"], reduction["accuracy_after"]
+        metric = self.metric
+        before, after = (metric.live(reduction[f"{metric.key}_{side}"]) for side in ("before", "after"))
         self.message(
             f"[bold green]reduced[/] at step {reduction['step']} in {reduction['seconds']:.2f} s, "
-            f"test accuracy {before:.2%} -> {after:.2%}"
+            f"{metric.watched} {metric.name} {before} -> {after}"
         )
         for layer in reduction["layers"]:
             self.message(f"  {describe(LayerReduction.from_dict(layer))}")
         self.rows[run].states = [layer["rank_after"] for layer in reduction["layers"]]
 
     def _render(self) -> Group:
-        table = Table(box=None, pad_edge=False)
-        for heading in ("run", "step", "loss", "accuracy", "test accuracy", "states per layer", "ms/step"):
+        table, metric = Table(box=None, pad_edge=False), self.metric
+        watched = f"{metric.watched} {metric.name}"
+        for heading in ("run", "step", "loss", metric.name, watched, "states per layer", "ms/step"):
             table.add_column(heading, justify="left" if heading == "run" else "right")
         for row in self.rows.values():
             point = row.point
@@ -106,21 +110,21 @@ class TrainingDisplay:
                 row.title,
                 str(point.get("step", 0)),
                 f"{point['loss']:.3f}" if point else "",
-                f"{point['accuracy']:.1%}" if point else "",
-                "" if row.test is None else f"{row.test:.2%}",
+                metric.live(point[metric.key], metric.digits - 1) if point else "",
+                "" if row.watched is None else metric.live(row.watched),
                 _states(row.states),
                 f"{point['seconds_per_step'] * 1e3:.1f}" if point else "",
             )
         return Group(table, self.progress)
 
-
-def _line(row: _Row) -> str:
-    point = row.point
-    text = (
-        f"step {point['step']}/{row.steps}, loss {point['loss']:.3f}, accuracy {point['accuracy']:.1%}, "
-        f"states {_states(row.states)}, {point['seconds_per_step'] * 1e3:.1f} ms/step"
-    )
-    return text if row.test is None else f"{text}, test accuracy {row.test:.2%}"
+    def _line(self, row: _Row) -> str:
+        point, metric = row.point, self.metric
+        text = (
+            f"step {point['step']}/{row.steps}, loss {point['loss']:.3f}, "
+            f"{metric.name} {metric.live(point[metric.key], metric.digits - 1)}, "
+            f"states {_states(row.states)}, {point['seconds_per_step'] * 1e3:.1f} ms/step"
+        )
+        return text if row.watched is None else f"{text}, {metric.watched} {metric.name} {metric.live(row.watched)}"
 
 
 def _states(states: Sequence[int]) -> str:

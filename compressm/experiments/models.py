@@ -86,8 +86,8 @@ def parameter_groups(model: nn.Module, lr: float, ssm_lr_factor: float, weight_d
     ssm = [p for name, p in named if name.rpartition(".")[2] in recurrent]
     rest = [p for name, p in named if name.rpartition(".")[2] not in recurrent]
     return [
-        {"params": rest, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay},
-        {"params": ssm, "lr": lr * ssm_lr_factor, "peak_lr": lr * ssm_lr_factor, "weight_decay": 0.0},
+        {"params": rest, "lr": lr, "weight_decay": weight_decay},
+        {"params": ssm, "lr": lr * ssm_lr_factor, "weight_decay": 0.0},
     ]
 
 

@@ -1,66 +1,34 @@
-"""The report's pictures: SVG whose colours are CSS variables, so that one picture serves light, dark and print."""
+"""The report's pictures, each with its words."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from compressm.experiments.drawing import (
+    THEME,
+    Points,
+    canvas,
+    colour,
+    draw,
+    draw_run,
+    finish,
+    legend,
+    log_axis,
+    plain,
+    smooth,
+    svg_of,
+    thin,
+)
 from compressm.experiments.report_data import LayerCut, Report, Run, clean
 
-# CSS variables and their values in light; report.html.j2 has those in dark. The runs' colours differ for colour-blind eyes.
-THEME = {
-    "ink": "#1b1f24",
-    "soft": "#57606a",
-    "line": "#d8dee4",
-    "run-compressed": "#0072b2",
-    "run-full": "#6b7480",
-    "run-small": "#d55e00",
-    "run-small-narrow": "#00825f",
-    "run-other": "#a0478a",
-}
-DASHES = {"compressed": "-", "full": "-", "small": (0, (4, 1.6)), "small_narrow": (0, (1, 1.4))}
-SIZE = (5.4, 3.3)  # inches; small, so that text is legible where the picture is scaled to a phone
-MAX_POINTS = 400
 SMOOTHED = 40  # a loss of so many points is smoothed
-MAX_LABEL = 30
 FLOOR = 1e-12  # singular values below this share of the largest are not drawn
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "compressm",
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), THEME["soft"]),
-    "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": THEME["line"],
-    "grid.linewidth": 0.6,
-    "text.color": THEME["ink"],
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.handlelength": 1.9,
-    "legend.columnspacing": 1.2,
-    "legend.borderaxespad": 0.2,
-}
-Points = Sequence[tuple[float, float | None]]
 
 
 @dataclass(frozen=True)
@@ -76,11 +44,6 @@ class Picture:
     title: str
     caption: str
     svg: str
-
-
-def colour(run: str) -> str:
-    """Of a run, the same everywhere; one of THEME's values."""
-    return THEME.get("run-" + run.replace("_", "-"), THEME["run-other"])
 
 
 def spectra(report: Report) -> list[Picture]:
@@ -101,17 +64,17 @@ def states(report: Report) -> Picture | None:
     series = [(run, _states(run)) for run in report.runs]
     if not any(points for _, points in series):
         return None
-    with _drawing() as (figure, ax):
+    with canvas() as (figure, ax):
         for run, points in series:
-            _line(ax, run, points, drawstyle="steps-post")
+            draw_run(ax, run, points, drawstyle="steps-post")
         ax.set_ylim(0, 1.06 * max(y for _, points in series for _, y in points))
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+        ax.yaxis.set_major_formatter(FuncFormatter(plain))
         ends = {points[-1][1]: colour(run.name) for run, points in reversed(series) if points}
         for total, tint in ends.items():
             ax.annotate(f" {total:,}", (1, total), xycoords=ax.get_yaxis_transform(), color=tint, va="center", weight="bold")
-        _finish(figure, ax, report, "states, all layers together", "step")
-        svg = _svg(figure)
+        finish(figure, ax, report, "states, all layers together", "step")
+        svg = svg_of(figure)
     return Picture("States", "The state of the whole model. It shrinks only where the compressed run is cut.", svg)
 
 
@@ -122,16 +85,16 @@ def loss(report: Report) -> Picture | None:
     if not values:
         return None
     logarithmic = min(values) > 0 and max(values) > 3 * min(values)
-    with _drawing() as (figure, ax):
+    with canvas() as (figure, ax):
         for run, points in series:
             if len(points) >= SMOOTHED:
-                _line(ax, run, points, alpha=0.25, linewidth=0.8, linestyle="-")
+                draw_run(ax, run, points, alpha=0.25, linewidth=0.8, linestyle="-")
                 points = smooth(points, max(3, len(points) // 25))
-            _line(ax, run, points)
+            draw_run(ax, run, points)
         if logarithmic:
-            _log_axis(ax)
-        _finish(figure, ax, report, "training loss" + (", log scale" if logarithmic else ""), "step")
-        svg = _svg(figure)
+            log_axis(ax)
+        finish(figure, ax, report, "training loss" + (", log scale" if logarithmic else ""), "step")
+        svg = svg_of(figure)
     caption = "Mean over the steps between two points"
     caption += " (thin), smoothed (thick)." if any(len(points) >= SMOOTHED for _, points in series) else "."
     if diverged := [run.label for run in report.runs if run.diverged]:
@@ -139,25 +102,26 @@ def loss(report: Report) -> Picture | None:
     return Picture("Training loss", caption, svg)
 
 
-def accuracy(report: Report) -> Picture | None:
-    """Test accuracy by step, with the drop at every cut."""
-    series = [(run, _accuracies(run)) for run in report.runs]
-    caption = "Measured on the test set."
-    if any(cut.accuracy_after is not None for run in report.runs for cut in run.reductions):
+def score(report: Report) -> Picture | None:
+    """The metric by step, with its change at every cut."""
+    series = [(run, _scores(report, run)) for run in report.runs]
+    watched = report.measure.watched
+    caption = f"Measured on the {watched} set."
+    if any(report.around(cut)[1] is not None for run in report.runs for cut in run.reductions):
         caption += " The compressed run also just before and after every cut."
-    return _accuracy_picture(report, series, "Test accuracy by step", caption, "step")
+    return _score_picture(report, series, "by step", caption, "step")
 
 
-def accuracy_by_time(report: Report) -> Picture | None:
-    """Test accuracy by seconds of training."""
+def score_by_time(report: Report) -> Picture | None:
+    """The metric by seconds of training."""
     series = []
     for run in report.runs:
-        timed = [(run.elapsed(e.step), e.accuracy) for e in run.evaluations]
+        timed = [(run.elapsed(e.step), report.score(e)) for e in run.evaluations]
         series.append((run, [(t, y) for t, y in timed if t is not None]))
     caption = "Time of all steps and reductions, without evaluations."
     if len(report.runs) > 1:
         caption += " A line that ends further left trained faster."
-    return _accuracy_picture(report, series, "Test accuracy by training time", caption, "time")
+    return _score_picture(report, series, "by training time", caption, "time")
 
 
 def step_time(report: Report) -> Picture | None:
@@ -167,38 +131,18 @@ def step_time(report: Report) -> Picture | None:
     if top <= 0:
         return None
     outside = sum(y is not None and y > top for _, points in series for _, y in points)
-    with _drawing() as (figure, ax):
+    with canvas() as (figure, ax):
         for run, points in series:
-            _line(ax, run, points)
+            draw_run(ax, run, points)
         ax.set_ylim(0, top)
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        ax.yaxis.set_major_formatter(FuncFormatter(_plain))
-        _finish(figure, ax, report, "ms per training step", "step")
-        svg = _svg(figure)
+        ax.yaxis.set_major_formatter(FuncFormatter(plain))
+        finish(figure, ax, report, "ms per training step", "step")
+        svg = svg_of(figure)
     caption = "Mean over the steps between two points" + (", one run after the other." if len(report.runs) > 1 else ".")
     if outside:
         caption += f" {outside} point{'s' * (outside > 1)} above the picture (start-up, other load) not shown."
     return Picture("Step time", caption, svg)
-
-
-def thin(points: Points, scale: float = 1.0) -> list[tuple[float, float | None]]:
-    """At most MAX_POINTS points: means of neighbours, None where all of them are None."""
-    width = -(-len(points) // MAX_POINTS) or 1
-    result = []
-    for start in range(0, len(points), width):
-        part = points[start : start + width]
-        numbers = [scale * y for _, y in part if y is not None]
-        result.append((part[-1][0], sum(numbers) / len(numbers) if numbers else None))
-    return result
-
-
-def smooth(points: Points, width: int) -> list[tuple[float, float | None]]:
-    """Running mean over ``width`` points around each, fewer at the ends; None stays None."""
-    result, half = [], width // 2
-    for index, (x, y) in enumerate(points):
-        numbers = [value for _, value in points[max(0, index - half) : index + half + 1] if value is not None]
-        result.append((x, None if y is None else sum(numbers) / len(numbers)))
-    return result
 
 
 def _spectrum(name: str, cuts: list[tuple[int, LayerCut]]) -> Picture:
@@ -206,23 +150,23 @@ def _spectrum(name: str, cuts: list[tuple[int, LayerCut]]) -> Picture:
     top = max([value for _, cut in cuts for value in cut.spectrum if math.isfinite(value)], default=0.0)
     blue, many = colour("compressed"), len(cuts) > 1
     after_style = {"color": THEME["ink"], "linewidth": 1.1, "linestyle": (0, (1, 1.5))}
-    with _drawing() as (figure, ax):
+    with canvas() as (figure, ax):
         for index, (_, cut) in enumerate(cuts):
             strength = 1.0 if not many else 0.4 + 0.6 * index / (len(cuts) - 1)
             kept = cut.kept_values
             values = [(i + 1, v if v > FLOOR * top else None) for i, v in enumerate(cut.spectrum)]
-            _plot(ax, values[max(kept - 1, 0) :], color=THEME["soft"], linewidth=1.0, alpha=strength)
-            _plot(ax, values[:kept], color=blue, linewidth=2.0, alpha=strength)
+            draw(ax, values[max(kept - 1, 0) :], color=THEME["soft"], linewidth=1.0, alpha=strength)
+            draw(ax, values[:kept], color=blue, linewidth=2.0, alpha=strength)
             if cut.changed:
                 ax.axvline(kept + 0.5, color=blue, linewidth=1.0, linestyle=(0, (3, 2)), alpha=strength)
         if last.changed:
             ax.axvspan(last.kept_values + 0.5, len(cuts[0][1].spectrum), color=THEME["soft"], alpha=0.10, linewidth=0)
             after = [(i + 1, v if v > FLOOR * top else None) for i, v in enumerate(last.spectrum_after)]
-            _plot(ax, after, **after_style)
+            draw(ax, after, **after_style)
         ax.set_xlim(1, max(2, *(len(cut.spectrum) for _, cut in cuts)))
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if top > 0:
-            _log_axis(ax)
+            log_axis(ax)
         ax.set_title("Hankel singular value, log scale", loc="left")
         ax.set_title(_kept_title(cuts), loc="right", color=blue)
         ax.set_xlabel("index, largest first")
@@ -231,8 +175,8 @@ def _spectrum(name: str, cuts: list[tuple[int, LayerCut]]) -> Picture:
             handles.append(Line2D([], [], color=THEME["soft"], linewidth=1.0, label="before, cut off"))
             if last.spectrum_after:
                 handles.append(Line2D([], [], **after_style, label="after the cut"))
-        _legend(figure, handles)
-        svg = _svg(figure)
+        legend(figure, handles)
+        svg = svg_of(figure)
     return Picture(clean(name) or "(model)", _spectrum_caption(cuts), svg)
 
 
@@ -253,7 +197,7 @@ def _spectrum_caption(cuts: list[tuple[int, LayerCut]]) -> str:
     return text
 
 
-def _accuracy_picture(
+def _score_picture(
     report: Report, series: list[tuple[Run, Points]], title: str, caption: str, axis: str
 ) -> Picture | None:
     if not any(y is not None for _, points in series for _, y in points):
@@ -261,18 +205,22 @@ def _accuracy_picture(
     latest = max(x for _, points in series for x, _ in points)
     unit, seconds = next((u, s) for u, s in (("h", 3600.0), ("min", 60.0), ("s", 1.0)) if latest > 3 * s or s == 1.0)
     scale = seconds if axis == "time" else 1.0
-    with _drawing() as (figure, ax):
+    metric = report.measure
+    name = f"{metric.watched} {metric.name}"
+    with canvas() as (figure, ax):
         for run, points in series:
-            _line(ax, run, [(x / scale, None if y is None else 100 * y) for x, y in points], marker="o", markersize=2.6)
-        _finish(figure, ax, report, "test accuracy, %", f"training time, {unit}" if axis == "time" else axis)
-        svg = _svg(figure)
-    return Picture(title, caption, svg)
+            shown = [(x / scale, None if y is None else metric.factor * y) for x, y in points]
+            draw_run(ax, run, shown, marker="o", markersize=2.6)
+        words = f"{name}, %" if metric.higher_is_better else f"{name}, less is better"
+        finish(figure, ax, report, words, f"training time, {unit}" if axis == "time" else axis)
+        svg = svg_of(figure)
+    return Picture(f"{name.capitalize()} {title}", caption, svg)
 
 
-def _accuracies(run: Run) -> list[tuple[float, float | None]]:
-    points = [(e.step, 2, e.accuracy) for e in run.evaluations]
+def _scores(report: Report, run: Run) -> list[tuple[float, float | None]]:
+    points = [(e.step, 2, report.score(e)) for e in run.evaluations]
     for cut in run.reductions:
-        points += [(cut.step, 0, cut.accuracy_before), (cut.step, 1, cut.accuracy_after)]
+        points += [(cut.step, side, value) for side, value in enumerate(report.around(cut))]
     return [(step, y) for step, _, y in sorted(points, key=lambda point: point[:2]) if y is not None]
 
 
@@ -288,111 +236,10 @@ def _states(run: Run) -> list[tuple[float, int]]:
     return [*changes, totals[-1]] if totals else []
 
 
-def _line(ax: Axes, run: Run, points: Points, **style: object) -> None:
-    ranks = {"full": 2.0, "compressed": 2.5, "small": 3.0, "small_narrow": 3.5}
-    look = {"color": colour(run.name), "linestyle": DASHES.get(run.name, "-"), "zorder": ranks.get(run.name, 2.2)}
-    _plot(ax, points, **{**look, "linewidth": 2.1 if run.name == "compressed" else 1.5, **style})
-
-
-def _plot(ax: Axes, points: Points, **style: object) -> None:
-    ax.plot([x for x, _ in points], [math.nan if y is None else y for _, y in points], **style)
-
-
-def _log_axis(ax: Axes) -> None:
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    decades = math.log10(high / low)
-    if decades > 2.2:
-        ax.yaxis.set_major_locator(LogLocator(base=10, numticks=8))
-        ax.yaxis.set_major_formatter(FuncFormatter(_power))
-    else:
-        subs = (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
-        ax.yaxis.set_major_locator(LogLocator(base=10, subs=subs))
-        ax.yaxis.set_major_formatter(FuncFormatter(_plain))
-    ax.yaxis.set_minor_locator(NullLocator())
-
-
-def _plain(value: float, _: int) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
-
-
-def _power(value: float, _: int) -> str:
-    return "10" + str(round(math.log10(value))).translate(SUPERSCRIPTS) if value > 0 else ""
-
-
-def _finish(figure: Figure, ax: Axes, report: Report, title: str, x: str) -> None:
-    """Titles, legend, and on step axes where states were cut."""
-    cuts = sorted({cut.step for run in report.runs for cut in run.reductions if cut.changed}) if x == "step" else []
-    for step in cuts:
-        ax.axvline(step, color=colour("compressed"), linewidth=0.9, linestyle=(0, (3, 2)), zorder=1.5)
-        top = ax.get_xaxis_transform()
-        ax.plot([step], [1.0], marker="v", markersize=5, color=colour("compressed"), transform=top, clip_on=False, linestyle="")
-    ax.set_title(title, loc="left")
-    if cuts:
-        ax.set_title("▼ states cut", loc="right", color=colour("compressed"))
-    ax.set_xlabel(x)
-    ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.xaxis.set_major_formatter(FuncFormatter(_plain))
-    ax.set_xlim(0, 1.01 * max([1e-9, *(float(value) for line in ax.lines for value in line.get_xdata())]))
-    if len(report.runs) == 1:
-        return
-    _legend(figure, [
-        Line2D([], [], color=colour(run.name), linestyle=DASHES.get(run.name, "-"), linewidth=2, label=_short(run.label))
-        for run in report.runs
-    ])  # fmt: skip
-
-
-def _legend(figure: Figure, handles: list[Line2D]) -> None:
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = min(len(handles), 4 if longest < 12 else 3 if longest < 19 else 2)
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…"
-
-
-@contextmanager
-def _drawing() -> Iterator[tuple[Figure, Axes]]:
-    """A figure in the report's style, without pyplot's state; characters that the font lacks are no reason to warn."""
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=SIZE, layout="constrained")
-        figure.patch.set_alpha(0)
-        ax = figure.add_subplot()
-        ax.patch.set_alpha(0)
-        ax.grid(axis="x", visible=False)
-        yield figure, ax
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an element for HTML: no prolog, metadata, namespaces, sizes and fonts; colours as CSS variables."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    head, body = text[text.index("<svg") :].split(">", 1)
-    view = re.search(r'viewBox="[^"]*"', head)[0]
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
-    body = re.sub(r'style="[^"]*"', lambda match: _themed(match[0]), body)
-    body = re.sub(r"\n\s*", "\n", body).strip()
-    return f'<svg {view} role="img" stroke-linejoin="round">{body}'
-
-
-def _themed(style: str) -> str:
-    style = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", style)
-    for name, value in THEME.items():
-        style = style.replace(value, f"var(--{name}, {value})")
-    return style
-
-
-# What the page says where a picture has no data, and the picture.
+# What the page says where a picture has no data ({score}: what is measured), and the picture.
 PICTURES: dict[str, Callable[[Report], Picture | None]] = {
-    "No test accuracy by step: the report holds no evaluations.": accuracy,
-    "No test accuracy by time: the report holds no evaluations, or no step times.": accuracy_by_time,
+    "No {score} by step: the report holds no evaluations.": score,
+    "No {score} by time: the report holds no evaluations, or no step times.": score_by_time,
     "No training loss: the report holds no curve.": loss,
     "No step times: the report holds no curve.": step_time,
     "No states by step: the report does not say them.": states,

@@ -7,14 +7,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressm.errors import DataError
+from compressm.experiments.metrics import ACCURACY, METRICS, Metric
 
 FORMAT = 1
-REFERENCE = "full"  # the run that speed and accuracy are compared with
+REFERENCE = "full"  # the run that speed and quality are compared with
 
 
 def clean(text: str) -> str:
@@ -37,22 +38,29 @@ class _Record(BaseModel):
 class CurvePoint(_Record):
     """One point of a training curve: means over the training steps since the previous point.
 
-    ``states`` are those of these steps: where a reduction follows the point, they are the ones before it.
+    The metric on training batches is there too, under its key.  ``states`` are those of these steps: where a reduction
+    follows the point, they are the ones before it.
     """
 
     step: int
     loss: Number = None
-    accuracy: Number = None
     seconds_per_step: Number = None
     states: list[int] = Field(default_factory=list)
 
 
-class Evaluation(_Record):
-    """Accuracy and loss on the test set after a step."""
+class Quality(_Record):
+    """What an evaluation found: one metric, and the loss in nats per example or byte."""
+
+    accuracy: Number = None
+    bits_per_byte: Number = None
+    loss: Number = None
+    perplexity: Number = None
+
+
+class Evaluation(Quality):
+    """After a step, on the split that the metric watches."""
 
     step: int
-    accuracy: Number = None
-    loss: Number = None
 
 
 class LayerCut(_Record):
@@ -63,7 +71,7 @@ class LayerCut(_Record):
     rank_after: int
     spectrum: list[float] = Field(default_factory=list)
     spectrum_after: list[float] = Field(default_factory=list)
-    convention: Literal["real", "complex"] = "real"
+    convention: str = "real"
     gramians: str = "data-free"
     discarded: Number = 0.0
     error_bound: Number = None
@@ -78,21 +86,21 @@ class LayerCut(_Record):
     @property
     def spectrum_name(self) -> str:
         """Which spectrum tau and ``discarded`` refer to."""
-        size = "real spectrum (2N values per layer)" if self.convention == "real" else "complex spectrum (N values per layer)"
-        return f"{size}, {self.gramians} Gramians"
+        size = "2N" if self.convention == "real" else "N"
+        return f"{self.convention} spectrum ({size} values per layer), {self.gramians} Gramians"
 
     @property
     def kept_values(self) -> int:
         """Number of values of ``spectrum`` before the cut.
 
-        The complex spectrum has one value per state.  With data Gramians ``spectrum_after`` is the kept part.  Data-free
-        and real, the cut keeps at most two values per state, fewer where real modes take a state each: there, the values
-        behind the cut sum to the fraction ``discarded`` of all, and the largest such number is the answer.
+        Other spectra than the real one have one value per state.  With data Gramians ``spectrum_after`` is the kept part.
+        Data-free and real, the cut keeps at most two values per state, fewer where real modes take a state each: there, the
+        values behind the cut sum to the fraction ``discarded`` of all, and the largest such number is the answer.
         """
         count = len(self.spectrum)
         if not self.changed:
             return count
-        if self.convention == "complex":
+        if self.convention != "real":
             return min(count, self.rank_after)
         if self.gramians != "data-free" and self.spectrum_after:
             return min(count, len(self.spectrum_after))
@@ -117,17 +125,17 @@ class Reduction(_Record):
     layers: list[LayerCut] = Field(default_factory=list)
     accuracy_before: Number = None
     accuracy_after: Number = None
+    bits_per_byte_before: Number = None
+    bits_per_byte_after: Number = None
 
     @property
     def changed(self) -> bool:
         return any(layer.changed for layer in self.layers)
 
 
-class Final(_Record):
-    """Where a run ended; accuracy and loss on the test set."""
+class Final(Quality):
+    """Where a run ended, on the test set."""
 
-    accuracy: Number = None
-    loss: Number = None
     states: dict[str, int] = Field(default_factory=dict)
     seconds_total: Number = None
     seconds_training: Number = None
@@ -219,6 +227,7 @@ class Report(_Record):
     format: int = FORMAT
     preset: str = ""
     title: str = ""
+    metric: str = ACCURACY.key
     config: dict[str, Any] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
     dataset: dict[str, Any] = Field(default_factory=dict)
@@ -229,7 +238,22 @@ class Report(_Record):
     def _distinct(self) -> Report:
         if len({run.name for run in self.runs}) != len(self.runs):
             raise ValueError("the names of runs must differ")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric {self.metric!r} is unknown, expected one of {', '.join(METRICS)}")
         return self
+
+    @property
+    def measure(self) -> Metric:
+        """The metric that the runs are judged by."""
+        return METRICS[self.metric]
+
+    def score(self, quality: Quality) -> float | None:
+        """The metric's value in an evaluation or a result."""
+        return getattr(quality, self.metric)
+
+    def around(self, cut: Reduction) -> tuple[float | None, float | None]:
+        """The metric just before and just after a reduction, on the split that it watches."""
+        return getattr(cut, f"{self.metric}_before"), getattr(cut, f"{self.metric}_after")
 
     def run(self, name: str) -> Run | None:
         """The run of that name, or None."""
@@ -247,8 +271,8 @@ class Row:
 
     Attributes:
         name, title: of the run.
-        accuracy: on the test set, in [0, 1].
-        accuracy_gap: accuracy minus that of the full-size run; None for that run itself.
+        score: the report's metric on the test set.
+        gap: score minus that of the full-size run; None for that run itself.
         states: per layer.
         parameters: of the final model.
         step_seconds: median seconds per training step of the final model.
@@ -261,8 +285,8 @@ class Row:
 
     name: str
     title: str
-    accuracy: float | None
-    accuracy_gap: float | None
+    score: float | None
+    gap: float | None
     states: tuple[int, ...]
     parameters: int | None
     step_seconds: float | None
@@ -328,15 +352,16 @@ def rows(report: Report) -> list[Row]:
 
 def _row(report: Report, run: Run, reference: Run | None) -> Row:
     final, measured = run.final, report.step_time(run)
-    gap = None
-    if reference is not None and run is not reference and None not in (final.accuracy, reference.final.accuracy):
-        gap = final.accuracy - reference.final.accuracy
+    score, gap = report.score(final), None
+    theirs = None if reference is None or run is reference else report.score(reference.final)
+    if score is not None and theirs is not None:
+        gap = score - theirs
     spread = None if measured is None or None in (measured.p20, measured.p80) else (measured.p20, measured.p80)
     return Row(
         name=run.name,
         title=run.label,
-        accuracy=final.accuracy,
-        accuracy_gap=gap,
+        score=score,
+        gap=gap,
         states=run.final_states,
         parameters=run.parameters,
         step_seconds=final.seconds_per_step if measured is None else measured.median,

@@ -14,7 +14,9 @@ from markupsafe import Markup
 
 from compressm.errors import DataError
 from compressm.experiments import plots, summary
-from compressm.experiments.report_data import REFERENCE, LayerCut, Report, Run, clean, parse_report, rows
+from compressm.experiments.drawing import THEME
+from compressm.experiments.metrics import MISSING, Metric
+from compressm.experiments.report_data import REFERENCE, LayerCut, Report, Row, Run, clean, parse_report, rows
 
 TEMPLATE = "report.html.j2"
 
@@ -47,10 +49,15 @@ def render(report: Report) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"whole": summary.whole, "svg": Markup}
     text = resources.files("compressm.experiments").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    drawn = {words: make(report) for words, make in plots.PICTURES.items()}
+    metric = report.measure
+    score = f"{metric.watched} {metric.name}"
+    drawn = {words.format(score=score): make(report) for words, make in plots.PICTURES.items()}
     return environment.from_string(text).render(
         title=clean(report.title) or "Training runs",
         preset=clean(report.preset),
+        score=score[0].upper() + score[1:],
+        result=f"Test {metric.name}",
+        gap_heading=f"Gap to full, {metric.gap_unit}" if metric.higher_is_better else "Gap to full, less is better",
         headline=_typeset(summary.headline(report)),
         tiles=_tiles(report),
         comparison=_comparison(report),
@@ -60,7 +67,7 @@ def render(report: Report) -> str:
         pictures=[picture for picture in drawn.values() if picture is not None],
         missing=[words for words, picture in drawn.items() if picture is None],
         tau=_tau(report),
-        reductions=[_reduction(run, number) for run in report.runs for number in range(len(run.reductions))],
+        reductions=[_reduction(report, run, number) for run in report.runs for number in range(len(run.reductions))],
         details=[(name, _facts(values)) for name, values in _details(report).items()],
     )
 
@@ -76,9 +83,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         fewer = f"{100 * (1 - after / before):.0f} % fewer, " if before > after else ""
         value = f"{before:,} → {after:,}" if before != after else f"{after:,}"
         tiles.append(("States", value, f"{fewer}{summary.layer_count(run.final_states)}"))
-    if row.accuracy is not None:
-        gap = "" if row.accuracy_gap is None else f"{_signed(row.accuracy_gap)} points against full size"
-        tiles.append(("Test accuracy", summary.percent(row.accuracy), gap))
+    if row.score is not None:
+        tiles.append(_score_tile(row, report.measure))
     if row.step_seconds is not None:
         speed = "" if row is full or row.speed is None else f"{_times(row.speed)} the speed of full size"
         tiles.append(("Training step", f"{summary.milliseconds(row.step_seconds)} ms", speed))
@@ -89,17 +95,26 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     return tiles
 
 
+def _score_tile(row: Row, metric: Metric) -> tuple[str, str, str]:
+    name = f"Test {metric.name}"
+    if metric.higher_is_better:
+        gap = "" if row.gap is None else f"{_signed(row.gap, metric)} {metric.gap_unit} against full size"
+        return name, metric.text(row.score), gap
+    gap = "less is better" if row.gap is None else metric.compared(row.gap, "full size")
+    return name, metric.text(row.score), gap
+
+
 def _comparison(report: Report) -> list[dict[str, Any]]:
     lines = rows(report)
     mixed = len({row.interleaved for row in lines if row.step_seconds is not None}) > 1
-    result = []
+    result, metric = [], report.measure
     for row in lines:
         low, high = (summary.milliseconds(value) for value in row.step_spread or (None, None))
         result.append({
             "name": row.title,
             "class": _css_class(row.name),
-            "accuracy": summary.percent(row.accuracy),
-            "gap": "reference" if row.name == REFERENCE else _signed(row.accuracy_gap),
+            "score": metric.text(row.score),
+            "gap": "reference" if row.name == REFERENCE else _signed(row.gap, metric),
             "states": summary.states(row.states).replace(" x ", " × ").replace("..", "–"),
             "states_all": ", ".join(map(str, row.states)),
             "parameters": summary.whole(row.parameters),
@@ -124,7 +139,14 @@ def _notes(report: Report) -> list[str]:
             f"One run each. With {size} test sequences, two accuracies that differ by less than "
             f"{100 * noise:.1f} points may do so by chance (95 %)."
         )
+    losses = [_nats(run) for run in report.runs if run.final.perplexity is not None]
+    if losses:
+        notes.append(f"Test loss in nats per byte, and perplexity per byte: {'; '.join(losses)}. One run each.")
     return notes
+
+
+def _nats(run: Run) -> str:
+    return f"{run.label} {summary.significant(run.final.loss, 4)}, {summary.significant(run.final.perplexity)}"
 
 
 def _tau(report: Report) -> str:
@@ -145,16 +167,16 @@ def _tau(report: Report) -> str:
     return text
 
 
-def _reduction(run: Run, number: int) -> dict[str, Any]:
+def _reduction(report: Report, run: Run, number: int) -> dict[str, Any]:
     cut = run.reductions[number]
-    accuracy = ""
-    if cut.accuracy_before is not None or cut.accuracy_after is not None:
-        accuracy = f"test accuracy {summary.percent(cut.accuracy_before)} → {summary.percent(cut.accuracy_after)}"
+    (before, after), metric, score = report.around(cut), report.measure, ""
+    if before is not None or after is not None:
+        score = f"{metric.watched} {metric.name} {metric.text(before)} → {metric.text(after)}"
     return {
         "step": cut.step,
         "run": run.label,
         "class": _css_class(run.name),
-        "accuracy": accuracy,
+        "score": score,
         "seconds": "" if cut.seconds is None else f"took {summary.duration(cut.seconds)}",
         "reason": clean(cut.reason),
         "layers": [_layer(layer) for layer in cut.layers],
@@ -194,11 +216,12 @@ def _plain(value: Any) -> str:
 
 def _css_class(run: str) -> str:
     known = "run-" + run.replace("_", "-")
-    return known if known in plots.THEME else "run-other"
+    return known if known in THEME else "run-other"
 
 
-def _signed(gap: float | None) -> str:
-    return summary.points(gap).replace("-", "−") if gap is not None else summary.MISSING
+def _signed(gap: float | None, metric: Metric) -> str:
+    return metric.signed(gap).replace("-", "−") if gap is not None else MISSING
+
 
 
 def _typeset(text: str) -> str:

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressm.compression import load
 from compressm.compression.checkpoint import read
 from compressm.errors import CheckpointError
-from compressm.experiments import datasets
-from compressm.experiments.batches import Batches
-from compressm.experiments.models import Classifier
 from compressm.experiments.settings import Settings
+from compressm.experiments.tasks import TASK_CLASSES, make_task
+
+AT_HAND = {"digits", "stdlib"}  # datasets that need neither a folder nor a download
 
 
-def restore_model(path: Path, data_dir: Path | None = None) -> tuple[Classifier, list[Tensor] | None]:
-    """The model in a checkpoint, and calibration batches for it if the folder of its data is given (digits need none).
+def restore_model(path: Path, data_dir: Path | None = None) -> tuple[nn.Module, list[Tensor] | None]:
+    """The model in a checkpoint, and calibration batches for it if its data are at hand or their folder is given.
 
     Raises:
         CheckpointError: not a checkpoint of ``compressm train``.
@@ -28,15 +28,10 @@ def restore_model(path: Path, data_dir: Path | None = None) -> tuple[Classifier,
     extra: Any = manifest.get("extra")
     try:
         settings = Settings.model_validate(extra["settings"])
-        channels, classes = int(extra["dataset"]["channels"]), int(extra["dataset"]["classes"])
+        model = TASK_CLASSES[settings.task].blank_model(settings, extra["dataset"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: was not written by compressm train ({type(error).__name__}: {error})") from error
-    states = [settings.d_state] * settings.blocks
-    blank = torch.zeros(channels)
-    model = Classifier(channels, classes, settings.d_model, states, mean=blank, std=blank, dropout=settings.dropout)
     load(path, model)
-    if data_dir is None and settings.dataset != "digits":
+    if data_dir is None and settings.dataset not in AT_HAND:
         return model, None
-    data = datasets.load(settings.dataset, data_dir)
-    batches = Batches(data.train_x, data.train_y, settings.batch_size, settings.seed)
-    return model, batches.calibration(settings.calibration_sequences)
+    return model, make_task(settings, data_dir, torch.device("cpu")).calibration()

@@ -17,11 +17,11 @@ import torch
 
 import compressm
 from compressm.errors import CheckpointError, ConfigError
-from compressm.experiments import datasets
 from compressm.experiments.models import count_parameters
 from compressm.experiments.report_data import FORMAT
 from compressm.experiments.report_html import write_html
 from compressm.experiments.settings import PRESETS, Settings, resolve
+from compressm.experiments.tasks import make_task
 from compressm.experiments.training import TITLES, Observer, TrainingRun, pick_device
 
 COMMAND_FILE, REPORT_FILE, PAGE_FILE = "command.json", "report.json", "report.html"
@@ -54,7 +54,7 @@ class Command:
     resume: bool = False
 
     def write(self, out: Path) -> None:
-        body = {"preset": self.preset, "data_dir": self.data_dir, "settings": self.settings.model_dump(mode="json")}
+        body = {"preset": self.preset, "data_dir": self.data_dir, "settings": self.settings.to_dict()}
         write_text(out / COMMAND_FILE, json.dumps(body, indent=1))
 
 
@@ -112,19 +112,15 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
     """
     settings = command.settings
     device = pick_device(settings.device)
-    folder = Path(command.data_dir) if command.data_dir is not None else None
-    data = datasets.load(settings.dataset, folder).to(device)
+    task = make_task(settings, Path(command.data_dir) if command.data_dir is not None else None, device)
     if not command.resume:
         _clear(command, out)
     display.message(f"[bold]{settings.title}[/] (seed {settings.seed}) into {out}")
-    N, H = settings.d_state, settings.d_model
-    shapes = {"u": (settings.batch_size, data.train_x.shape[1], H), "B": (N, H), "C": (H, N)}
-    plan = compressm.kernels.plan("lti_scan", shapes, device=device)  # builds the C++ kernels, if ever, before any clock runs
+    plan = task.kernel_plan()  # builds the C++ kernels, if ever, before any clock runs
     display.message(f"at full size each layer runs {plan}")
     finished: list[TrainingRun] = []
     for name in settings.runs:
-        states = [settings.d_state] * settings.blocks if name in ("compressed", "full") else finished[0].model.states
-        run = TrainingRun(name, settings, data, states, checkpoint_path(out, name))
+        run = TrainingRun(name, task, _initial_states(name, settings, finished), checkpoint_path(out, name))
         if run.path.exists():
             run.restore()
         summary = (name, TITLES[name], settings.steps, count_parameters(run.model), run.model.states)
@@ -140,9 +136,10 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
         "format": FORMAT,
         "preset": command.preset,
         "title": settings.title,
-        "config": settings.model_dump(mode="json"),
+        "metric": task.metric.key,
+        "config": settings.to_dict(),
         "machine": machine(device),
-        "dataset": data.describe(),
+        "dataset": task.describe(),
         "runs": [run.summary() for run in finished],
     }
     if settings.timing_rounds:
@@ -156,7 +153,7 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
 def time_final_models(runs: Sequence[TrainingRun], rounds: int) -> dict[str, Any]:
     """Median and spread of a training step of every final model, measured in turn; the models train on meanwhile."""
     samples: dict[str, list[float]] = {run.name: [] for run in runs}
-    synchronize = torch.cuda.synchronize if runs[0].data.train_y.is_cuda else lambda: None
+    synchronize = torch.cuda.synchronize if runs[0].task.device.type == "cuda" else lambda: None
     for _ in range(rounds):
         for run in runs:
             run.train_step()
@@ -216,6 +213,14 @@ def write_text(path: Path, text: str) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _initial_states(name: str, settings: Settings, finished: Sequence[TrainingRun]) -> list[int]:
+    """Of every block: small runs take over what the compressed one ended with; where there is none, ``rank``."""
+    if name in ("compressed", "full"):
+        return [settings.d_state] * settings.blocks
+    compressed = next((run for run in finished if run.name == "compressed"), None)
+    return [settings.rank] * settings.blocks if compressed is None else compressed.model.states
 
 
 def _earlier(out: Path) -> Command | None:

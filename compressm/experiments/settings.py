@@ -11,28 +11,41 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressm.errors import ConfigError
 
+TASKS = {"digits": "images", "smnist": "images", "scifar": "images", "stdlib": "text"}  # by dataset
+KEYS_OF_ONE_TASK = {
+    "images": {
+        "dropout", "r_min", "r_max", "max_phase", "narrow_max_phase", "ssm_lr_factor",
+        "tau", "attempts", "recipe", "multiple_of",
+    },
+    "text": {"length", "rank", "eval_bytes"},
+}  # fmt: skip
 RunName = Literal["compressed", "full", "small", "small_narrow"]
 
 
 class Settings(BaseModel):
-    """One training command.  Frozen; unknown keys are refused.
+    """One training command.  Frozen; unknown keys, and keys that mean nothing for the dataset's task, are refused.
 
     ``steps`` are optimizer steps, ``lr`` the peak learning rate; ``warmup`` is the fraction of steps with linearly rising
-    learning rate, ``cosine`` lets it fall to zero afterwards.  ``ssm_lr_factor`` scales it for nu_log, theta_log, gamma_log
-    and B, which get no weight decay.  ``tau`` is the fraction of the sum of Hankel singular values that is discarded;
-    ``attempts`` reductions are spread evenly up to the fraction ``reduce_until`` of the steps.
+    learning rate, ``cosine`` lets it fall to zero afterwards; ``max_grad_norm`` clips gradients, None does not.  A reduction
+    is made at the fraction ``reduce_until`` of the steps.
+
+    Images only: ``ssm_lr_factor`` scales the learning rate of nu_log, theta_log, gamma_log and B, which get no weight decay;
+    ``tau`` is the fraction of the sum of Hankel singular values that is discarded; ``attempts`` reductions are spread evenly
+    up to ``reduce_until``.  Text only: ``length`` is the number of bytes that an example predicts, ``rank`` the states that a
+    reduction leaves in every layer, ``eval_bytes`` the number of bytes of an evaluation.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
-    dataset: Literal["digits", "smnist", "scifar"]
+    dataset: Literal["digits", "smnist", "scifar", "stdlib"]
     runs: tuple[RunName, ...] = Field(("compressed", "full", "small", "small_narrow"), min_length=1)
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "cpu"
     blocks: int = Field(1, ge=1)
     d_model: int = Field(8, ge=1)
     d_state: int = Field(256, ge=1)
+    length: int = Field(256, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
     r_min: float = Field(0.9, ge=0, lt=1)
     r_max: float = Field(0.999, gt=0, lt=1)
@@ -43,9 +56,11 @@ class Settings(BaseModel):
     lr: float = Field(4e-3, gt=0)
     ssm_lr_factor: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float | None = Field(None, gt=0)
     warmup: float = Field(0.0, ge=0, lt=1)
     cosine: bool = False
     tau: float = Field(0.02, ge=0, lt=1)
+    rank: int = Field(12, ge=1)
     attempts: int = Field(1, ge=1)
     reduce_until: float = Field(0.2, gt=0, le=1)
     recipe: Literal["default", "paper"] = "default"
@@ -53,7 +68,27 @@ class Settings(BaseModel):
     calibration_sequences: int = Field(64, ge=1)
     log_every: int = Field(100, ge=1)
     eval_every: int = Field(1000, ge=1)
+    eval_bytes: int = Field(2**17, ge=1)
     timing_rounds: int = Field(20, ge=0)
+
+    @property
+    def task(self) -> str:
+        """``"images"`` or ``"text"``."""
+        return TASKS[self.dataset]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the keys of other tasks."""
+        return self.model_dump(mode="json", exclude=foreign_keys(self.task))
+
+    @model_validator(mode="after")
+    def _of_one_task(self) -> Settings:
+        foreign = foreign_keys(self.task)
+        for key in sorted(self.model_fields_set & foreign):
+            names = ", ".join(_allowed(self.task))
+            raise ValueError(f"{key} has no meaning for the dataset {self.dataset!r}, expected one of {names}")
+        if self.task == "text" and "small_narrow" in self.runs:
+            raise ValueError("runs: 'small_narrow' changes initial phases, Mamba has none; expected compressed, full or small")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -61,7 +96,9 @@ class Settings(BaseModel):
             raise ValueError("r_min must be below r_max")
         if len(set(self.runs)) != len(self.runs):
             raise ValueError("runs must differ")
-        if {"small", "small_narrow"} & set(self.runs) and self.runs[0] != "compressed":
+        if self.task == "text" and self.rank >= self.d_state and set(self.runs) != {"full"}:
+            raise ValueError(f"rank = {self.rank} must be below d_state = {self.d_state}")
+        if self.task == "images" and {"small", "small_narrow"} & set(self.runs) and self.runs[0] != "compressed":
             raise ValueError("small runs take their states from 'compressed', which must be the first run")
         if "compressed" in self.runs and self.steps * self.reduce_until < self.attempts:
             raise ValueError("steps * reduce_until must be at least attempts: train longer or reduce later")
@@ -95,6 +132,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         f"scifar-tau{tau}": {"title": f"Sequential CIFAR-10, the paper's tau {tau}", **_SCIFAR, **_PAPER, "tau": float(tau)}
         for tau in ("0.05", "0.10", "0.15")
     },
+    "stdlib-lm": {
+        "title": "Next byte of Python's standard library, Mamba", "dataset": "stdlib", "runs": ("compressed", "full", "small"),
+        "blocks": 2, "d_model": 64, "d_state": 128, "rank": 12, "length": 256, "steps": 3000, "batch_size": 16, "lr": 3e-3,
+        "weight_decay": 0.1, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "log_every": 20, "eval_every": 300,
+    },
 }  # fmt: skip
 
 
@@ -108,7 +150,7 @@ def resolve(preset: str, overrides: Mapping[str, Any]) -> Settings:
         raise ConfigError(f"preset: got {preset!r}{_close(preset, PRESETS)}, expected one of {', '.join(PRESETS)}")
     for key in overrides:
         if key not in Settings.model_fields:
-            names = [name for name in Settings.model_fields if name != "title"]
+            names = _allowed(TASKS[PRESETS[preset]["dataset"]])
             raise ConfigError(f"--set: unknown key {key!r}{_close(key, names)}, expected one of {', '.join(names)}")
     try:
         return Settings.model_validate({**PRESETS[preset], **overrides})
@@ -116,7 +158,7 @@ def resolve(preset: str, overrides: Mapping[str, Any]) -> Settings:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         place = f"{key}: got {first['input']!r}: " if key else ""
-        raise ConfigError(f"{place}{first['msg']}") from error
+        raise ConfigError(f"{place}{first['msg'].removeprefix('Value error, ')}") from error
 
 
 def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
@@ -135,6 +177,15 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
         except ValueError:
             values[key.strip()] = value.strip()
     return values
+
+
+def foreign_keys(task: str) -> set[str]:
+    """The settings that belong to other tasks."""
+    return {key for other, keys in KEYS_OF_ONE_TASK.items() if other != task for key in keys}
+
+
+def _allowed(task: str) -> list[str]:
+    return [name for name in Settings.model_fields if name not in {"title", *foreign_keys(task)}]
 
 
 def _close(word: str, words: Iterable[str]) -> str:

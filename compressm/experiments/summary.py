@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from compressm.experiments.metrics import ACCURACY, MISSING, Metric
 from compressm.experiments.report_data import REFERENCE, Report, Row, clean, parse_report, rows
 
 COMPRESSED = "compressed"
@@ -18,17 +19,6 @@ CONTROLS = {  # how the headline calls the runs that it compares with; all of th
     "small": "the run that was small from the start",
     "small_narrow": "the small one with narrow initial phases",
 }
-MISSING = "-"
-
-
-def percent(value: float | None) -> str:
-    """0.9724 -> ``97.24 %``."""
-    return MISSING if value is None else f"{100 * value:.2f} %"
-
-
-def points(gap: float | None) -> str:
-    """-0.0031 -> ``-0.31``, percentage points."""
-    return MISSING if gap is None else f"{_points(gap):+.2f}"
 
 
 def duration(seconds: float | None) -> str:
@@ -104,12 +94,12 @@ def headline(report: Mapping[str, Any] | Report) -> str:
     table = {row.name: row for row in rows(report)}
     name = main_run(report)
     run, row, full = report.run(name), table[name], table.get(REFERENCE)
-    accuracy, time = _accuracy(row, table), _time(row, full)
+    quality, time = _quality(row, table, report.measure), _time(row, full)
     if run.diverged:
         return f"{row.title}: training diverged, its loss is no longer a number."
     size = _size(row, run.initial_states, run.final_states)
-    first = f"{size}: {accuracy or time or 'the report holds no results'}."
-    return f"{first} {time[0].upper()}{time[1:]}." if accuracy and time else first
+    first = f"{size}: {quality or time or 'the report holds no results'}."
+    return f"{first} {time[0].upper()}{time[1:]}." if quality and time else first
 
 
 def step_note(report: Report) -> str:
@@ -127,8 +117,8 @@ def step_note(report: Report) -> str:
 
 def sampling_noise(report: Report) -> float | None:
     """Smallest difference of two test accuracies that chance would exceed in only 5 % of cases; None where unknown."""
-    size, accuracies = report.dataset.get("test"), [row.accuracy for row in rows(report) if row.accuracy is not None]
-    if not isinstance(size, int) or size < 1 or len(accuracies) < 2:
+    size, accuracies = report.dataset.get("test"), [row.score for row in rows(report) if row.score is not None]
+    if report.measure is not ACCURACY or not isinstance(size, int) or size < 1 or len(accuracies) < 2:
         return None
     middle = min(1.0, max(0.0, sum(accuracies) / len(accuracies)))
     return 1.96 * math.sqrt(2 * middle * (1 - middle) / size)
@@ -143,23 +133,26 @@ def summary_table(report: Mapping[str, Any] | Report) -> Table:
     report = parse_report(report)
     lines = rows(report)
     mixed = len({row.interleaved for row in lines if row.step_seconds is not None}) > 1
-    title = Text(clean(report.title) or "Training runs")
-    caption = f"ms/step: {step_note(report)}\ngap: points of test accuracy against full size"
+    title, metric = Text(clean(report.title) or "Training runs"), report.measure
+    caption = f"ms/step: {step_note(report)}\n{gap_note(metric)}"
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("run", overflow="fold", max_width=24)
-    for heading in ("states", "test %", "gap", "params", "ms/step", "speed", "train", "total"):
+    for heading in ("states", metric.heading, "gap", "params", "ms/step", "speed", "train", "total"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in lines:
         mark = "*" if mixed and row.step_seconds is not None and not row.interleaved else ""
-        accuracy = percent(row.accuracy).removesuffix(" %")
-        cells = (states(row.states, 2, short=True), accuracy, points(row.accuracy_gap), _short(row.parameters))
+        quality = (metric.number(row.score), metric.signed(row.gap))
+        cells = (states(row.states, 2, short=True), *quality, _short(row.parameters))
         cells += (milliseconds(row.step_seconds) + mark, ratio(row.speed))
         table.add_row(Text(row.title), *cells, _clock(row.seconds_training), _clock(row.seconds_total))
     return table
 
 
-def _points(gap: float) -> float:
-    return round(100 * gap, 2) + 0.0  # no negative zero
+def gap_note(metric: Metric) -> str:
+    """What the column of gaps holds."""
+    if metric.higher_is_better:
+        return f"gap: {metric.gap_unit} of test {metric.name} against full size"
+    return f"gap: {metric.gap_unit} on the test set against full size; less is better"
 
 
 def _size(row: Row, before: Sequence[int], after: Sequence[int]) -> str:
@@ -173,16 +166,15 @@ def _size(row: Row, before: Sequence[int], after: Sequence[int]) -> str:
     return f"While it trained, the model shrank from {sum(before):,} to {sum(after):,} states in {layers}"
 
 
-def _accuracy(row: Row, table: dict[str, Row]) -> str:
-    if row.accuracy is None:
+def _quality(row: Row, table: dict[str, Row], metric: Metric) -> str:
+    if row.score is None:
         return ""
     compared = []
     for name, what in CONTROLS.items():
         other = table.get(name)
-        if other is not None and other is not row and other.accuracy is not None:
-            gap = _points(row.accuracy - other.accuracy)
-            compared.append(f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'} {what}" if gap else f"equal to {what}")
-    return f"test accuracy {percent(row.accuracy)}" + (f", {_listed(compared)}" if compared else "")
+        if other is not None and other is not row and other.score is not None:
+            compared.append(metric.compared(row.score - other.score, what))
+    return metric.result(row.score) + (f", {_listed(compared)}" if compared else "")
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -15,13 +15,12 @@ from torch import nn
 
 import compressm
 from compressm.errors import CheckpointError, ConfigError, NumericalError
-from compressm.experiments.batches import NOISE, Batches, stream
-from compressm.experiments.datasets import Dataset
-from compressm.experiments.models import Classifier, count_parameters, evaluate, parameter_groups
+from compressm.experiments.batches import NOISE, stream
+from compressm.experiments.models import count_parameters
 from compressm.experiments.settings import Settings
+from compressm.experiments.tasks import Task
 
 CHECKPOINT_SECONDS = 30.0
-EVALUATION_BATCH = 250
 TITLES = {
     "compressed": "compressed in training",
     "full": "full size",
@@ -37,7 +36,7 @@ class Observer(Protocol):
         """A new point of the training curve."""
 
     def evaluation(self, run: str, evaluation: dict[str, Any]) -> None:
-        """Accuracy and loss on the test set."""
+        """The task's metric and the loss on the split that the metric watches."""
 
     def reduction(self, run: str, reduction: dict[str, Any]) -> None:
         """A reduction was made."""
@@ -45,7 +44,10 @@ class Observer(Protocol):
 
 @dataclass
 class Record:
-    """What a run did so far, a JSON tree.  ``window`` gathers what the next point of the curve will say."""
+    """What a run did so far, a JSON tree.
+
+    ``window`` gathers what the next point of the curve will say: sums over its steps.  ``test`` is what the run ended with.
+    """
 
     step: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -53,19 +55,8 @@ class Record:
     reductions: list[dict[str, Any]] = field(default_factory=list)
     seconds_training: float = 0.0
     seconds_total: float = 0.0
-    window: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "right": 0.0, "steps": 0, "seconds": 0.0})
-
-
-def build_model(settings: Settings, data: Dataset, states: Sequence[int], max_phase: float) -> Classifier:
-    """The classifier with the seed's initial parameters, on the data's device."""
-    torch.manual_seed(settings.seed)
-    mean, std = data.statistics()
-    ring = {"r_min": settings.r_min, "r_max": settings.r_max, "max_phase": max_phase}
-    channels = data.train_x.shape[-1]
-    model = Classifier(
-        channels, data.classes, settings.d_model, states, mean=mean, std=std, dropout=settings.dropout, **ring
-    )
-    return model.to(data.train_y.device)
+    window: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "metric": 0.0, "steps": 0, "seconds": 0.0})
+    test: dict[str, float] = field(default_factory=dict)
 
 
 def learning_rate(settings: Settings) -> Callable[[int], float]:
@@ -87,32 +78,28 @@ class TrainingRun:
 
     Args:
         name: ``"compressed"``, ``"full"``, ``"small"`` or ``"small_narrow"``.
-        settings: of the whole command.
-        data: on the device that trains.
+        task: with its settings and data.
         states: of every block at the start.
         path: of the checkpoint.
     """
 
-    def __init__(self, name: str, settings: Settings, data: Dataset, states: Sequence[int], path: Path) -> None:
-        self.name, self.settings, self.data, self.path = name, settings, data, path
-        narrow = name == "small_narrow"
-        self.model = build_model(settings, data, states, settings.narrow_max_phase if narrow else settings.max_phase)
-        groups = parameter_groups(self.model, settings.lr, settings.ssm_lr_factor, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(settings))
-        self.batches = Batches(data.train_x, data.train_y, settings.batch_size, settings.seed)
+    def __init__(self, name: str, task: Task, states: Sequence[int], path: Path) -> None:
+        self.name, self.task, self.settings, self.path = name, task, task.settings, path
+        self.model = task.build_model(name, states)
+        self.optimizer = torch.optim.AdamW(task.parameter_groups(self.model), fused=True)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(self.settings))
         self.compressor = self._compressor() if name == "compressed" else None
         self.record = Record()
-        self._sums = torch.zeros(2, dtype=torch.float64, device=data.train_y.device)  # loss, right answers
+        self._sums = torch.zeros(2, dtype=torch.float64, device=task.device)  # loss, metric
 
     def _compressor(self) -> compressm.Compressor:
         s = self.settings
         return compressm.Compressor(
             self.model,
             self.optimizer,
-            policy=compressm.Energy(tau=s.tau),
+            policy=self.task.policy,
             schedule=compressm.Warmup(s.steps, s.reduce_until, s.attempts),
-            calibration=None if s.recipe == "paper" else self.batches.calibration(s.calibration_sequences),
+            calibration=None if s.recipe == "paper" else self.task.calibration(),
             recipe=s.recipe,
             multiple_of=s.multiple_of,
             sequences=s.calibration_sequences,
@@ -144,7 +131,7 @@ class TrainingRun:
             if self.compressor is not None:
                 self._reduce(observer, due)
             if look:
-                self._evaluate(observer)
+                self._evaluate(observer, at_end)
             now = time.perf_counter()
             record.seconds_total, clock = record.seconds_total + now - clock, now
             stop = stopped() and not at_end
@@ -158,25 +145,24 @@ class TrainingRun:
     def train_step(self) -> None:
         """One optimizer step on the next batch."""
         step = self.record.step
-        x, y = self.batches[step]
         torch.manual_seed(stream(self.settings.seed, NOISE, step))
         self.model.train()
-        scores = self.model(x)
-        loss = nn.functional.cross_entropy(scores, y)
+        loss, metric = self.task.loss(self.model, step)
         loss.backward()
+        if self.settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            self._sums += torch.stack([loss.detach().double(), (scores.argmax(-1) == y).sum().double()])
+        self._sums += torch.stack([loss.detach().double(), metric])
 
     def _gather(self) -> None:
         """Move the sums from the device into the record's window."""
         started = time.perf_counter()
-        loss, right = self._sums.tolist()
+        loss, metric = self._sums.tolist()
         self._sums.zero_()
         window = self.record.window
-        window["loss"], window["right"] = window["loss"] + loss, window["right"] + right
+        window["loss"], window["metric"] = window["loss"] + loss, window["metric"] + metric
         window["seconds"] += time.perf_counter() - started
 
     def _close_window(self, observer: Observer) -> None:
@@ -191,7 +177,7 @@ class TrainingRun:
         point = {
             "step": record.step,
             "loss": loss,
-            "accuracy": window["right"] / (steps * self.settings.batch_size),
+            self.task.metric.key: window["metric"] / steps,
             "seconds_per_step": window["seconds"] / steps,
             "states": self.model.states,
         }
@@ -201,30 +187,35 @@ class TrainingRun:
         observer.point(self.name, point)
 
     def _reduce(self, observer: Observer, due: bool) -> None:
-        before = evaluate(self.model, self.data.test_x, self.data.test_y, EVALUATION_BATCH) if due else None
+        metric = self.task.metric
+        before = self.task.evaluate(self.model, metric.watched) if due else {}
         started = time.perf_counter()
         report = self.compressor.step()
         if report is None:
             return
         self.record.seconds_training += time.perf_counter() - started
-        after = evaluate(self.model, self.data.test_x, self.data.test_y, EVALUATION_BATCH)
-        reduction = {**report.to_dict(), "accuracy_before": before[0], "accuracy_after": after[0]}
+        after = self.task.evaluate(self.model, metric.watched)
+        sides = {f"{metric.key}_before": before[metric.key], f"{metric.key}_after": after[metric.key]}
+        reduction = {**report.to_dict(), **sides}
         self.record.reductions.append(reduction)
         observer.reduction(self.name, reduction)
 
-    def _evaluate(self, observer: Observer) -> None:
-        accuracy, loss = evaluate(self.model, self.data.test_x, self.data.test_y, EVALUATION_BATCH)
-        evaluation = {"step": self.record.step, "accuracy": accuracy, "loss": loss}
+    def _evaluate(self, observer: Observer, at_end: bool) -> None:
+        watched = self.task.metric.watched
+        evaluation = {"step": self.record.step, **self.task.evaluate(self.model, watched)}
         self.record.evaluations.append(evaluation)
         observer.evaluation(self.name, evaluation)
+        if at_end:
+            same = {key: value for key, value in evaluation.items() if key != "step"}
+            self.record.test = same if watched == "test" else self.task.evaluate(self.model, "test")
 
     def save(self) -> None:
         """Write the checkpoint; it replaces the one before atomically."""
         self._gather()
         extra = {
             "run": self.name,
-            "settings": self.settings.model_dump(mode="json"),
-            "dataset": self.data.describe(),
+            "settings": self.settings.to_dict(),
+            "dataset": self.task.describe(),
             "scheduler": self.scheduler.state_dict(),
             "record": asdict(self.record),
         }
@@ -244,8 +235,8 @@ class TrainingRun:
 
     def summary(self) -> dict[str, Any]:
         """The run as ``report.json`` holds it."""
-        record, last = self.record, self.record.evaluations[-1]
-        states = {f"blocks.{i}.lru": n for i, n in enumerate(self.model.states)}
+        record = self.record
+        states = {f"blocks.{i}.{self.task.mixer}": n for i, n in enumerate(self.model.states)}
         recent = [p["seconds_per_step"] for p in record.curve if p["states"] == self.model.states]
         return {
             "name": self.name,
@@ -257,8 +248,7 @@ class TrainingRun:
             "evaluations": record.evaluations,
             "reductions": record.reductions,
             "final": {
-                "accuracy": last["accuracy"],
-                "loss": last["loss"],
+                **record.test,
                 "states": states,
                 "seconds_total": record.seconds_total,
                 "seconds_training": record.seconds_training,

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from compressm.compression.report import LayerReduction, ReductionReport
 from compressm.errors import DataError
-from compressm.experiments import plots
+from compressm.experiments import drawing, plots
 from compressm.experiments.report_data import LayerCut, parse_report, read_report, rows
 from compressm.experiments.report_html import write_html
 from compressm.experiments.summary import duration, headline, milliseconds, sampling_noise, significant, states, summary_table
@@ -132,13 +132,13 @@ def printed(data, width=100):
 def test_rows_compare_with_the_full_run(data):
     compressed, full, small, _ = rows(parse_report(data))
     assert compressed.speed == pytest.approx(0.0126 / 0.0070)
-    assert compressed.accuracy_gap == pytest.approx(-0.0032)
+    assert compressed.gap == pytest.approx(-0.0032)
     assert compressed.step_seconds == 0.0070
     assert compressed.interleaved
     assert compressed.step_spread == pytest.approx((0.0063, 0.0077))
     assert (compressed.states, compressed.seconds_training, compressed.seconds_total) == ((14, 14), 10.0, 12.0)
-    assert (full.speed, full.accuracy_gap) == (1.0, None)
-    assert small.accuracy_gap == pytest.approx(-0.0232)
+    assert (full.speed, full.gap) == (1.0, None)
+    assert small.gap == pytest.approx(-0.0232)
 
 
 def test_speed_compares_times_measured_the_same_way(data):
@@ -208,7 +208,7 @@ def test_runs_have_one_colour_everywhere(data):
         svg = make(report).svg
         for name in ("compressed", "full", "small", "small-narrow"):
             assert f"var(--run-{name}, " in svg
-    assert len({plots.colour(r.name) for r in report.runs} | {plots.colour("other")}) == 5
+    assert len({drawing.colour(r.name) for r in report.runs} | {drawing.colour("other")}) == 5
 
 
 def test_hostile_text_stays_text(data, tmp_path):
@@ -250,7 +250,7 @@ def test_missing_parts_are_said(tmp_path):
     page = page_of(data, tmp_path)
     assert "svg" not in page.tags
     for words in [*plots.PICTURES, "No spectra:", "No reductions:", "The report does not say."]:
-        assert words in page.text
+        assert words.format(score="test accuracy") in page.text
     assert "Full" in printed(data)
 
 
@@ -374,12 +374,12 @@ def test_read_report(data, tmp_path):
 
 def test_thin_keeps_ends_and_gaps():
     points = [(step, None if step > 5000 else 2.0) for step in range(1, 10_001)]
-    thinned = plots.thin(points, 10.0)
-    assert len(thinned) <= plots.MAX_POINTS
+    thinned = drawing.thin(points, 10.0)
+    assert len(thinned) <= drawing.MAX_POINTS
     assert thinned[0][1] == 20.0
     assert thinned[-1] == (10_000, None)
-    assert plots.smooth([(1, 1.0), (2, None), (3, 3.0)], 3) == [(1, 1.0), (2, None), (3, 3.0)]
-    assert plots.thin([]) == []
+    assert drawing.smooth([(1, 1.0), (2, None), (3, 3.0)], 3) == [(1, 1.0), (2, None), (3, 3.0)]
+    assert drawing.thin([]) == []
 
 
 def test_number_formats():

@@ -10,9 +10,9 @@ from torch import nn
 
 import compressm
 from compressm.errors import ConfigError, NumericalError
-from compressm.experiments import datasets
 from compressm.experiments.models import Classifier, SequenceBlock, evaluate, parameter_groups
 from compressm.experiments.settings import PRESETS, parse_assignments, resolve
+from compressm.experiments.tasks import make_task
 from compressm.experiments.training import TrainingRun, learning_rate, pick_device
 
 TINY = {"steps": 24, "d_state": 12, "d_model": 4, "batch_size": 16, "eval_every": 10, "log_every": 4, "reduce_until": 0.5}
@@ -34,14 +34,9 @@ class Listener:
         self.reductions.append(reduction)
 
 
-@pytest.fixture(scope="module")
-def data():
-    return datasets.load("digits", None)
-
-
-def make(data, path, name="compressed", **overrides):
+def make(path, name="compressed", **overrides):
     settings = resolve("digits", {**TINY, **overrides})
-    return TrainingRun(name, settings, data, [settings.d_state] * settings.blocks, path)
+    return TrainingRun(name, make_task(settings, None, torch.device("cpu")), [settings.d_state] * settings.blocks, path)
 
 
 def never():
@@ -56,17 +51,17 @@ def timeless(record):
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])
-def test_a_run_stopped_anywhere_resumes_to_the_same_result(data, tmp_path, recipe):
+def test_a_run_stopped_anywhere_resumes_to_the_same_result(tmp_path, recipe):
     overrides = {"recipe": recipe, "attempts": 3 if recipe == "paper" else 1, "tau": 0.3, "dropout": 0.2}
-    whole = make(data, tmp_path / "whole.safetensors", **overrides)
+    whole = make(tmp_path / "whole.safetensors", **overrides)
     assert whole.train(Listener(), never)
     assert whole.record.reductions[-1]["ranks"] == {f"blocks.{i}.lru": n for i, n in enumerate(whole.model.states)}
     assert max(whole.model.states) < 12
     for cut in (1, 4, 11, 12, 13, 23):
-        part = make(data, tmp_path / "part.safetensors", **overrides)
+        part = make(tmp_path / "part.safetensors", **overrides)
         assert not part.train(Listener(), lambda cut=cut, part=part: part.record.step >= cut)
         assert part.record.step == cut
-        rest = make(data, tmp_path / "part.safetensors", **overrides)
+        rest = make(tmp_path / "part.safetensors", **overrides)
         rest.restore()
         assert rest.train(Listener(), never)
         assert timeless(rest.record) == timeless(whole.record)
@@ -75,8 +70,8 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_result(data, tmp_path, recip
         assert rest.compressor.history[-1].ranks == whole.compressor.history[-1].ranks
 
 
-def test_runs_of_one_seed_agree_until_the_cut(data, tmp_path):
-    big, cut = make(data, tmp_path / "a.safetensors", "full"), make(data, tmp_path / "b.safetensors", "compressed")
+def test_runs_of_one_seed_agree_until_the_cut(tmp_path):
+    big, cut = make(tmp_path / "a.safetensors", "full"), make(tmp_path / "b.safetensors", "compressed")
     seen = {run.name: Listener() for run in (big, cut)}
     for run in (big, cut):
         run.train(seen[run.name], never)
@@ -88,8 +83,8 @@ def test_runs_of_one_seed_agree_until_the_cut(data, tmp_path):
     assert [e["step"] for e in seen["full"].evaluations] == [10, 20, 24]
 
 
-def test_the_reduction_keeps_accuracy_and_names_kernels(data, tmp_path):
-    run = make(data, tmp_path / "run.safetensors", steps=300, tau=0.02, d_state=16, d_model=8, lr=0.01)
+def test_the_reduction_keeps_accuracy_and_names_kernels(tmp_path):
+    run = make(tmp_path / "run.safetensors", steps=300, tau=0.02, d_state=16, d_model=8, lr=0.01)
     listener = Listener()
     run.train(listener, never)
     (reduction,) = listener.reductions
@@ -101,13 +96,14 @@ def test_the_reduction_keeps_accuracy_and_names_kernels(data, tmp_path):
     assert summary["final"]["accuracy"] > 0.3
     assert summary["final"]["states"] == reduction["ranks"]
     assert summary["parameters"] == sum(p.numel() for p in run.model.parameters())
-    model = make(data, tmp_path / "other.safetensors", "full", d_state=16, d_model=8).model
+    model = make(tmp_path / "other.safetensors", "full", d_state=16, d_model=8).model
     compressm.load(run.path, model)
+    data = run.task.data
     assert evaluate(model, data.test_x, data.test_y, 100)[0] == summary["final"]["accuracy"]
 
 
-def test_divergence_is_an_error(data, tmp_path):
-    run = make(data, tmp_path / "run.safetensors", "full", log_every=2)
+def test_divergence_is_an_error(tmp_path):
+    run = make(tmp_path / "run.safetensors", "full", log_every=2)
     with torch.no_grad():
         run.model.decoder.weight.fill_(torch.nan)
     with pytest.raises(NumericalError, match=r"run 'full': the loss is nan at step 2.*--set lr=0\.001"):

@@ -1,0 +1,95 @@
+"""The byte-level language model: embedding, Mamba blocks, tied projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compressm.layers import Mamba
+
+BYTES = 256
+EXPAND = 2  # inner channels of a Mamba layer per channel of the model
+
+
+class MambaBlock(nn.Module):
+    """x + Mamba(RMSNorm(x)), the residual block of mamba_ssm's language models.
+
+    Args:
+        d_model: channels H.
+        d_state: states N per inner channel.
+    """
+
+    def __init__(self, d_model: int, d_state: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.mamba = Mamba(d_model, d_state, expand=EXPAND)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, L, H) -> (batch, L, H)."""
+        return x + self.mamba(self.norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Scores of the next byte.
+
+    Initialised as in mamba_ssm: embedding of standard deviation 0.02, projections out of the blocks divided by the square
+    root of the number of residual layers.  The last projection is the embedding, transposed.
+
+    Args:
+        d_model: H.
+        d_states: states of every block.
+    """
+
+    def __init__(self, d_model: int, d_states: Sequence[int]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(BYTES, d_model)
+        self.blocks = nn.ModuleList(MambaBlock(d_model, n) for n in d_states)
+        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        with torch.no_grad():
+            for block in self.blocks:
+                block.mamba.out_proj.weight /= math.sqrt(len(self.blocks))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (batch, L), any integer dtype -> scores (batch, L, 256) of the byte behind each."""
+        x = self.embedding(tokens.long())
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.linear(self.norm(x), self.embedding.weight)
+
+    @property
+    def states(self) -> list[int]:
+        """States of every block now, per inner channel."""
+        return [block.mamba.d_state for block in self.blocks]
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+    """AdamW groups: matrices decay; norms, biases, the embedding, A_log and D do not (mamba_ssm's and GPT's practice)."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        exempt = parameter.dim() < 2 or id(parameter) in embeddings or getattr(parameter, "_no_weight_decay", False)
+        (kept if exempt else decayed).append(parameter)
+    return [
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"params": kept, "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+def prediction_loss(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats of every byte but the first, windows (n, L + 1); its mean or sum over bytes."""
+    scores = model(windows[:, :-1])
+    return nn.functional.cross_entropy(scores.flatten(0, 1).float(), windows[:, 1:].flatten().long(), reduction=reduction)
+
+
+@torch.no_grad()
+def evaluate_windows(model: nn.Module, windows: Tensor, batch_size: int) -> float:
+    """Mean cross-entropy in nats per predicted byte, in eval mode; the training flag is put back."""
+    was_training = model.training
+    model.eval()
+    total = sum(float(prediction_loss(model, part, "sum")) for part in windows.split(batch_size))
+    model.train(was_training)
+    return total / windows[:, 1:].numel()
