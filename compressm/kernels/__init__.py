@@ -1,6 +1,7 @@
 """What runs on every token, and the Gramians: one public function per op, chosen backends underneath."""
 
 from compressm.kernels._plan import KernelPlan
+from compressm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
@@ -11,6 +12,8 @@ from compressm.kernels.selective_state_update import selective_state_update
 __all__ = [
     "Gramians",
     "KernelPlan",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "diagonal_scan",
     "gramians",
     "gramians_many",

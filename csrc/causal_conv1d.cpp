@@ -1,0 +1,316 @@
+// The short causal convolution on CPU: out_t = act(sum_k w_k x_{t - K + 1 + k} + b), depthwise, forward and backward.
+//
+// A sequence is cut into stretches of kStretch steps.  Each is computed on its own: its backward also computes the K - 1
+// steps behind it, which its inputs feed.  Stretches have their own partial gradients of weight and bias, added in a fixed
+// order.  Tensors lie as (batch, L, D) rows of channels, or as (batch, D, L) rows of steps; rows are dense, their distance
+// is arbitrary.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "causal_conv1d.h"
+#include "diagonal_scan.h"
+
+namespace compressm {
+namespace {
+
+using at::Tensor;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, weight, bias and state
+
+constexpr int64_t kStretch = 256;   // steps
+constexpr int64_t kChannels = 512;  // of one task
+constexpr int64_t kBlock = 8;       // steps of all channels of a task in one go
+constexpr int64_t kVector = 16;     // floats
+constexpr int64_t kBuffer = kStretch + 2 * kVector;
+
+const ConvKernels& conv_kernels() {
+#if defined(__x86_64__)
+  const std::string name = scan_kernels().name;
+  if (name == "avx512") return avx512::conv_kernels;
+  if (name == "avx2") return avx2::conv_kernels;
+#endif
+  return portable::conv_kernels;
+}
+
+void check_rows(const Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape &&
+                  (t.numel() == 0 || t.stride(-1) == 1 || t.size(-1) == 1),
+              name, ": expected a float32 CPU tensor of shape ", shape, " with dense rows");
+}
+
+void check_dense(const Tensor& t, const char* name, at::IntArrayRef shape) {
+  check_rows(t, name, shape);
+  TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+void check_width(int64_t width) {
+  TORCH_CHECK(width >= 1 && width <= kMaxConvWidth, "weight: expected 1 to ", kMaxConvWidth, " taps, got ", width);
+}
+
+int64_t round_up(int64_t n) { return (n + kVector - 1) / kVector * kVector; }
+
+int64_t stretches_of(int64_t length) { return (length + kStretch - 1) / kStretch; }
+
+// Sum over the first axis of (partials, n), in order.
+Tensor sum_partials(const Tensor& partials) {
+  const int64_t count = partials.size(0), n = partials.numel() / std::max<int64_t>(count, 1);
+  Tensor total = at::empty({n}, partials.options());
+  const float* in = partials.const_data_ptr<float>();
+  float* out = total.data_ptr<float>();
+  at::parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(end - begin, 0.0);
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t j = begin; j < end; ++j) sums[j - begin] += in[p * n + j];
+    }
+    std::copy(sums.begin(), sums.end(), out + begin);
+  });
+  return total;
+}
+
+// A task of the channel form: the steps [start, stop) of the channels [channel, channel + channels) of one sequence.
+struct Task {
+  int64_t sequence, stretch, start, stop, channel, channels;
+};
+
+struct Tasks {
+  int64_t batch, length, channels, stretches, blocks;
+  Tasks(int64_t batch, int64_t length, int64_t channels)
+      : batch(batch),
+        length(length),
+        channels(channels),
+        stretches(stretches_of(length)),
+        blocks((channels + kChannels - 1) / kChannels) {}
+  int64_t count() const { return batch * stretches * blocks; }
+  Task at(int64_t index) const {
+    const int64_t channel = index % blocks * kChannels, stretch = index / blocks % stretches, start = stretch * kStretch;
+    return {index / blocks / stretches, stretch, start, std::min(start + kStretch, length), channel,
+            std::min(kChannels, channels - channel)};
+  }
+};
+
+// The rows of x (batch, L, D) with the width - 1 rows of state (batch, width - 1, D) in front.
+struct Inputs {
+  const float *x, *state;
+  int64_t batch_stride, row_stride, before, channels;
+  Inputs(const Tensor& x, const Tensor& state)
+      : x(x.const_data_ptr<float>()),
+        state(state.const_data_ptr<float>()),
+        batch_stride(x.stride(0)),
+        row_stride(x.stride(1)),
+        before(state.size(1)),
+        channels(x.size(2)) {}
+  const float* row(int64_t sequence, int64_t t) const {
+    return t >= 0 ? x + sequence * batch_stride + t * row_stride : state + (sequence * before + before + t) * channels;
+  }
+};
+
+ConvFilter channel_filter(const Tensor& weight, const Tensor& bias, int64_t channel, bool silu) {
+  return {weight.const_data_ptr<float>() + channel, weight.size(1), bias.const_data_ptr<float>() + channel,
+          static_cast<int>(weight.size(0)), silu};
+}
+
+void check_channels(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state) {
+  TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "expected x (batch, L, D) and weight (width, D)");
+  check_width(weight.size(0));
+  check_rows(x, "x", x.sizes());
+  check_dense(weight, "weight", {weight.size(0), x.size(2)});
+  check_dense(bias, "bias", {x.size(2)});
+  check_dense(state, "state", {x.size(0), weight.size(0) - 1, x.size(2)});
+}
+
+// x, out (batch, L, D), weight (width, D), bias (D,), state (batch, width - 1, D).
+Tensor channels_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
+  check_channels(x, weight, bias, state);
+  const Tasks tasks(x.size(0), x.size(1), x.size(2));
+  Tensor out = at::empty(x.sizes(), x.options());
+  const Inputs inputs(x, state);
+  const int64_t before = inputs.before;
+  float* y = out.data_ptr<float>();
+  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Task task = tasks.at(index);
+      const ConvFilter filter = channel_filter(weight, bias, task.channel, silu);
+      for (int64_t t = task.start; t < task.stop; t += kBlock) {
+        const int64_t rows = std::min(kBlock, task.stop - t);
+        std::array<const float*, kBlock + kMaxConvWidth> in{};
+        std::array<float*, kBlock> target{};
+        for (int64_t r = 0; r < rows + before; ++r) in[r] = inputs.row(task.sequence, t - before + r) + task.channel;
+        for (int64_t r = 0; r < rows; ++r) {
+          target[r] = y + (task.sequence * tasks.length + t + r) * tasks.channels + task.channel;
+        }
+        conv_kernels().forward(filter, in.data(), target.data(), rows, task.channels);
+      }
+    }
+  });
+  return out;
+}
+
+// Where the gradients of one task's inputs go: rows of grad_x, of grad_state in front of it, or nowhere.
+struct Targets {
+  float *grad_x, *grad_state;
+  int64_t length, channels, before;
+  float* row(const Task& task, int64_t s, float* nowhere) const {
+    if (s >= task.stop || s < (task.start == 0 ? -before : task.start)) return nowhere;
+    if (s < 0) return grad_state + (task.sequence * before + before + s) * channels + task.channel;
+    return grad_x + (task.sequence * length + s) * channels + task.channel;
+  }
+};
+
+void channels_backward_task(const Tasks& tasks, const Task& task, const ConvFilter& filter, const Inputs& inputs,
+                            const Tensor& grad, const Targets& targets, float* grad_weight) {
+  const int64_t before = inputs.before, last = std::min(task.stop + before, tasks.length);
+  std::array<float, (kMaxConvWidth - 1) * kChannels> pending;
+  std::array<float, kChannels> nowhere;
+  std::fill_n(pending.begin(), before * task.channels, 0.0f);
+  const float* g = grad.const_data_ptr<float>() + task.sequence * grad.stride(0) + task.channel;
+  for (int64_t t = task.start, rows = 0; t < last; t += rows) {
+    const bool own = t < task.stop;
+    rows = std::min(kBlock, (own ? task.stop : last) - t);
+    std::array<const float*, kBlock + kMaxConvWidth> in{};
+    std::array<const float*, kBlock> from{};
+    std::array<float*, kBlock> to{};
+    for (int64_t r = 0; r < rows + before; ++r) in[r] = inputs.row(task.sequence, t - before + r) + task.channel;
+    for (int64_t r = 0; r < rows; ++r) {
+      from[r] = g + (t + r) * grad.stride(1);
+      to[r] = targets.row(task, t + r - before, nowhere.data());
+    }
+    conv_kernels().backward(filter, in.data(), from.data(), to.data(), rows, task.channels, pending.data(),
+                            own ? grad_weight : nullptr, tasks.channels);
+  }
+  if (last < tasks.length) return;
+  for (int64_t i = 0; i < before; ++i) {
+    float* to = targets.row(task, last - before + i, nowhere.data());
+    std::copy_n(pending.begin() + i * task.channels, task.channels, to);
+  }
+}
+
+Gradients channels_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                            const Tensor& state, bool silu) {
+  check_channels(x, weight, bias, state);
+  check_rows(grad, "grad", x.sizes());
+  const Tasks tasks(x.size(0), x.size(1), x.size(2));
+  const int64_t width = weight.size(0);
+  Tensor grad_x = at::empty(x.sizes(), x.options()), grad_state = at::empty_like(state);
+  Tensor partials = at::zeros({tasks.batch * tasks.stretches, width + 1, tasks.channels}, x.options());
+  const Inputs inputs(x, state);
+  const Targets targets{grad_x.data_ptr<float>(), grad_state.data_ptr<float>(), tasks.length, tasks.channels, width - 1};
+  float* sums = partials.data_ptr<float>();
+  at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Task task = tasks.at(index);
+      float* own = sums + (task.sequence * tasks.stretches + task.stretch) * (width + 1) * tasks.channels + task.channel;
+      channels_backward_task(tasks, task, channel_filter(weight, bias, task.channel, silu), inputs, grad, targets, own);
+    }
+  });
+  const Tensor total = sum_partials(partials).view({width + 1, tasks.channels});
+  return {grad_x, total.narrow(0, 0, width).clone(), total[width].clone(), grad_state};
+}
+
+void check_steps(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state) {
+  TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "expected x (batch, D, L) and weight (D, width)");
+  check_width(weight.size(1));
+  check_rows(x, "x", x.sizes());
+  check_dense(weight, "weight", {x.size(1), weight.size(1)});
+  check_dense(bias, "bias", {x.size(1)});
+  check_dense(state, "state", {x.size(0), x.size(1), weight.size(1) - 1});
+}
+
+// Calls body(sequence, channel, stretch, filter) for every row's every stretch.
+template <typename Body>
+void for_each_stretch(const Tensor& x, const Tensor& weight, const Tensor& bias, bool silu, const Body& body) {
+  const int64_t channels = x.size(1), stretches = stretches_of(x.size(2)), width = weight.size(1);
+  at::parallel_for(0, x.size(0) * channels * stretches, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t channel = index / stretches % channels;
+      const ConvFilter filter{weight.const_data_ptr<float>() + channel * width, 1,
+                              bias.const_data_ptr<float>() + channel, static_cast<int>(width), silu};
+      body(index / stretches / channels, channel, index % stretches, filter);
+    }
+  });
+}
+
+// The `count` inputs from step start - (width - 1) on, zeros behind them; those in front of step 0 come from the state.
+void gather_inputs(const Tensor& x, const Tensor& state, int64_t sequence, int64_t channel, int64_t start, int64_t count,
+                   std::array<float, kBuffer + kMaxConvWidth>& buffer) {
+  const int64_t before = state.size(2), from_state = std::max<int64_t>(0, before - start);
+  const float* row = x.const_data_ptr<float>() + sequence * x.stride(0) + channel * x.stride(1);
+  std::copy_n(state.const_data_ptr<float>() + (sequence * x.size(1) + channel + 1) * before - from_state, from_state,
+              buffer.begin());
+  std::copy_n(row + (start - before + from_state), count - from_state, buffer.begin() + from_state);
+  std::fill(buffer.begin() + count, buffer.end(), 0.0f);
+}
+
+// x, out (batch, D, L), weight (D, width), bias (D,), state (batch, D, width - 1).
+Tensor steps_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
+  check_steps(x, weight, bias, state);
+  const int64_t channels = x.size(1), length = x.size(2), before = weight.size(1) - 1;
+  Tensor out = at::empty(x.sizes(), x.options());
+  float* y = out.data_ptr<float>();
+  for_each_stretch(x, weight, bias, silu, [&](int64_t sequence, int64_t channel, int64_t stretch, const ConvFilter& filter) {
+    const int64_t start = stretch * kStretch, own = std::min(kStretch, length - start);
+    std::array<float, kBuffer + kMaxConvWidth> inputs;
+    std::array<float, kBuffer> result;
+    gather_inputs(x, state, sequence, channel, start, own + before, inputs);
+    conv_kernels().forward_steps(filter, inputs.data(), result.data(), round_up(own));
+    std::copy_n(result.begin(), own, y + (sequence * channels + channel) * length + start);
+  });
+  return out;
+}
+
+// The gradient of state (width - 1) in front of a sequence, from d at its first steps.
+void state_gradient(const ConvFilter& filter, const float* d, float* grad_state) {
+  for (int i = 0; i < filter.width - 1; ++i) {
+    float sum = 0.0f;
+    for (int k = 0; k <= i; ++k) sum += filter.weight[k] * d[i - k];
+    grad_state[i] = sum;
+  }
+}
+
+Gradients steps_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                         const Tensor& state, bool silu) {
+  check_steps(x, weight, bias, state);
+  check_rows(grad, "grad", x.sizes());
+  const int64_t batch = x.size(0), channels = x.size(1), length = x.size(2), width = weight.size(1), before = width - 1;
+  const int64_t stretches = stretches_of(length);
+  Tensor grad_x = at::empty(x.sizes(), x.options()), grad_state = at::empty_like(state);
+  Tensor partials = at::empty({batch * stretches, channels, width + 1}, x.options());
+  float *gx = grad_x.data_ptr<float>(), *gs = grad_state.data_ptr<float>(), *sums = partials.data_ptr<float>();
+  for_each_stretch(x, weight, bias, silu, [&](int64_t sequence, int64_t channel, int64_t stretch, const ConvFilter& filter) {
+    const int64_t start = stretch * kStretch, own = std::min(kStretch, length - start), row = sequence * channels + channel;
+    const int64_t held = std::min(own + before, length - start);
+    std::array<float, kBuffer + kMaxConvWidth> inputs;
+    std::array<float, kBuffer> g, d, result;
+    gather_inputs(x, state, sequence, channel, start, held + before, inputs);
+    std::copy_n(grad.const_data_ptr<float>() + sequence * grad.stride(0) + channel * grad.stride(1) + start, held, g.begin());
+    std::fill(g.begin() + held, g.end(), 0.0f);
+    conv_kernels().backward_steps(filter, inputs.data(), g.data(), d.data(), result.data(), kBuffer, own,
+                                  sums + ((sequence * stretches + stretch) * channels + channel) * (width + 1));
+    std::copy_n(result.begin(), own, gx + row * length + start);
+    if (stretch == 0) state_gradient(filter, d.data(), gs + row * before);
+  });
+  const Tensor total = sum_partials(partials).view({channels, width + 1});
+  return {grad_x, total.narrow(1, 0, width).clone(at::MemoryFormat::Contiguous), total.select(1, width).clone(),
+          grad_state};
+}
+
+}  // namespace
+}  // namespace compressm
+
+TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
+  m.def("causal_conv1d_channels(Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu) -> Tensor",
+        &compressm::channels_forward);
+  m.def("causal_conv1d_channels_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        &compressm::channels_backward);
+  m.def("causal_conv1d_steps(Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu) -> Tensor",
+        &compressm::steps_forward);
+  m.def("causal_conv1d_steps_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        &compressm::steps_backward);
+}

@@ -1,0 +1,270 @@
+"""The short causal convolution: the reference by definition, the C++ kernels against it, decoding, what bad input gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels.causal_conv1d_cases import LAYOUTS, check, evaluate, lay_out, random_inputs
+from torch.nn import functional as F
+
+from compressm.errors import ArgumentError, BackendError
+from compressm.kernels import _causal_conv1d_cpu, _cpp, causal_conv1d, causal_conv1d_update
+
+CHANNELS, LENGTHS, WIDTHS = (1, 3, 16, 17, 40), (1, 2, 3, 33, 257), (1, 2, 4, 8)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the C++ wrapper's functions that ran."""
+    seen = []
+
+    def recorded(function):
+        def record(*args):
+            seen.append(function.__name__)
+            return function(*args)
+
+        return record
+
+    for function in (_causal_conv1d_cpu.forward, _causal_conv1d_cpu.backward):
+        monkeypatch.setattr(_causal_conv1d_cpu, function.__name__, recorded(function))
+    return seen
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_reference_is_conv1d(assert_close, width, activation):
+    inputs = random_inputs(2, 5, 12, width)
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    for before in (torch.zeros_like(inputs["initial_state"]), inputs["initial_state"]):
+        expected = F.conv1d(torch.cat([before, x], -1), weight[:, None], bias, groups=5)
+        expected = F.silu(expected) if activation else expected
+        state = before if before.any() else None
+        assert_close(causal_conv1d(x, weight, bias, activation=activation, initial_state=state), expected)
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_reference_gradients(length):
+    inputs = [t.requires_grad_() for t in random_inputs(2, 3, length, 4).values()]
+
+    def call(x, weight, bias, state):
+        return causal_conv1d(x, weight, bias, activation="silu", initial_state=state, return_last_state=True)
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_cpp(assert_close, calls, layout, width):
+    for channels in CHANNELS:
+        for length in LENGTHS:
+            inputs = random_inputs(2, channels, length, width)
+            oracle = evaluate(inputs, torch.float64, "reference")
+            check(evaluate(inputs, torch.float32, None, layout=layout), oracle, assert_close, torch.float32)
+    assert calls == ["forward", "backward"] * (len(CHANNELS) * len(LENGTHS))
+
+
+@pytest.mark.parametrize("layout", ["steps", "channels"])
+@pytest.mark.parametrize("without", [(), ("bias",), ("initial_state",), ("bias", "initial_state")], ids=str)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_cpp_without_optional_arguments(assert_close, layout, without, activation):
+    for width, length in ((3, 41), (5, 3), (6, 300), (7, 20)):
+        inputs = random_inputs(3, 19, length, width, without=without)
+        oracle = evaluate(inputs, torch.float64, "reference", activation=activation)
+        results = evaluate(inputs, torch.float32, "cpp", layout=layout, activation=activation)
+        check(results, oracle, assert_close, torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["steps", "channels"])
+@pytest.mark.parametrize("length", [255, 256, 258, 600])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_cpp_joins_stretches_and_channel_blocks(assert_close, layout, length):
+    inputs = random_inputs(1, 530, length, 8)
+    oracle = evaluate(inputs, torch.float64, "reference")
+    check(evaluate(inputs, torch.float32, "cpp", layout=layout), oracle, assert_close, torch.float32)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_every_instruction_set(assert_close, isa):
+    library = _cpp.library()
+    if not library.select_isa(isa):
+        pytest.skip(f"this processor has no {isa}")
+    try:
+        for width in WIDTHS:
+            inputs = random_inputs(2, 39, 45, width)
+            oracle = evaluate(inputs, torch.float64, "reference")
+            for layout in ("steps", "channels"):
+                check(evaluate(inputs, torch.float32, "cpp", layout=layout), oracle, assert_close, torch.float32)
+    finally:
+        library.select_isa("auto")
+
+
+@pytest.mark.parametrize("layout", ["steps", "channel slice"])
+def test_same_bits_for_any_thread_count(layout):
+    inputs = random_inputs(3, 70, 530, 4)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            results.append(evaluate(inputs, torch.float32, "cpp", layout=layout))
+        finally:
+            torch.set_num_threads(threads)
+    for name, value in results[0].items():
+        assert torch.equal(results[1][name], value), name
+
+
+def test_activation_at_its_extremes():
+    x = torch.tensor([-1e30, -200.0, -88.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 88.0, 200.0, 1e30]).repeat(2, 1)
+    for layout in ("steps", "channels"):
+        leaf = lay_out(x[None], layout).requires_grad_()
+        out = causal_conv1d(leaf, torch.ones(2, 1), activation="silu", backend="cpp")
+        (grad,) = torch.autograd.grad(out.sum(), leaf)
+        wide = x[None].double().requires_grad_()
+        (expected,) = torch.autograd.grad(F.silu(wide).sum(), wide)
+        torch.testing.assert_close(out.double(), F.silu(wide), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_nan_stays_where_its_window_reaches():
+    for layout in ("steps", "channels"):
+        x = torch.randn(1, 20, 40)
+        x[0, 5, 17] = float("nan")
+        out = causal_conv1d(lay_out(x, layout), torch.randn(20, 4), activation="silu", backend="cpp")
+        expected = torch.zeros(1, 20, 40, dtype=torch.bool)
+        expected[0, 5, 17:21] = True
+        assert torch.equal(out.isnan(), expected)
+
+
+@pytest.mark.parametrize("layout", ["channels", "channel slice"])
+def test_output_and_gradient_lie_like_the_input(layout):
+    x = lay_out(torch.randn(2, 8, 9), layout).requires_grad_()
+    out = causal_conv1d(x, torch.randn(8, 4), activation="silu")
+    assert out.mT.is_contiguous()
+    assert torch.autograd.grad(out.sum(), x)[0].mT.is_contiguous()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_accumulates_in_float32(assert_close, backend, dtype):
+    inputs = {name: t.to(dtype).double() for name, t in random_inputs(2, 20, 65, 4).items()}
+    oracle = evaluate(inputs, torch.float64, "reference")
+    results = evaluate(inputs, dtype, backend, layout="channels")
+    assert {t.dtype for t in results.values()} == {dtype}
+    check(results, oracle, assert_close, dtype)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_chunks_are_the_whole(assert_close, backend, width):
+    inputs = random_inputs(2, 18, 40, width)
+
+    def in_chunks(x, weight, bias, initial_state, **options):
+        outs, state = [], initial_state
+        for chunk in x.split([1, 2, 0, 30, 7], -1):
+            out, state = causal_conv1d(chunk, weight, bias, initial_state=state, **options)
+            outs.append(out)
+        return torch.cat(outs, -1), state
+
+    dtype = torch.float32 if backend == "cpp" else torch.float64
+    oracle = evaluate(inputs, torch.float64, "reference")
+    check(evaluate(inputs, dtype, backend, call=in_chunks), oracle, assert_close, dtype)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("spare", [0, 1])
+def test_updates_are_the_steps(assert_close, width, spare):
+    inputs = random_inputs(2, 6, 12, width)
+    x, weight, bias, before = inputs.values()
+    expected, last = causal_conv1d(x, weight, bias, activation="silu", initial_state=before, return_last_state=True)
+    state = F.pad(before, (spare, 0), value=float("nan"))
+    for t in range(12):
+        out = causal_conv1d_update(x[..., t], state, weight, bias, activation="silu")
+        assert_close(out, expected[..., t])
+    assert torch.equal(state[..., spare:], last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 5, 7), (2, 5, 0), (2, 0, 7)])
+def test_nothing_in_nothing_out(dtype, shape):
+    inputs = random_inputs(*shape, 4)
+    results = evaluate(inputs, dtype, None)
+    assert results["out"].shape == shape
+    assert results["last"].shape == (*shape[:2], 3)
+    assert not results["weight"].any()
+    if shape[2] == 0:
+        assert torch.equal(results["last"], inputs["initial_state"].to(dtype))
+
+
+def test_custom_ops_are_well_formed():
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
+    for layout in LAYOUTS:
+        for without in ((), ("bias", "initial_state")):
+            inputs = {name: t if t is None else t.float() for name, t in random_inputs(2, 5, 9, 4, without=without).items()}
+            inputs["x"] = lay_out(inputs["x"], layout)
+            args = [None if t is None else t.requires_grad_() for t in inputs.values()]
+            torch.library.opcheck(torch.ops.compressm.causal_conv1d.default, (*args, True, "cpp"), test_utils=tests)
+            backward = (torch.randn(2, 5, 9), *(None if t is None else t.detach() for t in args), True, "cpp")
+            checks = ("test_schema", "test_faketensor")
+            torch.library.opcheck(torch.ops.compressm.causal_conv1d_backward.default, backward, test_utils=checks)
+
+
+@pytest.mark.parametrize("layout", ["steps", "channel slice"])
+def test_compiles_into_one_graph(assert_close, layout):
+    inputs = random_inputs(2, 5, 12, 4)
+    oracle = evaluate(inputs, torch.float64, "reference")
+    compiled = torch.compile(causal_conv1d, fullgraph=True, backend="aot_eager")
+    check(evaluate(inputs, torch.float32, None, layout=layout, call=compiled), oracle, assert_close, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("x", lambda t: t[0]),
+        ("x", lambda t: t.long()),
+        ("weight", lambda t: t[1:]),
+        ("weight", lambda t: t[:, None]),
+        ("weight", lambda t: t.repeat(1, 3)),
+        ("weight", lambda t: t[:, :0]),
+        ("bias", lambda t: t[1:]),
+        ("bias", lambda t: t.to("meta")),
+        ("initial_state", lambda t: t[..., 1:]),
+        ("initial_state", lambda t: t.long()),
+        ("activation", lambda t: "relu"),
+    ],
+)
+def test_wrong_arguments_are_named(name, wrong):
+    arguments = {**random_inputs(2, 5, 9, 4), "activation": "silu"}
+    arguments[name] = wrong(arguments[name])
+    with pytest.raises(ArgumentError, match=f"^{name}: expected"):
+        causal_conv1d(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("x", lambda t: t[..., None]),
+        ("conv_state", lambda t: t[..., 1:]),
+        ("conv_state", lambda t: t[:1]),
+        ("conv_state", lambda t: t.long()),
+        ("weight", lambda t: t[1:]),
+        ("bias", lambda t: t[1:]),
+        ("activation", lambda t: "swish"),
+    ],
+)
+def test_wrong_arguments_of_a_step_are_named(name, wrong):
+    inputs = random_inputs(2, 5, 1, 4)
+    arguments = {"x": inputs["x"][..., 0], "conv_state": inputs["initial_state"], "weight": inputs["weight"]}
+    arguments |= {"bias": inputs["bias"], "activation": None}
+    arguments[name] = wrong(arguments[name])
+    with pytest.raises(ArgumentError, match=f"^{name}: expected"):
+        causal_conv1d_update(**arguments)
+
+
+def test_backends_that_cannot_run_say_why():
+    inputs = random_inputs(1, 2, 3, 2)
+    with pytest.raises(BackendError, match="float64 runs on the reference"):
+        causal_conv1d(**inputs, backend="cpp")
+    with pytest.raises(BackendError, match="expected one of"):
+        causal_conv1d(**inputs, backend="cuda")
