@@ -26,13 +26,22 @@ def _place(D, stretches, BT: tl.constexpr):
 
 
 @jit
-def _inputs(x, state, row, t, L, WIDTH: tl.constexpr):
+def _inputs(x, state, row, t, L, stretches, WIDTH: tl.constexpr):
     """Inputs at steps t in float32: from x, in front of it from state or zero, behind it zero."""
     value = tl.load(x + t, mask=(t >= 0) & (t < L), other=0.0).to(tl.float32)
-    if state is not None and WIDTH > 1:
+    if state is not None and WIDTH > 1 and tl.program_id(0) % stretches == 0:
         before = (t < 0) & (t >= 1 - WIDTH)
         value += tl.load(state + row * (WIDTH - 1) + (WIDTH - 1) + t, mask=before, other=0.0)
     return value
+
+
+@jit
+def _window(x, state, row, t, L, stretches, WIDTH: tl.constexpr):
+    """The inputs at steps t, t + 1, .. t + 2 (WIDTH - 1), which WIDTH neighbouring outputs see."""
+    window = ()
+    for k in tl.static_range(2 * WIDTH - 1):
+        window = window + (_inputs(x, state, row, t + k, L, stretches, WIDTH),)  # noqa: RUF005, Triton has no starred tuples
+    return window
 
 
 @jit
@@ -62,7 +71,7 @@ def _causal_conv1d_fwd_kernel(
     if bias is not None:
         value += tl.load(bias + channel)
     for k in tl.static_range(WIDTH):
-        value += tl.load(weight + channel * WIDTH + k) * _inputs(x, state, row, t - (WIDTH - 1) + k, L, WIDTH)
+        value += tl.load(weight + channel * WIDTH + k) * _inputs(x, state, row, t - (WIDTH - 1) + k, L, stretches, WIDTH)
     if SILU:
         value = value / (1.0 + tl.exp(-value))
     tl.store(out + row * L + t, value.to(out.dtype.element_ty), mask=t < L)
@@ -85,6 +94,7 @@ def _causal_conv1d_bwd_kernel(
     grad += sequence * grad_stride_b + channel * grad_stride_d
     shares += (row * stretches + start // BT) * (WIDTH + 1)
     weight += channel * WIDTH
+    window = _window(x, state, row, t - (WIDTH - 1), L, stretches, WIDTH)
     flow = tl.zeros([BT], tl.float32)
     for j in tl.static_range(WIDTH):
         s = t + j
@@ -95,12 +105,12 @@ def _causal_conv1d_bwd_kernel(
             if bias is not None:
                 value += tl.load(bias + channel)
             for k in tl.static_range(WIDTH):
-                value += tl.load(weight + k) * _inputs(x, state, row, s - (WIDTH - 1) + k, L, WIDTH)
+                value += tl.load(weight + k) * window[j + k]
             d = _through_silu(d, value)
         flow += tl.load(weight + WIDTH - 1 - j) * d
         if j == 0:
             for k in tl.static_range(WIDTH):
-                tl.store(shares + k, tl.sum(d * _inputs(x, state, row, s - (WIDTH - 1) + k, L, WIDTH)))
+                tl.store(shares + k, tl.sum(d * window[k]))
             tl.store(shares + WIDTH, tl.sum(d))
     tl.store(grad_x + row * L + t, flow.to(grad_x.dtype.element_ty), mask=(t >= 0) & (t < L))
     if grad_state is not None and WIDTH > 1:

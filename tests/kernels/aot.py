@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from compressm.kernels import _gramians_triton, _lti_scan_triton
+from compressm.kernels import _causal_conv1d_triton, _gramians_triton, _lti_scan_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,16 +33,23 @@ _BACKWARD = dict.fromkeys(("lam", "carries", "start", "grad_lam", "grad_start"),
 _GRAMIANS = {
     "work": "*i64", "systems": "*i64", "spectra": "*fp64", "features": "*fp64", "out": "*fp64", "states": "i32", "plane": "i32",
 }  # fmt: skip
+_CONV = dict.fromkeys(("weight", "bias", "state", "grad_state", "shares"), "*fp32") | dict.fromkeys(
+    ("D", "L", "stretches", "stride_b", "stride_d", "grad_stride_b", "grad_stride_d"), "i32"
+)
 
 
 class Case(NamedTuple):
-    """A kernel with the types of its arguments and its constants; ``elements``: what one turn of its loop handles per lane."""
+    """A kernel with the types of its arguments and its constants.
+
+    ``elements``: what one turn of its loop, or without ``loop`` the whole kernel, handles per lane.
+    """
 
     name: str
     kernel: Any
     types: dict[str, str]
     config: dict[str, Any]
     elements: int | None = None
+    loop: bool = True
 
 
 def cases(target: GPUTarget) -> Iterator[Case]:
@@ -61,6 +68,17 @@ def cases(target: GPUTarget) -> Iterator[Case]:
         yield Case(f"scan_bwd_{dtype}", kernel, types, backward | {"REVERSE": True}, backward["U"])
     config = _gramians_triton.CONFIG | {"num_warps": _gramians_triton.TILE**2 // target.warp_size}
     yield Case("gramians", _gramians_triton._gramians_kernel, _GRAMIANS, config)
+    yield from convolution_cases(target)
+
+
+def convolution_cases(target: GPUTarget) -> Iterator[Case]:
+    config = _causal_conv1d_triton.CONFIG | {"WIDTH": 4, "SILU": True}
+    elements = config["BT"] // (config["num_warps"] * target.warp_size)
+    for dtype in ("fp32", "bf16"):
+        types = _CONV | dict.fromkeys(("x", "out", "grad", "grad_x"), f"*{dtype}")
+        for name in ("fwd", "bwd"):
+            kernel = getattr(_causal_conv1d_triton, f"_causal_conv1d_{name}_kernel")
+            yield Case(f"conv_{name}_{dtype}", kernel, types, config, elements, loop=False)
 
 
 def compile_case(case: Case, target: GPUTarget) -> Any:
@@ -137,7 +155,7 @@ def report(name: str) -> Iterator[dict[str, Any]]:
     for case in cases(target):
         compiled = compile_case(case, target)
         usage, lines = (nvidia_code if target.backend == "cuda" else amd_code)(compiled)
-        loop = longest_loop(lines)
+        loop = longest_loop(lines) if case.loop else [code for code in lines if not code.endswith(":")]
         elements = case.elements or sum(bool(re.match(r"DFMA|v_fmac?_f64", code)) for code in loop) // 4
         per_element = round(len(loop) / elements, 1)
         yield {
