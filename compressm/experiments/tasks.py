@@ -75,7 +75,14 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
-        """Loss on the batch of a step, to be minimised, and the metric on it (a scalar without gradient)."""
+        """Loss on the batch of a step, to be minimised, and its tally for the metric: a float32 or integer scalar.
+
+        Tallies are summed in float64, exactly, so that a curve does not depend on where a run was interrupted.
+        """
+
+    @abstractmethod
+    def from_tally(self, tally: float, steps: int) -> float:
+        """The metric on the batches of some steps from the sum of their tallies."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
@@ -129,7 +136,10 @@ class ImageTask(Task):
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         x, y = self.batches[step]
         scores = model(x)
-        return nn.functional.cross_entropy(scores, y), (scores.detach().argmax(-1) == y).double().mean()
+        return nn.functional.cross_entropy(scores, y), (scores.detach().argmax(-1) == y).sum()
+
+    def from_tally(self, tally: float, steps: int) -> float:
+        return tally / (steps * self.settings.batch_size)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         accuracy, loss = evaluate(model, self.data.test_x, self.data.test_y, EVALUATION_BATCH)
@@ -177,7 +187,10 @@ class TextTask(Task):
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         loss = prediction_loss(model, self.batches[step])
-        return loss, loss.detach().double() / NATS_PER_BIT
+        return loss, loss.detach()
+
+    def from_tally(self, tally: float, steps: int) -> float:
+        return tally / steps / NATS_PER_BIT
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         nats = evaluate_windows(model, self.windows[split], self.settings.batch_size)

@@ -55,7 +55,7 @@ class Record:
     reductions: list[dict[str, Any]] = field(default_factory=list)
     seconds_training: float = 0.0
     seconds_total: float = 0.0
-    window: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "metric": 0.0, "steps": 0, "seconds": 0.0})
+    window: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "tally": 0.0, "steps": 0, "seconds": 0.0})
     test: dict[str, float] = field(default_factory=dict)
 
 
@@ -90,7 +90,7 @@ class TrainingRun:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(self.settings))
         self.compressor = self._compressor() if name == "compressed" else None
         self.record = Record()
-        self._sums = torch.zeros(2, dtype=torch.float64, device=task.device)  # loss, metric
+        self._sums = torch.zeros(2, dtype=torch.float64, device=task.device)  # loss, tally
 
     def _compressor(self) -> compressm.Compressor:
         s = self.settings
@@ -147,22 +147,22 @@ class TrainingRun:
         step = self.record.step
         torch.manual_seed(stream(self.settings.seed, NOISE, step))
         self.model.train()
-        loss, metric = self.task.loss(self.model, step)
+        loss, tally = self.task.loss(self.model, step)
         loss.backward()
         if self.settings.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self._sums += torch.stack([loss.detach().double(), metric])
+        self._sums += torch.stack([loss.detach().double(), tally.double()])
 
     def _gather(self) -> None:
         """Move the sums from the device into the record's window."""
         started = time.perf_counter()
-        loss, metric = self._sums.tolist()
+        loss, tally = self._sums.tolist()
         self._sums.zero_()
         window = self.record.window
-        window["loss"], window["metric"] = window["loss"] + loss, window["metric"] + metric
+        window["loss"], window["tally"] = window["loss"] + loss, window["tally"] + tally
         window["seconds"] += time.perf_counter() - started
 
     def _close_window(self, observer: Observer) -> None:
@@ -177,7 +177,7 @@ class TrainingRun:
         point = {
             "step": record.step,
             "loss": loss,
-            self.task.metric.key: window["metric"] / steps,
+            self.task.metric.key: self.task.from_tally(window["tally"], steps),
             "seconds_per_step": window["seconds"] / steps,
             "states": self.model.states,
         }
@@ -225,11 +225,15 @@ class TrainingRun:
         """Continue from the checkpoint.
 
         Raises:
-            CheckpointError: damaged, or of another run.
+            CheckpointError: damaged, of another run, or trained on other data.
         """
         extra = compressm.load(self.path, self.model, optimizer=self.optimizer, compressor=self.compressor)
         if not isinstance(extra, dict) or extra.get("run") != self.name or not {"record", "scheduler"} <= extra.keys():
             raise CheckpointError(f"{self.path}: expected a checkpoint of the run {self.name!r}. Delete it to start anew")
+        was, now = extra.get("dataset", {}), self.task.describe()
+        if changed := [key for key in now if key != "name" and was.get(key) != now[key]]:
+            found = ", ".join(f"{key} {was.get(key)}, now {now[key]}" for key in changed)
+            raise CheckpointError(f"{self.path}: the data have changed ({found}). Give the old ones (--data-dir) or start anew")
         self.record = Record(**extra["record"])
         self.scheduler.load_state_dict(extra["scheduler"])
 

@@ -6,41 +6,18 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from experiments.cli_cases import run, spawn, timeless
 
 import compressm
-from compressm import cli
 from compressm.compression import checkpoint
 from compressm.errors import CheckpointError, CompressmError, ConfigError
 
 QUICK = ["--steps", "20", "--batch-size", "16"]
 SIZES = ["d_state=8", "d_model=4", "eval_every=10", "log_every=5", "timing_rounds=2"]
 SETTINGS = [part for size in SIZES for part in ("--set", size)]
-
-
-def run(*arguments):
-    """The command in this process; errors propagate."""
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def spawn(*arguments):
-    command = [sys.executable, "-m", "compressm.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(compressm.__file__).parents[1]
-    )
-
-
-def timeless(tree):
-    """A report without what depends on time and machine."""
-    if isinstance(tree, dict):
-        return {k: timeless(v) for k, v in tree.items() if not k.startswith("seconds") and k not in ("timing", "machine")}
-    return [timeless(item) for item in tree] if isinstance(tree, list) else tree
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,189 @@
+"""The language model, and its runs: stopped, resumed, cut."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from compressm.errors import CheckpointError, ConfigError
+from compressm.experiments.language_model import LanguageModel, evaluate_windows, parameter_groups, prediction_loss
+from compressm.experiments.settings import Settings, resolve
+from compressm.experiments.tasks import make_task
+from compressm.experiments.training import TrainingRun
+
+TINY = {
+    "steps": 20, "blocks": 1, "d_model": 8, "d_state": 8, "rank": 3, "length": 16, "batch_size": 4, "eval_bytes": 128,
+    "eval_every": 8, "log_every": 4, "calibration_sequences": 8, "reduce_until": 0.5,
+}  # fmt: skip
+
+
+class Silent:
+    """Listens and says nothing."""
+
+    def point(self, run, point):
+        pass
+
+    def evaluation(self, run, evaluation):
+        pass
+
+    def reduction(self, run, reduction):
+        pass
+
+
+@pytest.fixture
+def make(source_folder, tmp_path):
+    def build(name="compressed", file="run", **overrides):
+        settings = resolve("stdlib-lm", {**TINY, **overrides})
+        task = make_task(settings, source_folder, torch.device("cpu"))
+        states = [settings.rank if name == "small" else settings.d_state] * settings.blocks
+        return TrainingRun(name, task, states, tmp_path / f"{file}.safetensors")
+
+    return build
+
+
+def timeless(record):
+    drop = {"seconds", "seconds_per_step"}
+    lists = [[{k: v for k, v in d.items() if k not in drop} for d in part] for part in (record.curve, record.reductions)]
+    return record.step, lists, record.evaluations, record.test
+
+
+def test_shapes_tying_and_order():
+    model = LanguageModel(8, [4, 5])
+    tokens = torch.randint(0, 256, (3, 11), dtype=torch.uint8)
+    scores = model(tokens)
+    assert scores.shape == (3, 11, 256)
+    assert model.states == [4, 5]
+    changed = tokens.clone()
+    changed[:, 7] += 1  # modulo 256
+    assert torch.equal(model(changed)[:, :7], scores[:, :7])
+    assert not torch.equal(model(changed)[:, 7], scores[:, 7])
+    names = dict(model.named_parameters())
+    assert [name for name, p in names.items() if 256 in p.shape] == ["embedding.weight"]
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mamba.out_proj.weight.zero_()
+    x = model.embedding.weight[tokens.long()]
+    expected = x / x.square().mean(-1, keepdim=True).add(1e-5).sqrt() @ model.embedding.weight.T
+    torch.testing.assert_close(model(tokens), expected)
+
+
+@torch.no_grad()
+def test_initialisation():
+    model = LanguageModel(64, [8] * 4)
+    assert float(model.embedding.weight.std()) == pytest.approx(0.02, rel=0.05)
+    bound = 1 / math.sqrt(128) / math.sqrt(4)  # uniform: kaiming with a = sqrt(5), over the root of four residual layers
+    for block in model.blocks:
+        assert float(block.mamba.out_proj.weight.abs().max()) == pytest.approx(bound, rel=0.02)
+        assert torch.equal(block.mamba.D, torch.ones(128))
+
+
+def test_matrices_decay_and_nothing_else():
+    model = LanguageModel(8, [4])
+    decayed, kept = parameter_groups(model, 0.01, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], kept["weight_decay"], kept["lr"]) == (0.1, 0.0, 0.01)
+    assert {names[id(p)].removeprefix("blocks.0.mamba.") for p in decayed["params"]} == {
+        "in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"
+    }  # fmt: skip
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+@torch.no_grad()
+def test_loss_counts_every_byte_but_the_first():
+    class Shift(nn.Module):
+        def forward(self, tokens):
+            return 100.0 * nn.functional.one_hot((tokens.long() + 1) % 256, 256)
+
+    windows = torch.arange(12, dtype=torch.uint8).view(2, 6)
+    assert float(prediction_loss(Shift(), windows)) == 0.0
+    windows[0, 3] = 77  # neither this byte nor the one behind it is guessed
+    assert float(prediction_loss(Shift(), windows)) == pytest.approx(20.0)
+    assert evaluate_windows(Shift(), windows, batch_size=1) == pytest.approx(20.0)
+
+
+def test_evaluation_is_in_bits_nats_and_perplexity(make):
+    run = make("full")
+    found = run.task.evaluate(run.model, "test")
+    assert found["bits_per_byte"] == pytest.approx(8.0, abs=0.3)
+    assert found["loss"] == pytest.approx(found["bits_per_byte"] * math.log(2))
+    assert found["perplexity"] == pytest.approx(2 ** found["bits_per_byte"])
+    assert found != run.task.evaluate(run.model, "validation")
+    assert run.model.training
+    assert run.task.describe()["test_measured"] == 128
+
+
+@pytest.mark.parametrize("name", ["compressed", "full", "small"])
+def test_a_run_stopped_anywhere_resumes_to_the_same_result(make, name):
+    whole = make(name, "whole")
+    assert whole.train(Silent(), lambda: False)
+    assert whole.model.states == [8 if name == "full" else 3]
+    assert [cut["step"] for cut in whole.record.reductions] == [10] * (name == "compressed")
+    for stop in (1, 9, 10, 11, 19):
+        part = make(name, "part")
+        assert not part.train(Silent(), lambda part=part, stop=stop: part.record.step >= stop)
+        rest = make(name, "part")
+        rest.restore()
+        assert rest.record.step == stop
+        assert rest.train(Silent(), lambda: False)
+        assert timeless(rest.record) == timeless(whole.record)
+        for (key, a), b in zip(whole.model.named_parameters(), rest.model.parameters(), strict=True):
+            assert torch.equal(a, b), (stop, key)
+
+
+def test_the_result_is_of_the_test_part_and_the_curve_of_the_validation_part(make):
+    run = make("full")
+    run.train(Silent(), lambda: False)
+    final, last = run.summary()["final"], run.record.evaluations[-1]
+    assert final["states"] == {"blocks.0.mamba": 8}
+    assert {k: final[k] for k in ("bits_per_byte", "loss", "perplexity")} == run.task.evaluate(run.model, "test")
+    assert last["bits_per_byte"] == run.task.evaluate(run.model, "validation")["bits_per_byte"]
+    assert run.record.curve[-1]["bits_per_byte"] == pytest.approx(run.record.curve[-1]["loss"] / math.log(2))
+
+
+def test_resuming_on_other_text_is_refused(make, source_folder, tmp_path):
+    run = make("full", steps=2)
+    run.train(Silent(), lambda: False)
+    other = tmp_path / "other"
+    shutil.copytree(source_folder, other)
+    moved = TrainingRun("full", make_task(run.settings, other, torch.device("cpu")), [8], run.path)
+    moved.restore()
+    assert moved.record.step == 2
+    (other / "package1" / "module1.py").write_text("changed = 1\n")
+    changed = TrainingRun("full", make_task(run.settings, other, torch.device("cpu")), [8], run.path)
+    with pytest.raises(CheckpointError, match=r"the data have changed \(.*sha256 .*, now .*start anew"):
+        changed.restore()
+
+
+def test_gradients_are_clipped(make):
+    clipped = make("full", max_grad_norm=1e-3)
+    clipped.optimizer.zero_grad = lambda: None
+    clipped.train_step()
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in clipped.model.parameters()]))
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_keys_of_the_other_task_are_refused():
+    for key, value in {"max_phase": 1.0, "tau": 0.1, "dropout": 0.1, "recipe": "paper", "attempts": 2}.items():
+        with pytest.raises(ConfigError, match=rf"^{key} has no meaning for the dataset 'stdlib', expected one of .*rank"):
+            resolve("stdlib-lm", {key: value})
+    for key in ("length", "rank", "eval_bytes"):
+        with pytest.raises(ConfigError, match=rf"{key} has no meaning for the dataset 'digits', expected one of .*tau"):
+            resolve("digits", {key: 7})
+    with pytest.raises(ConfigError, match=r"unknown key 'lenght' \(did you mean 'length'\?\)") as caught:
+        resolve("stdlib-lm", {"lenght": 3})
+    assert "max_phase" not in str(caught.value)
+    with pytest.raises(ConfigError, match="rank = 128 must be below d_state = 128"):
+        resolve("stdlib-lm", {"rank": 128})
+    with pytest.raises(ConfigError, match="small_narrow"):
+        resolve("stdlib-lm", {"runs": ["compressed", "small_narrow"]})
+
+
+def test_saved_settings_hold_the_keys_of_their_task_and_are_read_back():
+    for preset, foreign in (("stdlib-lm", "tau"), ("digits", "length")):
+        settings = resolve(preset, {})
+        assert foreign not in settings.to_dict()
+        assert Settings.model_validate(settings.to_dict()) == settings
