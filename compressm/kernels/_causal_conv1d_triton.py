@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @jit
 def _place(D, stretches, BT: tl.constexpr):
-    """Sequence, channel, stretch and the first step's offset (in 64 bits) of this program."""
+    """Sequence, channel, row among all (sequence, channel) and first step of this program, in 64 bits."""
     program = tl.program_id(0).to(tl.int64)
     row = program // stretches
     stretch = program % stretches
