@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _gramians_ref
+from compressm.kernels import _cpp, _gramians_ref
 from compressm.kernels._dispatch import Candidate, choose
 
 System = tuple[Tensor, Tensor, Tensor]
@@ -38,7 +38,7 @@ def gramians(log_lam: Tensor, B: Tensor, C: Tensor, *, backend: str | None = Non
         log_lam: (..., N) complex or real, logarithms of the eigenvalues, real part below zero.
         B: (..., N, H_in).
         C: (..., H_out, N).
-        backend: ``"triton"``, ``"torch"`` or ``"reference"``; None chooses.
+        backend: ``"triton"``, ``"cpp"``, ``"torch"`` or ``"reference"``; None chooses.
 
     Raises:
         ArgumentError: shapes do not fit.
@@ -71,7 +71,7 @@ def gramians_many(systems: Sequence[System], *, backend: str | None = None) -> l
         from compressm.kernels import _gramians_triton
 
         return [Gramians(*quad) for quad in _gramians_triton.gramian_quads(prepared)]
-    form = _gramians_ref.gramian_quad if chosen == "reference" else real_products
+    form = {"reference": _gramians_ref.gramian_quad, "torch": real_products, "cpp": cpp_quotients}[chosen]
     return [Gramians(*form(*system)) for system in prepared]
 
 
@@ -81,6 +81,20 @@ def real_products(log_lam: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor
     P, S = _numerators(B.real, B.imag)
     Q, S_Q = _numerators(C.real.mT, -C.imag.mT)
     return P / hermitian, S / symmetric, Q / hermitian.conj(), S_Q / symmetric.conj()
+
+
+def cpp_quotients(log_lam: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P, S, Q, S_Q of a batch of systems: real matrix products, and denominators and quotients in one pass."""
+    batch, n = log_lam.shape[:-1], log_lam.shape[-1]
+    quads = []
+    for lam, b, c in zip(log_lam.reshape(-1, n), B.flatten(0, -3), C.flatten(0, -3), strict=True) if batch else [(log_lam, B, C)]:
+        decay, phase = lam.real.contiguous(), lam.imag.contiguous()
+        quads.append((*_quotients(decay, phase, b.real, b.imag), *_quotients(decay, -phase, c.real.mT, -c.imag.mT)))
+    return tuple(torch.stack(part).view(*batch, n, n) for part in zip(*quads, strict=True)) if batch else quads[0]
+
+
+def _quotients(decay: Tensor, phase: Tensor, re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
+    return _cpp.library().gramian_quotients(decay, phase, re @ re.mT, im @ im.mT, re @ im.mT)
 
 
 def _numerators(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +118,15 @@ def check_system(log_lam: Tensor, B: Tensor, C: Tensor) -> None:
 
 def choose_backend(device: str, differentiate: bool, backend: str | None) -> str:
     triton = Candidate("triton", lambda: _triton_why_not(device, differentiate))
+    cpp = Candidate("cpp", lambda: _cpp_why_not(device, differentiate))
     others = [Candidate("torch", lambda: None), Candidate("reference", lambda: None)]
-    return choose("gramians", [*others, triton] if device == "cpu" else [triton, *others], backend)
+    return choose("gramians", [cpp, *others, triton] if device == "cpu" else [triton, *others, cpp], backend)
+
+
+def _cpp_why_not(device: str, differentiate: bool) -> str | None:
+    if device != "cpu":
+        return f"the C++ kernels run on CPU tensors, not on {device}"
+    return "it has no backward, and an argument requires a gradient" if differentiate else _cpp.why_not()
 
 
 def _triton_why_not(device: str, differentiate: bool) -> str | None:

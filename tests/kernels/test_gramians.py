@@ -18,7 +18,7 @@ def system(n: int, inputs: int, outputs: int, decay: float = 0.1, batch: tuple[i
     return log_lam, B, torch.randn(*batch, outputs, n, dtype=torch.complex128)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("decay", [1.0, 1e-3, 1e-9, 1e-13])
 def test_no_cancellation_near_the_unit_circle(backend, decay):
     log_lam, B, C = system(3, 2, 1, decay)
@@ -60,9 +60,10 @@ def test_golden(golden, name):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 2), (13, 1, 4)])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
-def test_forms_agree(shape, batch, assert_close):
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_forms_agree(shape, batch, backend, assert_close):
     parts = system(*shape, batch=batch)
-    oracle, actual = gramians(*parts, backend="reference"), gramians(*parts, backend="torch")
+    oracle, actual = gramians(*parts, backend="reference"), gramians(*parts, backend=backend)
     for name in ("P", "S", "Q", "S_Q"):
         assert_close(getattr(actual, name), getattr(oracle, name), name)
     assert (
@@ -85,9 +86,16 @@ def test_real_systems_need_no_second_pair(assert_close):
     assert float(result.P.imag.abs().max()) == 0
 
 
+def test_gradients_run_where_there_is_a_backward():
+    parts = [tensor.requires_grad_() for tensor in system(4, 2, 3)]
+    assert torch.autograd.gradcheck(lambda *t: tuple(gramians(*t)), parts)
+    with pytest.raises(BackendError, match="no backward"):
+        gramians(*parts, backend="cpp")
+
+
 def test_wrong_input_is_named():
     log_lam, B, C = system(4, 2, 3)
     with pytest.raises(ArgumentError, match="C: expected"):
         gramians(log_lam, B, C.T)
-    with pytest.raises(BackendError, match="expected one of torch, reference, triton, got 'cuda'"):
+    with pytest.raises(BackendError, match="expected one of cpp, torch, reference, triton, got 'cuda'"):
         gramians(log_lam, B, C, backend="cuda")

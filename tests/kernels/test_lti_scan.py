@@ -255,7 +255,7 @@ def test_plan_says_what_runs():
     assert plan("lti_scan", small) is plan("lti_scan", small)
     assert "cpp block" in str(plan("lti_scan", small))
     assert plan("lti_scan", small).get("tau") > 1
-    assert plan("gramians", small).backend == "torch"
+    assert plan("gramians", small).backend == "cpp"
 
 
 def test_plan_names_wrong_input():
