@@ -86,11 +86,12 @@ def real_products(log_lam: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor
 def cpp_quotients(log_lam: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P, S, Q, S_Q of a batch of systems: real matrix products, and denominators and quotients in one pass."""
     batch, n = log_lam.shape[:-1], log_lam.shape[-1]
+    systems = zip(log_lam.reshape(-1, n), B.reshape(-1, *B.shape[-2:]), C.reshape(-1, *C.shape[-2:]), strict=True)
     quads = []
-    for lam, b, c in zip(log_lam.reshape(-1, n), B.flatten(0, -3), C.flatten(0, -3), strict=True) if batch else [(log_lam, B, C)]:
+    for lam, b, c in systems:
         decay, phase = lam.real.contiguous(), lam.imag.contiguous()
         quads.append((*_quotients(decay, phase, b.real, b.imag), *_quotients(decay, -phase, c.real.mT, -c.imag.mT)))
-    return tuple(torch.stack(part).view(*batch, n, n) for part in zip(*quads, strict=True)) if batch else quads[0]
+    return tuple(torch.stack(part).view(*batch, n, n) for part in zip(*quads, strict=True))
 
 
 def _quotients(decay: Tensor, phase: Tensor, re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
