@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, bad_argument
-from compressm.kernels import KernelPlan, plan, selective_scan, selective_state_update
+from compressm.kernels import (
+    KernelPlan,
+    causal_conv1d,
+    causal_conv1d_update,
+    plan,
+    selective_scan,
+    selective_state_update,
+)
+
+MAX_TAPS = 8  # of the causal convolution's kernels
 
 
 class Mamba(nn.Module):
@@ -23,7 +32,7 @@ class Mamba(nn.Module):
     Args:
         d_model: channels in and out.
         d_state: states N per inner channel.
-        d_conv: taps of the causal convolution.
+        d_conv: taps of the causal convolution, 1 to 8.
         expand: inner channels are ``expand * d_model``.
         dt_rank: rank of the step sizes' projection; ``"auto"``: ceil(d_model / 16).
         dt_min, dt_max: range of the initial step sizes, drawn log-uniformly.
@@ -61,6 +70,8 @@ class Mamba(nn.Module):
         for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise bad_argument(name, got=repr(value), expected="a positive integer")
+        if d_conv > MAX_TAPS:
+            raise bad_argument("d_conv", got=d_conv, expected=f"at most {MAX_TAPS} taps")
         if int(expand * d_model) < 1:
             raise bad_argument("expand", got=expand, expected="a number such that expand * d_model is at least 1")
         if dt_rank != "auto" and (isinstance(dt_rank, bool) or not isinstance(dt_rank, int) or dt_rank < 1):
@@ -170,7 +181,7 @@ class Mamba(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """silu(causal depthwise convolution) of x (B, d_inner, L)."""
-        return F.silu(self.conv1d(x)[..., : x.shape[-1]])
+        return causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu")
 
     def _decay(self) -> Tensor:
         """A = -exp(A_log) (d_inner, N), in float32 at least."""
@@ -201,11 +212,7 @@ class Mamba(nn.Module):
             if state.shape != (batch, self.d_inner, width):
                 raise bad_argument(name, got=f"shape {tuple(state.shape)}", expected=f"{(batch, self.d_inner, width)}")
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
-        conv_state.copy_(torch.cat([conv_state[..., 1:], x.unsqueeze(-1).to(conv_state.dtype)], -1))
-        x = (conv_state.to(x.dtype) * self.conv1d.weight[:, 0]).sum(-1)
-        if self.conv1d.bias is not None:
-            x = x + self.conv1d.bias
-        x = F.silu(x)
+        x = causal_conv1d_update(x, conv_state, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu")
         dt, B, C = self._selection(x)
         y = selective_state_update(
             ssm_state, x, dt, self._decay(), B, C, self.D, z, self.dt_proj.bias, dt_softplus=True

@@ -143,6 +143,7 @@ def test_compiles_without_graph_breaks(assert_close):
         ({"d_model": 0}, "d_model"),
         ({"d_state": 0}, "d_state"),
         ({"d_conv": 0}, "d_conv"),
+        ({"d_conv": 9}, "d_conv"),
         ({"expand": 0.1}, "expand"),
         ({"dt_rank": "max"}, "dt_rank"),
         ({"dt_init": "zero"}, "dt_init"),
