@@ -42,7 +42,7 @@ def train(model, optimizer, steps, compressor=None, ema=None, seed=0):
             ema.update_parameters(model)
         if compressor is not None:
             compressor.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
