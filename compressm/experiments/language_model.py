@@ -80,16 +80,16 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
 
 def prediction_loss(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of every byte but the first, windows (n, L + 1); its mean or sum over bytes."""
+    """Cross-entropy in nats of every byte but the first, windows (n, L + 1): its mean, or with ``"none"`` (n * L,)."""
     scores = model(windows[:, :-1])
     return nn.functional.cross_entropy(scores.flatten(0, 1).float(), windows[:, 1:].flatten().long(), reduction=reduction)
 
 
 @torch.no_grad()
-def evaluate_windows(model: nn.Module, windows: Tensor, batch_size: int) -> float:
-    """Mean cross-entropy in nats per predicted byte, in eval mode; the training flag is put back."""
+def evaluate_windows(model: nn.Module, windows: Tensor, batch_size: int) -> Tensor:
+    """Mean cross-entropy in nats per predicted byte of every window (n,), float64, in eval mode; the flag is put back."""
     was_training = model.training
     model.eval()
-    total = sum(float(prediction_loss(model, part, "sum")) for part in windows.split(batch_size))
+    parts = [prediction_loss(model, part, "none").double().view(len(part), -1).mean(1) for part in windows.split(batch_size)]
     model.train(was_training)
-    return total / windows[:, 1:].numel()
+    return torch.cat(parts)

@@ -134,8 +134,9 @@ class Reduction(_Record):
 
 
 class Final(Quality):
-    """Where a run ended, on the test set."""
+    """Where a run ended, on the test set; ``window_bits`` are the bits per byte of its windows, the same for all runs."""
 
+    window_bits: list[float] = Field(default_factory=list)
     states: dict[str, int] = Field(default_factory=dict)
     seconds_total: Number = None
     seconds_training: Number = None

@@ -141,7 +141,13 @@ def _notes(report: Report) -> list[str]:
         )
     losses = [_nats(run) for run in report.runs if run.final.perplexity is not None]
     if losses:
-        notes.append(f"Test loss in nats per byte, and perplexity per byte: {'; '.join(losses)}. One run each.")
+        notes.append(f"Test loss in nats per byte, and perplexity per byte: {'; '.join(losses)}.")
+    if gaps := summary.paired_gaps(report):
+        count = len(report.run(summary.main_run(report)).final.window_bits)
+        notes.append(
+            f"On the same {count} test windows the {summary.main_run(report)} run differs by {summary.listed(gaps)} "
+            "bits per byte (95 %, from the scatter over windows alone; one run each, other seeds would add to it)."
+        )
     return notes
 
 

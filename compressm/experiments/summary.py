@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,25 @@ def sampling_noise(report: Report) -> float | None:
     return 1.96 * math.sqrt(2 * middle * (1 - middle) / size)
 
 
+def paired_gaps(report: Report) -> list[str]:
+    """``+0.011 ± 0.004 from the full-size run``, ...: how the main run's bits per byte differ from every control's.
+
+    The mean over the test windows of the differences, and 1.96 times its standard error.
+    """
+    own = report.run(main_run(report))
+    texts = []
+    for name, what in CONTROLS.items():
+        other = report.run(name)
+        if other is None or other is own:
+            continue
+        ours, theirs = own.final.window_bits, other.final.window_bits
+        if len(ours) == len(theirs) > 1:
+            gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+            half = 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
+            texts.append(f"{report.measure.signed(statistics.fmean(gaps))} ± {half:.{report.measure.digits}f} from {what}")
+    return texts
+
+
 def summary_table(report: Mapping[str, Any] | Report) -> Table:
     """The comparison for a terminal: within 100 columns; in fewer, down to 80, the names of runs are folded.
 
@@ -174,10 +194,10 @@ def _quality(row: Row, table: dict[str, Row], metric: Metric) -> str:
         other = table.get(name)
         if other is not None and other is not row and other.score is not None:
             compared.append(metric.compared(row.score - other.score, what))
-    return metric.result(row.score) + (f", {_listed(compared)}" if compared else "")
+    return metric.result(row.score) + (f", {listed(compared)}" if compared else "")
 
 
-def _listed(parts: Sequence[str]) -> str:
+def listed(parts: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 

@@ -89,6 +89,10 @@ class Task(ABC):
         """The metric under its key, the ``loss`` and what else belongs to them, on ``"test"`` or what the metric watches."""
 
     @abstractmethod
+    def result(self, model: nn.Module, last: dict[str, float]) -> dict[str, Any]:
+        """What a run ends with, on ``"test"``; ``last`` is its last evaluation."""
+
+    @abstractmethod
     def kernel_plan(self) -> KernelPlan:
         """What a layer of full size runs in training; builds the C++ kernels if they are not there yet."""
 
@@ -145,6 +149,9 @@ class ImageTask(Task):
         accuracy, loss = evaluate(model, self.data.test_x, self.data.test_y, EVALUATION_BATCH)
         return {"accuracy": accuracy, "loss": loss}
 
+    def result(self, model: nn.Module, last: dict[str, float]) -> dict[str, Any]:
+        return last  # of the same split
+
     def kernel_plan(self) -> KernelPlan:
         N, H = self.settings.d_state, self.settings.d_model
         shapes = {"u": (self.settings.batch_size, self.data.train_x.shape[1], H), "B": (N, H), "C": (H, N)}
@@ -193,13 +200,22 @@ class TextTask(Task):
         return tally / steps / NATS_PER_BIT
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        nats = evaluate_windows(model, self.windows[split], self.settings.batch_size)
-        return {"bits_per_byte": nats / NATS_PER_BIT, "loss": nats, "perplexity": math.exp(min(nats, 700.0))}
+        return _qualities(evaluate_windows(model, self.windows[split], self.settings.batch_size))
+
+    def result(self, model: nn.Module, last: dict[str, float]) -> dict[str, Any]:
+        nats = evaluate_windows(model, self.windows["test"], self.settings.batch_size)
+        return {**_qualities(nats), "window_bits": [round(bits, 5) for bits in (nats / NATS_PER_BIT).tolist()]}
 
     def kernel_plan(self) -> KernelPlan:
         inner = EXPAND * self.settings.d_model
         shapes = {"u": (self.settings.batch_size, inner, self.settings.length), "A": (inner, self.settings.d_state)}
         return compressm.kernels.plan("selective_scan", shapes, device=self.device)
+
+
+def _qualities(nats: Tensor) -> dict[str, float]:
+    """From the nats per byte of every window, (n,)."""
+    mean = float(nats.mean())
+    return {"bits_per_byte": mean / NATS_PER_BIT, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}
 
 
 TASK_CLASSES: dict[str, type[Task]] = {"images": ImageTask, "text": TextTask}

@@ -56,7 +56,7 @@ class Record:
     seconds_training: float = 0.0
     seconds_total: float = 0.0
     window: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "tally": 0.0, "steps": 0, "seconds": 0.0})
-    test: dict[str, float] = field(default_factory=dict)
+    test: dict[str, Any] = field(default_factory=dict)
 
 
 def learning_rate(settings: Settings) -> Callable[[int], float]:
@@ -201,13 +201,12 @@ class TrainingRun:
         observer.reduction(self.name, reduction)
 
     def _evaluate(self, observer: Observer, at_end: bool) -> None:
-        watched = self.task.metric.watched
-        evaluation = {"step": self.record.step, **self.task.evaluate(self.model, watched)}
+        quality = self.task.evaluate(self.model, self.task.metric.watched)
+        evaluation = {"step": self.record.step, **quality}
         self.record.evaluations.append(evaluation)
         observer.evaluation(self.name, evaluation)
         if at_end:
-            same = {key: value for key, value in evaluation.items() if key != "step"}
-            self.record.test = same if watched == "test" else self.task.evaluate(self.model, "test")
+            self.record.test = self.task.result(self.model, quality)
 
     def save(self) -> None:
         """Write the checkpoint; it replaces the one before atomically."""

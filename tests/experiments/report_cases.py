@@ -131,7 +131,8 @@ def text_report():
     for entry, bits in zip(data["runs"], (1.931, 1.92, 2.05), strict=True):
         final, nats = entry["final"], bits * math.log(2)
         del final["accuracy"]
-        final |= {"bits_per_byte": bits, "loss": nats, "perplexity": math.exp(nats)}
+        windows = [bits + 0.3 * math.sin(number) + 0.01 * math.cos(bits * number) for number in range(40)]
+        final |= {"bits_per_byte": bits, "loss": nats, "perplexity": math.exp(nats), "window_bits": windows}
         for evaluation in entry["evaluations"]:
             accuracy = evaluation.pop("accuracy")
             evaluation |= {"bits_per_byte": bits + 1 - accuracy, "perplexity": 4.0}

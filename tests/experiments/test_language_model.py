@@ -102,7 +102,7 @@ def test_loss_counts_every_byte_but_the_first():
     assert float(prediction_loss(Shift(), windows)) == 0.0
     windows[0, 3] = 77  # neither this byte nor the one behind it is guessed
     assert float(prediction_loss(Shift(), windows)) == pytest.approx(20.0)
-    assert evaluate_windows(Shift(), windows, batch_size=1) == pytest.approx(20.0)
+    assert evaluate_windows(Shift(), windows, batch_size=1).tolist() == pytest.approx([40.0, 0.0])
 
 
 def test_evaluation_is_in_bits_nats_and_perplexity(make):
@@ -140,6 +140,8 @@ def test_the_result_is_of_the_test_part_and_the_curve_of_the_validation_part(mak
     final, last = run.summary()["final"], run.record.evaluations[-1]
     assert final["states"] == {"blocks.0.mamba": 8}
     assert {k: final[k] for k in ("bits_per_byte", "loss", "perplexity")} == run.task.evaluate(run.model, "test")
+    assert len(final["window_bits"]) == 8
+    assert sum(final["window_bits"]) / 8 == pytest.approx(final["bits_per_byte"], abs=1e-5)
     assert last["bits_per_byte"] == run.task.evaluate(run.model, "validation")["bits_per_byte"]
     assert run.record.curve[-1]["bits_per_byte"] == pytest.approx(run.record.curve[-1]["loss"] / math.log(2))
 

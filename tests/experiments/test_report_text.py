@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
-from experiments.report_cases import page_of, printed, text_report
+from experiments.report_cases import image_report, page_of, printed, text_report
 
 from compressm.errors import DataError
 from compressm.experiments import plots
 from compressm.experiments.metrics import ACCURACY, BITS_PER_BYTE
 from compressm.experiments.report_data import parse_report, rows
 from compressm.experiments.report_html import render
-from compressm.experiments.summary import headline, sampling_noise
+from compressm.experiments.summary import headline, paired_gaps, sampling_noise
 
 
 @pytest.fixture
@@ -52,7 +54,8 @@ def test_page_holds_bits_nats_and_perplexity(data, tmp_path):
     page = page_of(data, tmp_path)
     for expected in (
         "Test bits per byte", "0.011 worse than full size", "+0.011", "validation bits per byte 2.612 → 2.622",
-        "less is better", "nats per byte, and perplexity per byte: Compressed 1.338, 3.81; Full 1.331, 3.78",
+        "less is better", "On the same 40 test windows the compressed run differs by +0.011 ± 0.00",
+        "nats per byte, and perplexity per byte: Compressed 1.338, 3.81; Full 1.331, 3.78",
         "Measured on the validation set", "selective spectrum (N values per layer), data Gramians", "64 → 14 values",
         "Validation bits per byte by step",
     ):  # fmt: skip
@@ -70,6 +73,15 @@ def test_pictures_hold_the_change_at_the_cut(data):
         entry["evaluations"] = []
     words = render(parse_report(data))
     assert "No validation bits per byte by time: the report holds no evaluations" in words
+
+
+def test_gaps_have_the_spread_of_paired_windows(data):
+    values = [[1.0, 2.0, 3.0, 4.0], [0.9, 2.0, 2.8, 3.9], []]
+    for entry, windows in zip(data["runs"], values, strict=True):
+        entry["final"]["window_bits"] = windows
+    half = 1.96 * math.sqrt((0.0 + 0.01 + 0.01 + 0.0) / 3) / 2  # gaps 0.1, 0, 0.2, 0.1
+    assert paired_gaps(parse_report(data)) == [f"+0.100 ± {half:.3f} from the full-size run"]
+    assert paired_gaps(parse_report(image_report())) == []
 
 
 def test_unknown_metric_is_an_error(data):
