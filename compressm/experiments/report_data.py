@@ -229,6 +229,7 @@ class Report(_Record):
     preset: str = ""
     title: str = ""
     metric: str = ACCURACY.key
+    notes: list[str] = Field(default_factory=list)
     config: dict[str, Any] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
     dataset: dict[str, Any] = Field(default_factory=dict)

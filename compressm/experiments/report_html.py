@@ -148,7 +148,7 @@ def _notes(report: Report) -> list[str]:
             f"On the same {count} test windows the {summary.main_run(report)} run differs by {summary.listed(gaps)} "
             "bits per byte (95 %, from the scatter over windows alone; one run each, other seeds would add to it)."
         )
-    return notes
+    return notes + [clean(note) for note in report.notes]
 
 
 def _nats(run: Run) -> str:

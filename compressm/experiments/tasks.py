@@ -40,12 +40,20 @@ class Task(ABC):
 
     metric: ClassVar[Metric]
     mixer: ClassVar[str]  # attribute of a block that is its state-space layer
+    notes: ClassVar[tuple[str, ...]] = ()  # for the reader of the report
+    batches: Batches | texts.WindowBatches
+
+    def __init__(self, settings: Settings, folder: Path | None, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.load(folder)
 
     @abstractmethod
-    def __init__(self, settings: Settings, folder: Path | None, device: torch.device) -> None: ...
+    def load(self, folder: Path | None) -> None:
+        """Read the data, and make ``batches`` of them."""
 
-    settings: Settings
-    device: torch.device
+    def calibration(self) -> list[Tensor]:
+        """Batches of training inputs for data Gramians, the same at every call."""
+        return self.batches.calibration(self.settings.calibration_sequences)
 
     @abstractmethod
     def describe(self) -> dict[str, int | str]:
@@ -68,10 +76,6 @@ class Task(ABC):
     @abstractmethod
     def policy(self) -> Policy:
         """How many states a reduction leaves."""
-
-    @abstractmethod
-    def calibration(self) -> list[Tensor]:
-        """Batches of training inputs for data Gramians, the same at every call."""
 
     @abstractmethod
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
@@ -103,9 +107,9 @@ class ImageTask(Task):
     metric = ACCURACY
     mixer = "lru"
 
-    def __init__(self, settings: Settings, folder: Path | None, device: torch.device) -> None:
-        self.settings, self.device = settings, device
-        self.data = datasets.load(settings.dataset, folder).to(device)
+    def load(self, folder: Path | None) -> None:
+        settings = self.settings
+        self.data = datasets.load(settings.dataset, folder).to(self.device)
         self.batches = Batches(self.data.train_x, self.data.train_y, settings.batch_size, settings.seed)
 
     def describe(self) -> dict[str, int | str]:
@@ -134,9 +138,6 @@ class ImageTask(Task):
     def policy(self) -> Policy:
         return compressm.Energy(tau=self.settings.tau)
 
-    def calibration(self) -> list[Tensor]:
-        return self.batches.calibration(self.settings.calibration_sequences)
-
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         x, y = self.batches[step]
         scores = model(x)
@@ -163,10 +164,14 @@ class TextTask(Task):
 
     metric = BITS_PER_BYTE
     mixer = "mamba"
+    notes = (
+        "States are counted per channel, as d_state of Mamba is.",
+        "Every measured window begins without context: the first bytes of each are the hardest.",
+    )
 
-    def __init__(self, settings: Settings, folder: Path | None, device: torch.device) -> None:
-        self.settings, self.device = settings, device
-        self.text = texts.load_text(folder).to(device)
+    def load(self, folder: Path | None) -> None:
+        settings = self.settings
+        self.text = texts.load_text(folder).to(self.device)
         self.batches = texts.WindowBatches(self.text, settings.length, settings.batch_size, settings.seed)
         measured = ("validation", "test")
         self.windows = {split: self.text.windows(split, settings.length, settings.eval_bytes) for split in measured}
@@ -188,9 +193,6 @@ class TextTask(Task):
     @property
     def policy(self) -> Policy:
         return compressm.FixedRank(self.settings.rank)
-
-    def calibration(self) -> list[Tensor]:
-        return self.batches.calibration(self.settings.calibration_sequences)
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         loss = prediction_loss(model, self.batches[step])

@@ -125,7 +125,8 @@ def printed(data, width=100):
 def text_report():
     """The report.json of a command on text, judged by bits per byte: compressed between full size and small."""
     data = image_report()
-    data |= {"preset": "stdlib-lm", "title": "Next byte", "metric": "bits_per_byte", "runs": data["runs"][:3]}
+    data |= {"preset": "stdlib-lm", "title": "Next byte", "metric": "bits_per_byte", "notes": ["A note."]}
+    data["runs"] = data["runs"][:3]
     data["config"] = {"rank": 14, "length": 256, "runs": ["compressed", "full", "small"]}
     data["dataset"] = {"name": "standard library", "train": 1000, "validation": 500, "test": 600}
     for entry, bits in zip(data["runs"], (1.931, 1.92, 2.05), strict=True):

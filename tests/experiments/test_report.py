@@ -68,6 +68,7 @@ def test_page_holds_the_pictures(data, tmp_path):
 
 def test_hostile_text_stays_text(data, tmp_path):
     data["title"] = data["preset"] = HOSTILE
+    data["notes"] = [HOSTILE]
     data["runs"][0]["title"] = HOSTILE
     reduction = data["runs"][0]["reductions"][0]
     reduction["reason"] = HOSTILE

@@ -62,6 +62,7 @@ def test_page_holds_bits_nats_and_perplexity(data, tmp_path):
         assert expected in page.text, expected
     for absent in ("accuracy", "Accuracy", "tau ="):
         assert absent not in page.text, absent
+    assert "A note." in page.text
     assert page.tags.count("svg") == len(plots.PICTURES) + 2
 
 
