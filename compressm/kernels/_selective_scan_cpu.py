@@ -3,8 +3,101 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from compressm.kernels import _cpp
+from compressm.kernels._plan import KernelPlan
+
+STEPS = 32  # between two saved states; kScanTile in csrc/selective_scan.h
 
 
 def why_not(device: str, dtype: torch.dtype, constant: bool) -> str | None:
-    """None if the C++ kernels run for tensors of this device type and dtype, else the reason."""
-    return "the C++ kernels hold no selective scan"
+    """None if the C++ kernels run for tensors of this device type and dtype, else the reason.
+
+    Args:
+        device: device type of the tensors; dtype: the one they promote to.
+        constant: B or C has no time axis.
+    """
+    if device != "cpu":
+        return f"the C++ kernels run on CPU tensors, not on {device}"
+    if dtype == torch.float64:
+        return "the C++ kernels compute in float32; float64 runs on the reference"
+    if constant:
+        return "the C++ kernels take B and C that depend on time; constant ones run on the reference"
+    return _cpp.why_not()
+
+
+def plan(batch: int, channels: int, length: int, states: int) -> KernelPlan:
+    """The plan for an input (batch, channels, length); the kernels have one form for all shapes."""
+    return KernelPlan("selective_scan", "cpp", "scan", (("steps", STEPS),), "vectors of channels, a tile of steps at a time")
+
+
+def checkpoint_shape(
+    batch: int, channels: int, length: int, states: int, packed: bool, sequences: int
+) -> tuple[int, int, int]:
+    """Shape of the states (tiles, N, D) that the forward keeps, one in front of each tile of steps.
+
+    Args:
+        packed: ``sequences`` of any length follow one another; each may end with an incomplete tile.
+    """
+    tiles = length // STEPS + sequences if packed else batch * -(-length // STEPS)
+    return tiles, states, channels
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    delta_softplus: bool,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, last state, checkpoints, output in front of the gate) of float32 tensors; see ``selective_scan_op``."""
+    return _cpp.library().selective_forward(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, train
+    )
+
+
+def backward(
+    grad_out: Tensor,
+    grad_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    y: Tensor,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
+    """The nine gradients; see ``selective_scan_backward_op``.  The same bits for any number of threads."""
+    return _cpp.library().selective_backward(
+        grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints, y, delta_softplus
+    )
+
+
+def state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """One step of float32 tensors, ``state`` (contiguous) in place; see ``selective_state_update_op``."""
+    return _cpp.library().selective_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)

@@ -1,0 +1,107 @@
+// The selective scan on CPU: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, out_t = (C_t h_t + D u_t) silu(z_t), per channel.
+//
+// Vector lanes are adjacent channels of one group, a "block".  A sequence is cut into tiles of kScanTile steps; the
+// forward keeps the state in front of each tile, and the backward recomputes the states of one tile at a time, walking
+// the tiles in reverse.  The kernels are compiled once per instruction set (selective_scan_*.cpp include
+// selective_scan_*.inc under different target pragmas); the set is the one that scan_kernels() names.
+#pragma once
+
+#include <cstdint>
+
+namespace compressm {
+
+constexpr std::int64_t kScanTile = 32;   // steps between two saved states; STEPS in _selective_scan_cpu.py
+constexpr std::int64_t kScanBlocks = 4;  // blocks of channels that share one reading of B and C
+
+// A (batch, channel, time) tensor of floats and its strides; data is null where the argument was None.
+struct ScanRows {
+  float* data = nullptr;
+  std::int64_t batch = 0, channel = 0, time = 0;
+  float* at(std::int64_t b, std::int64_t d, std::int64_t t) const { return data + b * batch + d * channel + t * time; }
+};
+
+// A (batch, group, state, time) tensor of floats and its strides.
+struct ScanMixing {
+  float* data = nullptr;
+  std::int64_t batch = 0, group = 0, state = 0, time = 0;
+  float* at(std::int64_t b, std::int64_t g, std::int64_t t) const { return data + b * batch + g * group + t * time; }
+};
+
+// Steps [start, start + length) of row `batch`; its saved states are the tiles from first_tile on.
+struct ScanSequence {
+  std::int64_t index, batch, start, length, first_tile;
+  std::int64_t tiles() const { return (length + kScanTile - 1) / kScanTile; }
+};
+
+struct ScanInputs {
+  std::int64_t channels, states, group_channels;  // group_channels: channels that share one row of B and C
+  bool softplus;
+  ScanRows u, delta, z;
+  ScanMixing B, C;
+  const float *A, *D, *bias;  // (channels, states), (channels) or null, (channels) or null; contiguous
+  const float* initial;       // (sequences, channels, states) contiguous, or null
+};
+
+struct ScanOutputs {
+  ScanRows out, y;     // y: the output in front of the gate, or null
+  float* last;         // (sequences, channels, states)
+  float* checkpoints;  // (tiles, states, channels), or null
+};
+
+struct ScanGradients {
+  ScanRows out, y;           // given: dL/dout and the output in front of the gate (null without z)
+  const float* checkpoints;  // as the forward left them
+  ScanRows u, delta, z;      // written
+  float* state;              // (sequences, states, channels): dL/dh behind the tiles on entry, in front of them on return
+  float *A, *D, *bias;       // (states, channels), (channels), (channels): added to
+};
+
+// Where the sums over channels that make the gradients of B and C go: element (state n, step t) of a sequence's row is at
+// data + n * state + t * time.  `whole`: t counts within the batch row, else from the first of `tiles` on.
+struct ScanMixingSums {
+  ScanMixing B, C;
+  bool whole;
+};
+
+// Blocks [block, block + blocks) of one group.
+struct ScanBlocks {
+  std::int64_t group, block, blocks;
+};
+
+struct SelectiveScanKernels {
+  const char* name;
+  std::int64_t width;  // channels of a block
+
+  // Floats of scratch that forward and backward need; aligned to 64 bytes.
+  std::int64_t (*forward_scratch)(std::int64_t states);
+  std::int64_t (*backward_scratch)(std::int64_t states);
+
+  // One whole sequence; at most kScanBlocks blocks.
+  void (*forward)(const ScanInputs& in, const ScanOutputs& out, const ScanSequence& sequence, const ScanBlocks& blocks,
+                  float* scratch);
+
+  // Tiles [low, high) of `count` sequences (those that have them).  `partial` selects the batch row of sums (where
+  // sums.whole the sequence's own batch row is used).
+  void (*backward)(const ScanInputs& in, const ScanGradients& grad, const ScanMixingSums& sums,
+                   const ScanSequence* sequences, std::int64_t count, const ScanBlocks& blocks, std::int64_t low,
+                   std::int64_t high, float* scratch);
+
+  // One step of `channels` channels of one batch row that share B and C (states): state (channels, states) in place.
+  void (*step)(float* state, const float* x, const float* delta, const float* A, const float* B, const float* C,
+               const float* D, const float* z, const float* bias, bool softplus, std::int64_t channels,
+               std::int64_t states, float* out);
+};
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const SelectiveScanKernels selective_scan_kernels;
+}
+namespace avx2 {
+extern const SelectiveScanKernels selective_scan_kernels;
+}
+#endif
+namespace portable {
+extern const SelectiveScanKernels selective_scan_kernels;
+}
+
+}  // namespace compressm

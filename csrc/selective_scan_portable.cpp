@@ -1,0 +1,11 @@
+// The selective scan kernels compiled for portable.
+#include "selective_scan.h"
+
+#include <cstring>
+
+#define COMPRESSM_ISA portable
+#define COMPRESSM_ISA_NAME "portable"
+#define COMPRESSM_WIDTH 4
+#include "selective_scan_vector.inc"
+#include "selective_scan_forward.inc"
+#include "selective_scan_backward.inc"
