@@ -192,7 +192,8 @@ def _spectrum_caption(cuts: list[tuple[int, LayerCut]]) -> str:
     where = f"step {step:,}" if len(cuts) == 1 else f"steps {', '.join(f'{s:,}' for s, _ in cuts)} (pale to strong)"
     text = f"{last.rank_before if len(cuts) == 1 else cuts[0][1].rank_before} states"
     text += f" → {last.rank_after} at {where}; {last.spectrum_name}."
-    if last.changed and list(last.spectrum_after) == list(last.spectrum[: len(last.spectrum_after)]):
+    balanced = last.changed and last.method.startswith("balanced")
+    if balanced and list(last.spectrum_after) == list(last.spectrum[: len(last.spectrum_after)]):
         text += " The balanced layer keeps exactly these values, so the line after the cut lies on the one before."
     return text
 

@@ -145,8 +145,8 @@ def _notes(report: Report) -> list[str]:
     if gaps := summary.paired_gaps(report):
         count = len(report.run(summary.main_run(report)).final.window_bits)
         notes.append(
-            f"On the same {count} test windows the {summary.main_run(report)} run differs by {summary.listed(gaps)} "
-            "bits per byte (95 %, from the scatter over windows alone; one run each, other seeds would add to it)."
+            f"Bits per byte on the same {count} test windows: {report.run(summary.main_run(report)).label} differs by "
+            f"{summary.listed(gaps)} (95 %, from the scatter over windows alone; one run each, other seeds would add to it)."
         )
     return notes + [clean(note) for note in report.notes]
 

@@ -54,13 +54,13 @@ def test_page_holds_bits_nats_and_perplexity(data, tmp_path):
     page = page_of(data, tmp_path)
     for expected in (
         "Test bits per byte", "0.011 worse than full size", "+0.011", "validation bits per byte 2.612 → 2.622",
-        "less is better", "On the same 40 test windows the compressed run differs by +0.011 ± 0.00",
+        "less is better", "on the same 40 test windows: Compressed differs by +0.011 ± 0.00",
         "nats per byte, and perplexity per byte: Compressed 1.338, 3.81; Full 1.331, 3.78",
         "Measured on the validation set", "selective spectrum (N values per layer), data Gramians", "64 → 14 values",
         "Validation bits per byte by step",
     ):  # fmt: skip
         assert expected in page.text, expected
-    for absent in ("accuracy", "Accuracy", "tau ="):
+    for absent in ("accuracy", "Accuracy", "tau =", "balanced"):
         assert absent not in page.text, absent
     assert "A note." in page.text
     assert page.tags.count("svg") == len(plots.PICTURES) + 2
