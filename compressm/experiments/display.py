@@ -93,7 +93,7 @@ class TrainingDisplay:
         before, after = (metric.live(reduction[f"{metric.key}_{side}"]) for side in ("before", "after"))
         self.message(
             f"[bold green]reduced[/] at step {reduction['step']} in {reduction['seconds']:.2f} s, "
-            f"{metric.watched} {metric.name} {before} -> {after}"
+            f"{metric.watched} {metric.short} {before} -> {after}"
         )
         for layer in reduction["layers"]:
             self.message(f"  {describe(LayerReduction.from_dict(layer))}")
@@ -101,8 +101,8 @@ class TrainingDisplay:
 
     def _render(self) -> Group:
         table, metric = Table(box=None, pad_edge=False), self.metric
-        watched = f"{metric.watched} {metric.name}"
-        for heading in ("run", "step", "loss", metric.name, watched, "states per layer", "ms/step"):
+        watched = f"{metric.watched} {metric.short}"
+        for heading in ("run", "step", "loss", metric.short, watched, "states per layer", "ms/step"):
             table.add_column(heading, justify="left" if heading == "run" else "right")
         for row in self.rows.values():
             point = row.point
@@ -121,10 +121,10 @@ class TrainingDisplay:
         point, metric = row.point, self.metric
         text = (
             f"step {point['step']}/{row.steps}, loss {point['loss']:.3f}, "
-            f"{metric.name} {metric.live(point[metric.key], metric.digits - 1)}, "
+            f"{metric.short} {metric.live(point[metric.key], metric.digits - 1)}, "
             f"states {_states(row.states)}, {point['seconds_per_step'] * 1e3:.1f} ms/step"
         )
-        return text if row.watched is None else f"{text}, {metric.watched} {metric.name} {metric.live(row.watched)}"
+        return text if row.watched is None else f"{text}, {metric.watched} {metric.short} {metric.live(row.watched)}"
 
 
 def _states(states: Sequence[int]) -> str:

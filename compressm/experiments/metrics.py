@@ -14,6 +14,7 @@ class Metric:
     Attributes:
         key: the field of ``report.json`` that holds it.
         name: in words.
+        short: the name in the lines of a running command.
         higher_is_better: direction.
         factor: what is shown is ``factor`` times the value.
         digits: decimals of a result; two results that agree in them count as equal.
@@ -26,6 +27,7 @@ class Metric:
 
     key: str
     name: str
+    short: str
     higher_is_better: bool
     factor: float
     digits: int
@@ -73,11 +75,11 @@ class Metric:
 
 
 ACCURACY = Metric(
-    "accuracy", "accuracy", higher_is_better=True, factor=100.0, digits=2, unit=" %", heading="test %", gap_unit="points",
-    better="points above", worse="points below", watched="test",
+    "accuracy", "accuracy", "accuracy", higher_is_better=True, factor=100.0, digits=2, unit=" %", heading="test %",
+    gap_unit="points", better="points above", worse="points below", watched="test",
 )  # fmt: skip
 BITS_PER_BYTE = Metric(
-    "bits_per_byte", "bits per byte", higher_is_better=False, factor=1.0, digits=3, unit="", heading="bits/byte",
-    gap_unit="bits per byte", better="better than", worse="worse than", watched="validation",
+    "bits_per_byte", "bits per byte", "bits/byte", higher_is_better=False, factor=1.0, digits=3, unit="",
+    heading="bits/byte", gap_unit="bits per byte", better="better than", worse="worse than", watched="validation",
 )  # fmt: skip
 METRICS = {metric.key: metric for metric in (ACCURACY, BITS_PER_BYTE)}

@@ -45,7 +45,7 @@ def test_train_compares_three_runs_by_bits_per_byte(finished, source_folder):
     assert report["config"]["rank"] == 3
     assert "tau" not in report["config"]
     assert "selective_scan" in output
-    assert "validation bits per byte" in output
+    assert "validation bits/byte" in output
     assert "less is better" in output
     assert "accuracy" not in output
     assert "Validation bits per byte by step" in (out / "report.html").read_text()
