@@ -118,7 +118,7 @@ def load_text(folder: Path | None) -> Text:
     """Every .py file of Python's standard library, or of a folder, without tests and installed packages.
 
     Raises:
-        DataError: no such folder, no files, a file that cannot be read, or a part without a file.
+        DataError: no such folder, no files, or a file that cannot be read.
     """
     library = folder is None
     root = Path(sysconfig.get_paths()["stdlib"]) if library else Path(folder)
