@@ -305,7 +305,8 @@ Tensor selective_step(Tensor state, const Tensor& x, const Tensor& dt, const Ten
   const auto from = [](const Tensor& t, int64_t offset) { return t.defined() ? t.const_data_ptr<float>() + offset : nullptr; };
   const int64_t each = channels / groups;
   float *state_data = state.data_ptr<float>(), *out_data = out.data_ptr<float>();
-  at::parallel_for(0, batch * groups, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, each * states)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, each * states));
+  at::parallel_for(0, batch * groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t channel = task % groups * each, row = task / groups * channels + channel;
       kernels().step(state_data + row * states, from(xs, row), from(dts, row), from(rates, channel * states),

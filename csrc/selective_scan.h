@@ -56,8 +56,8 @@ struct ScanGradients {
   float *A, *D, *bias;       // (states, channels), (channels), (channels): added to
 };
 
-// Where the sums over channels that make the gradients of B and C go: element (state n, step t) of a sequence's row is at
-// data + n * state + t * time.  `whole`: t counts within the batch row, else from the first of `tiles` on.
+// Where the sums over channels that make the gradients of B and C go.  `whole`: the batch axis and t are those of B and C;
+// else the batch axis counts sequences and t counts from the first of the tiles on.
 struct ScanMixingSums {
   ScanMixing B, C;
   bool whole;
@@ -80,8 +80,7 @@ struct SelectiveScanKernels {
   void (*forward)(const ScanInputs& in, const ScanOutputs& out, const ScanSequence& sequence, const ScanBlocks& blocks,
                   float* scratch);
 
-  // Tiles [low, high) of `count` sequences (those that have them).  `partial` selects the batch row of sums (where
-  // sums.whole the sequence's own batch row is used).
+  // Tiles [low, high) of `count` sequences (those that have them), for any number of blocks.
   void (*backward)(const ScanInputs& in, const ScanGradients& grad, const ScanMixingSums& sums,
                    const ScanSequence* sequences, std::int64_t count, const ScanBlocks& blocks, std::int64_t low,
                    std::int64_t high, float* scratch);

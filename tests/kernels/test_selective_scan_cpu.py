@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.selective_scan_cases import TENSORS, check, evaluate, random_inputs
 
-from compressm.errors import BackendError
+from compressm.errors import ArgumentError, BackendError
 from compressm.kernels import _cpp, plan, selective_scan, selective_state_update
 from compressm.kernels._selective_scan_cpu import STEPS, checkpoint_shape
 from compressm.kernels.selective_scan import selective_scan_op
@@ -329,6 +329,8 @@ def test_it_is_what_a_cpu_runs():
     assert plan("selective_scan", shapes).backend == "cpp"
     assert plan("selective_scan", shapes).get("steps") == STEPS
     assert plan("selective_scan", shapes, torch.float64).backend == "reference"
+    with pytest.raises(ArgumentError, match=r"u \(batch, D, L\) and A \(D, N\)"):
+        plan("selective_scan", {**shapes, "A": (15, 5)})
     inputs = {k: t.float() for k, t in random_inputs(2, 3, 33, 5).items()} | {"delta_softplus": True}
     assert torch.equal(selective_scan(**inputs), selective_scan(**inputs, backend="cpp"))
     with pytest.raises(BackendError, match="float64 runs on the reference"):
