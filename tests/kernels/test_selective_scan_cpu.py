@@ -321,7 +321,8 @@ def test_random_shapes(data):
     inputs = random_inputs(batch, channels, length, states, groups, channels_last=channels_last, seed=draw(0, 99))
     oracle = evaluate(inputs, torch.float64, "reference")
     for name, value in evaluate(inputs, torch.float32, "cpp").items():
-        assert (value - oracle[name]).norm() <= 2e-5 * oracle[name].norm(), name
+        rounding = 1e-6 * value.numel() ** 0.5  # where the terms of a sum, of order 1, cancel
+        assert (value - oracle[name]).norm() <= 2e-5 * oracle[name].norm() + rounding, name
 
 
 def test_it_is_what_a_cpu_runs():
