@@ -259,7 +259,7 @@ def test_plan_says_what_runs():
 
 
 def test_plan_names_wrong_input():
-    with pytest.raises(ArgumentError, match="op: expected one of lti_scan, gramians, got 'scan'"):
+    with pytest.raises(ArgumentError, match="op: expected one of lti_scan, gramians, selective_scan, got 'scan'"):
         plan("scan", shapes(1, 2, 3, 4))
     with pytest.raises(ArgumentError, match="a shape of 3 axes for u"):
         plan("lti_scan", {"B": (4, 3), "C": (3, 4)})
