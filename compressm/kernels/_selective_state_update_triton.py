@@ -1,0 +1,116 @@
+"""Triton backend of the decode step: a program updates BD channels of one sequence, BN states at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressm.kernels import _selective_scan_triton_tiles as tiles
+from compressm.kernels import _triton
+from compressm.kernels._triton import jit, tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ELEMENTS = 512  # of a tile of channels and states: four a lane of 4 warps
+MAX_STATES = 128  # of a tile
+
+
+@jit
+def _load(p, offset, mask):
+    return tl.load(p + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit(
+    do_not_specialize=[
+        "state", "x", "dt", "A", "B", "C", "D", "z", "bias", "out", "width", "channels", "N", "state_b", "state_d", "state_n",
+        "x_b", "x_d", "dt_b", "dt_d", "z_b", "z_d",
+    ]
+)  # fmt: skip
+def _selective_state_update_kernel(
+    state, x, dt, A, B, C, D, z, bias, out, width, channels, N, state_b, state_d, state_n, x_b, x_d, dt_b, dt_d, z_b, z_d,
+    SOFTPLUS: tl.constexpr, FAST: tl.constexpr, DENSE: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """state (batch, width, N) in place, and out (batch, width), contiguous.
+
+    A (width, N), B and C (batch, width / channels, N), D and bias (width,) are contiguous, of any float dtype; channels: of one
+    group.  DENSE: the state's last stride is 1.
+    """
+    blocks = tl.cdiv(width, BD)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    inside = d < width
+    wide = d.to(tl.int64)
+    input_ = _load(x, row * x_b + wide * x_d, inside)
+    gain = _load(dt, row * dt_b + wide * dt_d, inside)
+    if bias is not None:
+        gain += _load(bias, d, inside)
+    if SOFTPLUS:
+        gain = tiles.softplus(gain)
+    drive = gain * input_
+    mixing = (row * (width // channels) + d // channels) * N
+    state += row * state_b
+    result = tl.zeros([BD], tl.float32)
+    if D is not None:
+        result = _load(D, d, inside) * input_
+    for first in range(0, N, BN):
+        n = first + tl.arange(0, BN)
+        mask = inside[:, None] & (n < N)[None, :]
+        decay = tl.exp2(gain[:, None] * (_load(A, (wide * N)[:, None] + n[None, :], mask) * 1.4426950408889634))
+        if DENSE:
+            p = state + ((wide * state_d)[:, None] + n[None, :])
+        else:
+            p = state + ((wide * state_d)[:, None] + (n.to(tl.int64) * state_n)[None, :])
+        h = decay * tl.load(p, mask=mask, other=0.0).to(tl.float32)
+        h += drive[:, None] * _load(B, mixing[:, None] + n[None, :], mask)
+        tl.store(p, h.to(state.dtype.element_ty), mask=mask)
+        result += tl.sum(h * _load(C, mixing[:, None] + n[None, :], mask), 1)
+    if z is not None:
+        gate = _load(z, row * z_b + wide * z_d, inside)
+        result *= gate * tiles.sigmoid(gate, FAST)
+    tl.store(out + row * width + d, result.to(out.dtype.element_ty), mask=inside)
+
+
+def why_not(device: str, dtype: torch.dtype) -> str | None:
+    """None if the Triton kernel runs for tensors of this device type and dtype, else the reason."""
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32; float64 runs on the reference"
+    if dtype not in DTYPES:
+        return f"the Triton kernels take {', '.join(str(d) for d in DTYPES)}, not {dtype}"
+    return _triton.why_not(device, _selective_state_update_kernel)
+
+
+def config(states: int) -> dict[str, int | bool]:
+    """Tile of BD channels and BN states, and launch options."""
+    BN = 4
+    while BN < min(states, MAX_STATES):
+        BN *= 2
+    return {"BD": ELEMENTS // BN, "BN": BN, "num_warps": 128 // _triton.WARP, "enable_fp_fusion": True}
+
+
+def state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> Tensor:
+    """Advance state (batch, D, N) in place and return the output (batch, D) in x's dtype; B and C (batch, G, N).
+
+    Tensors may differ in dtype; the arithmetic is float32 and the state is rounded once, when it is stored.
+    """
+    batch, channels, states = state.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    assert state.numel(), "empty states run on the reference"
+    launch = config(states)
+    A, B, C, D, dt_bias = (None if t is None else t.contiguous() for t in (A, B, C, D, dt_bias))
+    with _triton.on_device(x):
+        _selective_state_update_kernel[(batch * -(-channels // launch["BD"]),)](
+            state, x, dt, A, B, C, D, z, dt_bias, out, channels, channels // B.shape[1], states,
+            *state.stride(), *x.stride(), *dt.stride(), *((0, 0) if z is None else z.stride()),
+            SOFTPLUS=dt_softplus, FAST=x.is_cuda and torch.version.hip is None, DENSE=state.stride(2) == 1, **launch,
+        )  # fmt: skip
+    return out
