@@ -27,7 +27,7 @@ from compressm.errors import BackendError
 
 logger = logging.getLogger("compressm")
 
-_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-Wall"]
+_FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-Wall")
 
 
 def _sources() -> list[Path]:
@@ -44,9 +44,21 @@ def _compiler() -> str | None:
     return shutil.which(cpp_extension.get_cxx_compiler())
 
 
-def _digest(sources: list[Path], compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {version} {_FLAGS}".encode())
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _flags(version: str) -> list[str]:
+    """Compiler flags; at::parallel_for needs OpenMP, or it runs on one thread.
+
+    GCC's calls are answered by the OpenMP library that torch itself has loaded; clang would bring a second one.
+    """
+    openmp = torch.backends.openmp.is_available() and "clang" not in version.lower()
+    return [*_FLAGS, *(["-fopenmp"] if openmp else [])]
+
+
+def _digest(sources: list[Path], version: str) -> str:
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {version} {_flags(version)}".encode())
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -95,13 +107,14 @@ def library() -> Any:
 def _load(sources: list[Path], compiler: str) -> str | None:
     from filelock import FileLock
 
-    digest = _digest(sources, compiler)
+    version = _version(compiler)
+    digest = _digest(sources, version)
     folder = _build_folder(digest)
     library = folder / f"compressm_cpp_{digest}.so"
     try:
         with FileLock(folder / "build.lock"):  # the system frees it when its holder dies
             if not library.exists():
-                _build(sources, library)
+                _build(sources, library, _flags(version))
                 return None
         torch.ops.load_library(str(library))
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
@@ -109,7 +122,7 @@ def _load(sources: list[Path], compiler: str) -> str | None:
     return None
 
 
-def _build(sources: list[Path], library: Path) -> None:
+def _build(sources: list[Path], library: Path, flags: list[str]) -> None:
     """Compile and load; a library that is there is complete, even if an earlier build was killed half-way."""
     from torch.utils import cpp_extension
 
@@ -119,7 +132,7 @@ def _build(sources: list[Path], library: Path) -> None:
         cpp_extension.load(
             name=library.stem,
             sources=[str(path) for path in sources if path.suffix == ".cpp"],
-            extra_cflags=_FLAGS,
+            extra_cflags=flags,
             build_directory=folder,
             is_python_module=False,
             verbose=False,
