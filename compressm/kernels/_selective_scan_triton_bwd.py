@@ -224,11 +224,6 @@ def _selective_scan_bwd_kernel(
                     p = a[8 - i] * p + own[7 - i]
                 p = a[0] * p + factor * (p0[:, None] * if_last)
                 _factors, starts = tl.associative_scan((factor, p), 1, tiles.compose, reverse=True)
-                carry = target + rows[:, None] + lane[None, :]
-                if EVEN:
-                    tl.store(carry, starts, mask=(lane == 0)[None, :])
-                else:
-                    tl.store(carry, starts, mask=(lane == 0)[None, :] & inside[:, None])
                 g = own[7] + tl.where(last, p0[:, None], tl.gather(starts, nxt, 1))
                 gs = (g,)
                 for i in tl.static_range(1, 8):
@@ -253,10 +248,13 @@ def _selective_scan_bwd_kernel(
                     next_C = next_C + (to_C,)  # noqa: RUF005
                 gB = next_B
                 gC = next_C
-                if EVEN:
-                    tl.store(target + stretch + rows, sum_A + tl.sum(by_A, 1))
-                else:
-                    tl.store(target + stretch + rows, sum_A + tl.sum(by_A, 1), mask=inside)
+                by_A = sum_A[:, None] + tl.sum(by_A, 1)[:, None] + tl.zeros([BD, LN], tl.float32)
+                first = (lane == 0)[None, :]
+                if not EVEN:
+                    first = first & inside[:, None]
+                carry = target + rows[:, None] + lane[None, :]
+                tl.store(carry, starts, mask=first)
+                tl.store(carry + stretch, by_A, mask=first)
             by_input = next_input
             by_step = next_step
             _add_sums(p_grad, _sum_channels(gB, gC, BD, LN, W), plane, BD, LN, W, DETERMINISTIC)

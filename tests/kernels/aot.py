@@ -18,7 +18,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from compressm.kernels import _causal_conv1d_triton, _gramians_triton, _lti_scan_triton
+from compressm.kernels import (
+    _causal_conv1d_triton,
+    _gramians_triton,
+    _lti_scan_triton,
+    _selective_scan_triton,
+    _selective_scan_triton_bwd,
+    _selective_scan_triton_fwd,
+    _selective_state_update_triton,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,7 +49,8 @@ _CONV = dict.fromkeys(("weight", "bias", "state", "grad_state", "shares"), "*fp3
 class Case(NamedTuple):
     """A kernel with the types of its arguments and its constants.
 
-    ``elements``: what one turn of its loop, or without ``loop`` the whole kernel, handles per lane.
+    ``elements``: what one turn of its loop, or without ``loop`` the whole kernel, handles per lane.  ``inner``: the loop, and
+    the layouts that matter, are those of a loop within another.
     """
 
     name: str
@@ -50,6 +59,7 @@ class Case(NamedTuple):
     config: dict[str, Any]
     elements: int | None = None
     loop: bool = True
+    inner: bool = False
 
 
 def cases(target: GPUTarget) -> Iterator[Case]:
@@ -69,6 +79,7 @@ def cases(target: GPUTarget) -> Iterator[Case]:
     config = _gramians_triton.CONFIG | {"num_warps": _gramians_triton.TILE**2 // target.warp_size}
     yield Case("gramians", _gramians_triton._gramians_kernel, _GRAMIANS, config)
     yield from convolution_cases(target)
+    yield from selective_cases(target)
 
 
 def convolution_cases(target: GPUTarget) -> Iterator[Case]:
@@ -79,6 +90,44 @@ def convolution_cases(target: GPUTarget) -> Iterator[Case]:
         for name in ("fwd", "bwd"):
             kernel = getattr(_causal_conv1d_triton, f"_causal_conv1d_{name}_kernel")
             yield Case(f"conv_{name}_{dtype}", kernel, types, config, elements, loop=False)
+
+
+def types_of(kernel: Any, dtype: str, float32: str) -> dict[str, str]:
+    """Types of the arguments of a kernel of the selective scan: those that ``float32`` names are, other tensors ``dtype``."""
+    wide = float32.split()
+    types = {name: "*fp32" if name in wide else f"*{dtype}" for name in kernel.arg_names}
+    for name in types:
+        if re.search(r"_[bdtn]$", name) or name in ("L", "N", "steps", "width", "channels", "groups", "one"):
+            types[name] = "i32"
+    return types | {"cu_seqlens": "*i32"}
+
+
+def selective_cases(target: GPUTarget) -> Iterator[Case]:
+    """The selective scan for many aligned channels, the types that differ on one target only, and the decode step."""
+    main = target == TARGETS["sm_90"]
+    fast = {"FAST": target.backend == "cuda", "SOFTPLUS": True, "enable_fp_fusion": True}
+    shared = fast | {"TRAIN": True, "EVEN": True, "cu_seqlens": None}
+    shared |= dict.fromkeys(("U", "DELTA", "Z", "OUT", "GRAD", "Y", "GDELTA", "GZ"), _selective_scan_triton.TIME)
+    settings = _selective_scan_triton._config(8, 1536, 2048, 16)
+    warps = settings["threads"] // target.warp_size
+    shared |= {key: settings[key] for key in ("R", "BD", "T")}
+    elements = 8 * settings["R"]
+    kernel = _selective_scan_triton_fwd._selective_scan_fwd_kernel
+    for dtype in ("bf16", "fp32") if main else ("bf16",):
+        types = types_of(kernel, dtype, "A D bias initial last carries")
+        yield Case(f"selective_fwd_{dtype}", kernel, types, shared | {"num_warps": warps}, elements, inner=True)
+    kernel = _selective_scan_triton_bwd._selective_scan_bwd_kernel
+    float32 = "A D bias grad_last carries scratch grad_BC grad_D grad_bias"
+    for dtype in ("bf16", "fp32") if main else ("bf16",):
+        config = shared | {"DETERMINISTIC": False, "W": warps, "num_warps": warps}
+        yield Case(f"selective_bwd_{dtype}", kernel, types_of(kernel, dtype, float32), config, elements, inner=True)
+    if main:
+        config = shared | {"DETERMINISTIC": True, "W": 2 * warps, "num_warps": 2 * warps, "BD": 2 * settings["BD"]}
+        yield Case("selective_bwd_deterministic_bf16", kernel, types_of(kernel, "bf16", float32), config, elements, inner=True)
+    kernel = _selective_state_update_triton._selective_state_update_kernel
+    config = _selective_state_update_triton.config(16) | fast | {"DENSE": True, "num_warps": 128 // target.warp_size}
+    elements = config["BD"] * config["BN"] // 128
+    yield Case("state_update_bf16", kernel, types_of(kernel, "bf16", "state A D bias"), config, elements)
 
 
 def compile_case(case: Case, target: GPUTarget) -> Any:
@@ -150,12 +199,39 @@ def longest_loop(lines: list[str]) -> list[str]:
     return longest
 
 
+def inner_loop(lines: list[str]) -> list[str]:
+    """Instructions of the shortest loop that has exponentials."""
+    labels: dict[str, int] = {}
+    loops = []
+    for at, line in enumerate(lines):
+        if line.endswith(":"):
+            labels[line[:-1]] = at
+        elif line.startswith("BRA ") and line[4:] in labels:
+            body = [code for code in lines[labels[line[4:]] : at + 1] if not code.endswith(":")]
+            loops.append([code for code in body if not re.match(r"NOP|s_nop", code)])
+    return min((body for body in loops if any(re.match(r"MUFU|v_exp", code) for code in body)), key=len)
+
+
+def conversions(ttgir: str, inner: bool) -> int:
+    """Layout conversions, all of them or those in loops within loops."""
+    count, loops = 0, []
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1]:
+            loops.pop()
+        if "scf.for" in line:
+            loops.append(indent)
+        count += "convert_layout" in line and (len(loops) > 1 or not inner)
+    return count
+
+
 def report(name: str) -> Iterator[dict[str, Any]]:
     target = TARGETS[name]
     for case in cases(target):
         compiled = compile_case(case, target)
         usage, lines = (nvidia_code if target.backend == "cuda" else amd_code)(compiled)
-        loop = longest_loop(lines) if case.loop else [code for code in lines if not code.endswith(":")]
+        find = inner_loop if case.inner else longest_loop
+        loop = find(lines) if case.loop else [code for code in lines if not code.endswith(":")]
         elements = case.elements or sum(bool(re.match(r"DFMA|v_fmac?_f64", code)) for code in loop) // 4
         per_element = round(len(loop) / elements, 1)
         yield {
@@ -163,7 +239,8 @@ def report(name: str) -> Iterator[dict[str, Any]]:
             "target": name,
             **usage,
             "per_element": per_element,
-            "layout_conversions": compiled.asm["ttgir"].count("convert_layout"),
+            "layout_conversions": conversions(compiled.asm["ttgir"], case.inner),
+            "shared_memory": compiled.metadata.shared,
         }
 
 

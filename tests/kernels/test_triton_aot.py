@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every target, without spills, in the budget of registers and instructions.
+"""Every Triton kernel compiles for every target, in the budget of registers, spills and instructions.
 
 What it finds is recorded as properties of the tests (``pytest --junit-xml``); ``python tests/kernels/aot.py`` prints it.
 """
@@ -28,6 +28,9 @@ CUDA_BUDGET = {
     "conv_fwd_bf16": (48, 100),
     "conv_bwd_fp32": (88, 280),
     "conv_bwd_bf16": (88, 295),
+    "selective_fwd_bf16": (208, 12.2),
+    "selective_bwd_bf16": (255, 33),
+    "state_update_bf16": (88, 48),
 }
 HIP_BUDGET = {  # Triton 3.6 masks every load with a branch of its own
     "scan_fwd_fp32": (64, 37),
@@ -40,8 +43,28 @@ HIP_BUDGET = {  # Triton 3.6 masks every load with a branch of its own
     "conv_fwd_bf16": (40, 350),
     "conv_bwd_fp32": (72, 700),
     "conv_bwd_bf16": (72, 720),
+    "selective_fwd_bf16": (176, 12.5),
+    "selective_bwd_bf16": (288, 66),
+    "state_update_bf16": (88, 56),
 }
-BUDGETS = {"sm_80": CUDA_BUDGET, "sm_90": CUDA_BUDGET, "sm_100": CUDA_BUDGET, "gfx942": HIP_BUDGET}
+SM_90_BUDGET = CUDA_BUDGET | {
+    "selective_fwd_bf16": (168, 12.2),  # three programs of 128 lanes a multiprocessor
+    "selective_fwd_fp32": (168, 11.5),
+    "selective_bwd_fp32": (255, 32.5),
+    "selective_bwd_deterministic_bf16": (255, 35.5),
+}
+BUDGETS = {"sm_80": CUDA_BUDGET, "sm_90": SM_90_BUDGET, "sm_100": CUDA_BUDGET, "gfx942": HIP_BUDGET}
+
+# Spilled bytes (registers on AMD) where there may be some: the selective scan's tile prologues, not the loop over states.
+SPILLS = {
+    "selective_bwd_bf16": 300,
+    "selective_bwd_fp32": 300,
+    "selective_bwd_deterministic_bf16": 300,
+}
+HIP_SPILLS = {"selective_fwd_bf16": 12, "selective_bwd_bf16": 60}
+
+# Layout conversions where there may be some: the sums over channels, of a warp's (by shuffles) and of a program's.
+CONVERSIONS = dict.fromkeys(SPILLS, 17) | {"state_update_bf16": 6}
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +83,9 @@ def test_machine_code(report, target, record_property):
     assert rows.keys() == BUDGETS[target].keys()
     for name, (registers, instructions) in BUDGETS[target].items():
         record_property(name, rows[name])
-        assert rows[name]["spills"] == 0, rows[name]
-        assert rows[name]["layout_conversions"] == 0, rows[name]
+        spills = HIP_SPILLS if target == "gfx942" else SPILLS
+        assert rows[name]["spills"] <= spills.get(name, 0), rows[name]
+        assert rows[name]["layout_conversions"] <= CONVERSIONS.get(name, 0), rows[name]
         assert rows[name]["registers"] <= registers, rows[name]
         assert 4 <= rows[name]["per_element"] <= instructions, rows[name]
 
