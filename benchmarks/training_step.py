@@ -94,15 +94,17 @@ def summarise(name: str, model: Model, blocks: int, results: dict[str, Timing]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []], default=list(MODELS))
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{' or '.join(MODELS)}; all by default")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=NUMBER", help="a setting of the presets")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_step.json")
     arguments = parser.parse_args()
+    if unknown := set(arguments.models) - set(MODELS):
+        parser.error(f"unknown model {', '.join(sorted(unknown))}; choose from {', '.join(MODELS)}")
     overrides = {key: int(value) for key, _, value in (text.partition("=") for text in arguments.set)}
     torch.manual_seed(0)
     cases: dict[str, Callable[[], object]] = {}
-    settings = {name: resolve(name, overrides) for name in arguments.models}
+    settings = {name: resolve(name, overrides) for name in arguments.models or MODELS}
     for name, chosen in settings.items():
         task = MODELS[name].task(chosen)
         for n in MODELS[name].states:

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -295,6 +296,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> diagonal_scan_backward(const Tensor& 
 
 std::string isa() { return scan_kernels().name; }
 
+// Threads that at::parallel_for runs on in these kernels; 1 in a build without OpenMP.
+int64_t threads() {
+  std::atomic<int64_t> most{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const int64_t own = at::get_thread_num() + 1;
+    int64_t seen = most.load();
+    while (seen < own && !most.compare_exchange_weak(seen, own)) {
+    }
+  });
+  return most.load();
+}
+
 }  // namespace
 }  // namespace compressm
 
@@ -312,5 +325,6 @@ TORCH_LIBRARY(compressm_cpp, m) {
         " bool reverse) -> (Tensor, Tensor, Tensor, Tensor)",
         &compressm::diagonal_scan_backward);
   m.def("isa() -> str", &compressm::isa);
+  m.def("threads() -> int", &compressm::threads);
   m.def("select_isa(str name) -> bool", &compressm::select_scan_kernels);
 }

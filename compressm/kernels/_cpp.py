@@ -48,6 +48,12 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
+def parallel() -> bool:
+    """Whether the kernels are built to run on torch's threads."""
+    compiler = _compiler()
+    return compiler is not None and "-fopenmp" in _flags(_version(compiler))
+
+
 def _flags(version: str) -> list[str]:
     """Compiler flags; at::parallel_for needs OpenMP, or it runs on one thread.
 

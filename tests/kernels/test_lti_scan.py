@@ -258,6 +258,17 @@ def test_plan_says_what_runs():
     assert plan("gramians", small).backend == "cpp"
 
 
+@pytest.mark.skipif(_cpp.why_not() is not None or not _cpp.parallel(), reason="no compiler, or one without OpenMP")
+def test_kernels_use_torch_s_threads():
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert _cpp.library().threads() == count
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_plan_names_wrong_input():
     with pytest.raises(ArgumentError, match="op: expected one of lti_scan, gramians, selective_scan, got 'scan'"):
         plan("scan", shapes(1, 2, 3, 4))
