@@ -24,7 +24,7 @@ from compressm.control import (
     singular_values,
 )
 from compressm.errors import DataError, ModelError, NumericalError
-from compressm.kernels import selective_scan
+from compressm.kernels import causal_conv1d, selective_scan
 
 NAMES = ("x_proj.weight", "A_log")
 READ = (*NAMES, "dt_proj.weight", "dt_proj.bias")
@@ -239,6 +239,6 @@ def scan_inputs(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tens
     channels, order = module.A_log.shape
     low_rank = module.dt_proj.weight.shape[1]
     x = module.in_proj(hidden)[..., :channels].mT
-    x = F.silu(module.conv1d(x)[..., : x.shape[-1]])
+    x = causal_conv1d(x, module.conv1d.weight[:, 0], module.conv1d.bias, activation="silu")
     dt, B, C = module.x_proj(x.mT).split([low_rank, order, order], dim=-1)
     return x, F.linear(dt, module.dt_proj.weight).mT, B.mT, C.mT

@@ -102,14 +102,23 @@ def ema_slot(ema: Ema, layer: str, key: str) -> tuple[MutableMapping[str, Tensor
     """Where a layer's tensor lies in an EMA copy: the dict itself or the owning submodule's parameters, and the name there."""
     if isinstance(ema, MutableMapping):
         return ema, full_name(layer, key)
-    if not isinstance(ema, nn.Module):
-        raise bad_argument("ema", got=type(ema).__name__, expected="an nn.Module or a dict of parameter names to tensors")
-    root = ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema
     try:
-        owner, leaf = holder(root.get_submodule(layer), key)
+        owner, leaf = holder(ema_layer(ema, layer), key)
     except AttributeError as error:
         raise ArgumentError(f"ema: has no submodule {layer!r} with {key}, expected the structure of the model") from error
     return owner._parameters, leaf
+
+
+def ema_layer(ema: nn.Module, layer: str) -> nn.Module:
+    """A layer's copy in an averaged module.
+
+    Raises:
+        ArgumentError: not a module; AttributeError: it has no such submodule.
+    """
+    if not isinstance(ema, nn.Module):
+        raise bad_argument("ema", got=type(ema).__name__, expected="an nn.Module or a dict of parameter names to tensors")
+    root = ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema
+    return root.get_submodule(layer)
 
 
 def held_counts(optimizers: Optimizers) -> dict[int, int]:

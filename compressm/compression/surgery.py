@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from compressm.compression.audit import (
     audit,
     check_ema,
     check_swappable,
+    ema_layer,
     ema_slot,
     trained_names,
 )
@@ -54,10 +56,7 @@ class Swap:
         for key, parameter in self.new.items():
             owner, leaf = holder(self.module, key)
             actions.append(_assign(owner._parameters, leaf, parameter))
-        for key, value in self.attributes.items():
-            owner, leaf = holder(self.module, key)
-            actions.append(_set(owner, leaf, value))
-        return actions
+        return actions + _attribute_actions(self.module, self.attributes)
 
 
 def apply_edits(
@@ -105,6 +104,9 @@ def apply_edits(
         check_ema(ema, model, {name: layers[name] for name in edits})
         for part in each(lambda name, edit: _ema_actions(ema, name, edit), edits).values():
             actions += part
+        if isinstance(ema, nn.Module):
+            for swap in swaps:
+                actions += _attribute_actions(ema_layer(ema, swap.name), swap.attributes)
     _commit(model, optimizers, swaps, actions)
 
 
@@ -201,9 +203,14 @@ def _assign(container: Any, key: Any, value: Any) -> Action:
     return put(value), put(old)
 
 
-def _set(owner: nn.Module, name: str, value: Any) -> Action:
-    old = getattr(owner, name)
-    return lambda: setattr(owner, name, value), lambda: setattr(owner, name, old)
+def _attribute_actions(module: nn.Module, attributes: Mapping[str, int]) -> list[Action]:
+    """Set plain attributes of a layer, by name relative to it."""
+    actions = []
+    for key, value in attributes.items():
+        owner, leaf = holder(module, key)
+        old = getattr(owner, leaf)
+        actions.append((partial(setattr, owner, leaf, value), partial(setattr, owner, leaf, old)))
+    return actions
 
 
 def _rekey(mapping: MutableMapping[Any, Any], old: Tensor, new: Tensor, state: dict[str, Any] | None) -> Action:

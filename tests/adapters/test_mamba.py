@@ -180,11 +180,13 @@ class Foreign(nn.Module):
 def test_foreign_mixers_get_their_attributes(attribute):
     compressm.register_adapter(Foreign, ADAPTER)
     layer, hidden = Foreign(attribute), torch.randn(4, 30, 4, dtype=torch.float64)
-    own = lively()
+    own, average = lively(), torch.optim.swa_utils.AveragedModel(layer)
     compressm.compress(own, compressm.FixedRank(3), calibration=[hidden])
-    compressm.compress(layer, compressm.FixedRank(3), calibration=[hidden])
+    compressm.compress(layer, compressm.FixedRank(3), calibration=[hidden], ema=average)
     assert getattr(layer, attribute) == 3
     torch.testing.assert_close(layer(hidden), own(hidden))
+    torch.testing.assert_close(average(hidden), own(hidden))
+    assert average.module.x_proj.out_features == 7
 
 
 def test_names_of_other_libraries_are_registered():
