@@ -102,6 +102,15 @@ def why_not() -> str | None:
     return reason
 
 
+def why_not_for(device: str, dtype: torch.dtype) -> str | None:
+    """None if the C++ kernels run for tensors of this device type and dtype, else the reason."""
+    if device != "cpu":
+        return f"the C++ kernels run on CPU tensors, not on {device}"
+    if dtype == torch.float64:
+        return "the C++ kernels compute in float32; float64 runs on the reference"
+    return why_not()
+
+
 def library() -> Any:
     """The loaded ops, ``torch.ops.compressm_cpp``; BackendError with the reason where there are none."""
     reason = why_not()

@@ -21,6 +21,19 @@ class Candidate:
     why_not: Callable[[], str | None]
 
 
+def compiled_first(
+    device: str, triton: Callable[[], str | None], cpp: Callable[[], str | None]
+) -> tuple[Candidate, Candidate, Candidate]:
+    """Triton, C++ and the reference, each where it is at home first: on CPU tensors Triton comes last.
+
+    Args:
+        device: device type of the tensors.
+        triton, cpp: why each cannot run the call.
+    """
+    first, others = Candidate("triton", triton), (Candidate("cpp", cpp), Candidate("reference", lambda: None))
+    return (*others, first) if device == "cpu" else (first, *others)
+
+
 def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None) -> str:
     """Name of the backend that runs ``op``.
 

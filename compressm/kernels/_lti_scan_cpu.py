@@ -8,15 +8,6 @@ from torch import Tensor
 from compressm.kernels import _cpp
 
 
-def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """None if the C++ kernels run for tensors of this device type and dtype, else the reason."""
-    if device != "cpu":
-        return f"the C++ kernels run on CPU tensors, not on {device}"
-    if dtype == torch.float64:
-        return "the C++ kernels compute in float32; float64 runs on the reference"
-    return _cpp.why_not()
-
-
 @torch.library.custom_op("compressm::lti_core", mutates_args=())
 def lti_core(
     u: Tensor,

@@ -18,13 +18,9 @@ def why_not(device: str, dtype: torch.dtype, constant: bool) -> str | None:
         device: device type of the tensors; dtype: the one they promote to.
         constant: B or C has no time axis.
     """
-    if device != "cpu":
-        return f"the C++ kernels run on CPU tensors, not on {device}"
-    if dtype == torch.float64:
-        return "the C++ kernels compute in float32; float64 runs on the reference"
-    if constant:
+    if constant and device == "cpu" and dtype != torch.float64:
         return "the C++ kernels take B and C that depend on time; constant ones run on the reference"
-    return _cpp.why_not()
+    return _cpp.why_not_for(device, dtype)
 
 
 def plan(batch: int, channels: int, length: int, states: int) -> KernelPlan:

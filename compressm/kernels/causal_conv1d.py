@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _causal_conv1d_cpu, _causal_conv1d_ref
-from compressm.kernels._dispatch import Candidate, choose
+from compressm.kernels import _causal_conv1d_cpu, _causal_conv1d_ref, _cpp
+from compressm.kernels._dispatch import choose, compiled_first
 
 MAX_WIDTH = 8
 
@@ -99,10 +99,8 @@ def causal_conv1d_update(
 
 def choose_backend(device: str, dtype: torch.dtype, backend: str | None) -> str:
     """Backend of a causal convolution: Triton on a GPU, C++ on a CPU, else the reference."""
-    triton = Candidate("triton", lambda: _triton_why_not(device, dtype))
-    cpp = Candidate("cpp", lambda: _causal_conv1d_cpu.why_not(device, dtype))
-    others = [cpp, Candidate("reference", lambda: None)]
-    return choose("causal_conv1d", [*others, triton] if device == "cpu" else [triton, *others], backend)
+    candidates = compiled_first(device, lambda: _triton_why_not(device, dtype), lambda: _cpp.why_not_for(device, dtype))
+    return choose("causal_conv1d", candidates, backend)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _cpp, _lti_scan_cpu, _lti_scan_ref
-from compressm.kernels._dispatch import Candidate, choose
+from compressm.kernels import _cpp, _lti_scan_ref
+from compressm.kernels._dispatch import choose, compiled_first
 
 
 def diagonal_scan(
@@ -62,9 +62,8 @@ def choose_backend(device: str, dtype: torch.dtype, backend: str | None) -> str:
 
     Triton is imported only for GPU tensors or when it is asked for.
     """
-    triton = Candidate("triton", lambda: _triton_why_not(device, dtype))
-    others = [Candidate("cpp", lambda: _lti_scan_cpu.why_not(device, dtype)), Candidate("reference", lambda: None)]
-    return choose("lti_scan", [*others, triton] if device == "cpu" else [triton, *others], backend)
+    candidates = compiled_first(device, lambda: _triton_why_not(device, dtype), lambda: _cpp.why_not_for(device, dtype))
+    return choose("lti_scan", candidates, backend)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:

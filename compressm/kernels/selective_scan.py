@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _selective_scan_cpu, _selective_scan_ref
-from compressm.kernels._dispatch import Candidate, choose
+from compressm.kernels._dispatch import choose, compiled_first
 from compressm.kernels._plan import KernelPlan
 
 
@@ -101,10 +101,12 @@ def choose_backend(device: str, dtype: torch.dtype, constant: bool, backend: str
         constant: B or C has no time axis.
         backend: the caller's choice or None.
     """
-    triton = Candidate("triton", lambda: _triton_why_not(device, dtype, constant))
-    cpp = Candidate("cpp", lambda: _selective_scan_cpu.why_not(device, dtype, constant))
-    others = [cpp, Candidate("reference", lambda: None)]
-    return choose("selective_scan", [*others, triton] if device == "cpu" else [triton, *others], backend)
+    candidates = compiled_first(
+        device,
+        lambda: _triton_why_not(device, dtype, constant),
+        lambda: _selective_scan_cpu.why_not(device, dtype, constant),
+    )
+    return choose("selective_scan", candidates, backend)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype, constant: bool) -> str | None:

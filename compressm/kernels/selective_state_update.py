@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _selective_scan_cpu, _selective_scan_ref
-from compressm.kernels._dispatch import Candidate, choose
+from compressm.kernels import _cpp, _selective_scan_cpu, _selective_scan_ref
+from compressm.kernels._dispatch import choose, compiled_first
 
 
 def selective_state_update(
@@ -69,10 +69,12 @@ def _launch(device: str, dtype: torch.dtype, empty: bool, differentiate: bool, b
     def only_forward(reason: str | None) -> str | None:
         return "it has no backward, and an argument requires a gradient" if differentiate else reason
 
-    triton = Candidate("triton", lambda: only_forward(_triton_why_not(device, dtype)))
-    cpp = Candidate("cpp", lambda: only_forward(_selective_scan_cpu.why_not(device, dtype, False)))
-    others = [cpp, Candidate("reference", lambda: None)]
-    chosen = choose("selective_state_update", [*others, triton] if device == "cpu" else [triton, *others], backend)
+    candidates = compiled_first(
+        device,
+        lambda: only_forward(_triton_why_not(device, dtype)),
+        lambda: only_forward(_cpp.why_not_for(device, dtype)),
+    )
+    chosen = choose("selective_state_update", candidates, backend)
     return "reference" if empty else chosen
 
 
