@@ -1,9 +1,10 @@
 """Shrinking models: how many states, when, measured on what, carried out atomically, and saved."""
 
 from compressm.compression.checkpoint import load, save
-from compressm.compression.compressor import Compressor, ScheduleWarning, compress
+from compressm.compression.compressor import Compressor, ScheduleWarning
 from compressm.compression.inspection import Inspection, inspect
 from compressm.compression.moments import UnknownStateWarning
+from compressm.compression.oneshot import compress
 from compressm.compression.policies import Energy, FixedRank, Policy, Shrink
 from compressm.compression.report import LayerReduction, ReductionPlan, ReductionReport
 from compressm.compression.schedules import At, Every, Once, Schedule, Warmup

@@ -23,7 +23,8 @@ import compressm
 from compressm.adapters import Adapter
 from compressm.compression.audit import ELEMENTWISE
 from compressm.compression.codec import decode, encode, to_storable
-from compressm.compression.compressor import Compressor, as_optimizers
+from compressm.compression.compressor import Compressor
+from compressm.compression.execution import as_optimizers
 from compressm.compression.planning import compressible_layers, plain_model
 from compressm.compression.surgery import reshape
 from compressm.errors import CheckpointError, OptimizerError

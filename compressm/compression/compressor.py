@@ -1,66 +1,27 @@
-"""The Compressor, which shrinks a model while it trains, and the one-shot for models that are done."""
+"""The Compressor, which shrinks a model while it trains."""
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from compressm.adapters import Adapter
 from compressm.compression.audit import Ema, check_ema, check_optimizers, check_swappable
+from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish
 from compressm.compression.moments import check_moments
-from compressm.compression.planning import (
-    Calibration,
-    Planned,
-    analyse,
-    compressible_layers,
-    describe_edits,
-    make_plan,
-    plain_model,
-    with_new_kernels,
-)
+from compressm.compression.planning import Calibration, Planned, analyse, compressible_layers, make_plan, plain_model
 from compressm.compression.policies import Policy, check_multiple
-from compressm.compression.report import ReductionPlan, ReductionReport, describe
+from compressm.compression.report import ReductionPlan, ReductionReport
 from compressm.compression.schedules import Schedule
-from compressm.compression.surgery import apply_edits
-from compressm.errors import ArgumentError, CompressmError, bad_argument
-
-log = logging.getLogger("compressm")
+from compressm.errors import CompressmError, bad_argument
 
 STATE_FORMAT = 1
 Forward = Callable[[nn.Module, Any], Any]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A named bundle of choices.
-
-    Attributes:
-        name: as passed to the Compressor.
-        convention: whose spectrum, ``"real"`` or ``"complex"``.
-        moments: default treatment of optimizer state.
-        shared_budget: attempts share one tau, so that the product of the kept fractions is 1 - tau.
-        data: whether data Gramians are used.
-    """
-
-    name: str
-    convention: str
-    moments: str
-    shared_budget: bool
-    data: bool
-
-
-RECIPES = {
-    "default": Recipe("default", "real", "transport", shared_budget=True, data=True),
-    "paper": Recipe("paper", "complex", "slice", shared_budget=False, data=False),
-}
 
 
 class ScheduleWarning(UserWarning):
@@ -115,8 +76,8 @@ class Compressor:
         self.model = plain_model(model)
         self.layers = compressible_layers(self.model)
         self.optimizers = as_optimizers(optimizer)
-        self.policy, self.schedule = _check(policy, Policy, "policy"), _check(schedule, Schedule, "schedule")
-        self.recipe = _recipe(recipe, calibration, self.layers)
+        self.policy, self.schedule = check_kind(policy, Policy, "policy"), check_kind(schedule, Schedule, "schedule")
+        self.recipe = choose_recipe(recipe, calibration, self.layers)
         self.moments = moments if moments is not None else self.recipe.moments
         self.multiple_of, self.uniform, self.ema = multiple_of, uniform, ema
         check_moments(self.moments)
@@ -264,101 +225,6 @@ class Compressor:
             return None
         remaining = max(1, self.schedule.attempts - self._attempts)
         return {name: min(1.0, budget / kept) ** (1 / remaining) for name, kept in self._kept.items()}
-
-
-def compress(
-    model: nn.Module,
-    policy: Policy,
-    *,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-    calibration: Iterable[Any] | None = None,
-    recipe: str | None = None,
-    forward: Forward | None = None,
-    ema: Ema | None = None,
-    moments: str | None = None,
-    multiple_of: int = 1,
-    uniform: bool = False,
-    sequences: int = 64,
-) -> ReductionReport:
-    """Reduce a model once, in place, for example after training.
-
-    Arguments and errors as for :class:`Compressor`.  Use data Gramians (``calibration``) where there will be no training
-    afterwards: they are what makes the cut itself harmless.
-    """
-    plain = plain_model(model)
-    layers = compressible_layers(plain)
-    optimizers = as_optimizers(optimizer)
-    chosen = _recipe(recipe, calibration, layers)
-    moments = moments if moments is not None else chosen.moments
-    check_swappable(plain, {name: (module, adapter.parameters(module)) for name, (module, adapter) in layers.items()})
-    _check(policy, Policy, "policy").check_layers({name: adapter.rank(module) for name, (module, adapter) in layers.items()})
-    check_moments(moments)
-    check_multiple(multiple_of)
-    if optimizers:
-        check_optimizers(layers, plain, optimizers)
-    started = time.perf_counter()
-    candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
-    planned = make_plan(candidates, policy, multiple_of=multiple_of, uniform=uniform)
-    execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
-    return finish(planned, 0, f"one-shot, {policy}, recipe {chosen.name}", started)
-
-
-def execute(
-    model: nn.Module, planned: Planned, *, optimizers: Sequence[torch.optim.Optimizer], ema: Ema | None, moments: str
-) -> None:
-    """Carry a plan out: describe every edit, then apply all of them or none."""
-    edits = describe_edits(planned)
-    if edits:
-        apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
-
-
-def finish(planned: Planned, step: int, reason: str, started: float) -> ReductionReport:
-    """The report of a plan that was carried out; logs how ranks and kernels changed."""
-    layers = with_new_kernels(planned)
-    kept = sum(not layer.changed for layer in layers)
-    if kept:
-        reason += f"; {kept} of {len(layers)} layers left alone (too little to gain)"
-    report = ReductionReport(step, time.perf_counter() - started, reason, layers)
-    log.info("step %d: %s (%.2f s)", step, reason, report.seconds)
-    for layer in layers:
-        log.info("%s", describe(layer))
-    return report
-
-
-def as_optimizers(
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-) -> tuple[torch.optim.Optimizer, ...]:
-    """None, one or several optimizers as a tuple.
-
-    Raises:
-        ArgumentError: anything else.
-    """
-    if optimizer is None:
-        return ()
-    listed = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
-    for item in listed:
-        if not isinstance(item, torch.optim.Optimizer):
-            raise bad_argument("optimizer", got=type(item).__name__, expected="a torch.optim.Optimizer or a list of them")
-    return listed
-
-
-def _recipe(name: str | None, calibration: Any, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> Recipe:
-    recipe = RECIPES.get(name or "default")
-    if recipe is None:
-        raise bad_argument("recipe", got=repr(name), expected=f"one of {', '.join(RECIPES)}")
-    if calibration is not None and not recipe.data and not any(adapter.paper_uses_data for _, adapter in layers.values()):
-        raise ArgumentError(
-            f"calibration: recipe {recipe.name!r} is data-free for these layers, expected None. Drop calibration or the recipe"
-        )
-    return recipe
-
-
-def _check(value: Any, kind: type, name: str) -> Any:
-    if not isinstance(value, kind):
-        got = value.__name__ + " (the class)" if isinstance(value, type) else repr(value)
-        expected = "an Energy, FixedRank or Shrink" if kind is Policy else "a Once, Warmup, Every or At"
-        raise bad_argument(name, got=got, expected=f"{expected} instance")
-    return value
 
 
 class _Replay:

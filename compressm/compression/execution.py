@@ -1,0 +1,111 @@
+"""What Compressor and compress share: recipes, and carrying a plan out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressm.adapters import Adapter
+from compressm.compression.audit import Ema
+from compressm.compression.planning import Planned, describe_edits, with_new_kernels
+from compressm.compression.policies import Policy
+from compressm.compression.report import ReductionReport, describe
+from compressm.compression.surgery import apply_edits
+from compressm.errors import ArgumentError, bad_argument
+
+log = logging.getLogger("compressm")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named bundle of choices.
+
+    Attributes:
+        name: as passed to the Compressor.
+        convention: whose spectrum, ``"real"`` or ``"complex"``.
+        moments: default treatment of optimizer state.
+        shared_budget: attempts share one tau, so that the product of the kept fractions is 1 - tau.
+        data: whether data Gramians are used.
+    """
+
+    name: str
+    convention: str
+    moments: str
+    shared_budget: bool
+    data: bool
+
+
+RECIPES = {
+    "default": Recipe("default", "real", "transport", shared_budget=True, data=True),
+    "paper": Recipe("paper", "complex", "slice", shared_budget=False, data=False),
+}
+
+
+def execute(
+    model: nn.Module, planned: Planned, *, optimizers: Sequence[torch.optim.Optimizer], ema: Ema | None, moments: str
+) -> None:
+    """Carry a plan out: describe every edit, then apply all of them or none."""
+    edits = describe_edits(planned)
+    if edits:
+        apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
+
+
+def finish(planned: Planned, step: int, reason: str, started: float) -> ReductionReport:
+    """The report of a plan that was carried out; logs how ranks and kernels changed."""
+    layers = with_new_kernels(planned)
+    kept = sum(not layer.changed for layer in layers)
+    if kept:
+        reason += f"; {kept} of {len(layers)} layers left alone (too little to gain)"
+    report = ReductionReport(step, time.perf_counter() - started, reason, layers)
+    log.info("step %d: %s (%.2f s)", step, reason, report.seconds)
+    for layer in layers:
+        log.info("%s", describe(layer))
+    return report
+
+
+def as_optimizers(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> tuple[torch.optim.Optimizer, ...]:
+    """None, one or several optimizers as a tuple.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if optimizer is None:
+        return ()
+    listed = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    for item in listed:
+        if not isinstance(item, torch.optim.Optimizer):
+            raise bad_argument("optimizer", got=type(item).__name__, expected="a torch.optim.Optimizer or a list of them")
+    return listed
+
+
+def choose_recipe(name: str | None, calibration: Any, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> Recipe:
+    """The recipe of that name (None: the default).
+
+    Raises:
+        ArgumentError: unknown, or calibration for one that takes none.
+    """
+    recipe = RECIPES.get(name or "default")
+    if recipe is None:
+        raise bad_argument("recipe", got=repr(name), expected=f"one of {', '.join(RECIPES)}")
+    if calibration is not None and not recipe.data and not any(adapter.paper_uses_data for _, adapter in layers.values()):
+        raise ArgumentError(
+            f"calibration: recipe {recipe.name!r} is data-free for these layers, expected None. Drop calibration or the recipe"
+        )
+    return recipe
+
+
+def check_kind(value: Any, kind: type, name: str) -> Any:
+    """The value, if it is an instance of a policy or schedule class; ArgumentError otherwise."""
+    if not isinstance(value, kind):
+        got = value.__name__ + " (the class)" if isinstance(value, type) else repr(value)
+        expected = "an Energy, FixedRank or Shrink" if kind is Policy else "a Once, Warmup, Every or At"
+        raise bad_argument(name, got=got, expected=f"{expected} instance")
+    return value

@@ -1,0 +1,55 @@
+"""The one-shot reduction, for models that are done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressm.compression.audit import Ema, check_optimizers, check_swappable
+from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish
+from compressm.compression.moments import check_moments
+from compressm.compression.planning import Calibration, analyse, compressible_layers, make_plan, plain_model
+from compressm.compression.policies import Policy, check_multiple
+from compressm.compression.report import ReductionReport
+
+
+def compress(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    calibration: Iterable[Any] | None = None,
+    recipe: str | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    ema: Ema | None = None,
+    moments: str | None = None,
+    multiple_of: int = 1,
+    uniform: bool = False,
+    sequences: int = 64,
+) -> ReductionReport:
+    """Reduce a model once, in place, for example after training.
+
+    Arguments and errors as for :class:`Compressor`.  Use data Gramians (``calibration``) where there will be no training
+    afterwards: they are what makes the cut itself harmless.
+    """
+    plain = plain_model(model)
+    layers = compressible_layers(plain)
+    optimizers = as_optimizers(optimizer)
+    chosen = choose_recipe(recipe, calibration, layers)
+    moments = moments if moments is not None else chosen.moments
+    check_swappable(plain, {name: (module, adapter.parameters(module)) for name, (module, adapter) in layers.items()})
+    ranks = {name: adapter.rank(module) for name, (module, adapter) in layers.items()}
+    check_kind(policy, Policy, "policy").check_layers(ranks)
+    check_moments(moments)
+    check_multiple(multiple_of)
+    if optimizers:
+        check_optimizers(layers, plain, optimizers)
+    started = time.perf_counter()
+    candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
+    planned = make_plan(candidates, policy, multiple_of=multiple_of, uniform=uniform)
+    execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
+    return finish(planned, 0, f"one-shot, {policy}, recipe {chosen.name}", started)
