@@ -176,7 +176,8 @@ class Mamba(nn.Module):
             if self.in_proj.bias is not None:
                 xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
             return xz.chunk(2, dim=1)
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        biases = (None, None) if self.in_proj.bias is None else self.in_proj.bias.chunk(2)
+        x, z = (F.linear(hidden_states, *half) for half in zip(self.in_proj.weight.chunk(2), biases, strict=True))
         return x.mT, z.mT
 
     def _convolve(self, x: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ class Mamba(nn.Module):
     def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What depends on the token, from x (..., d_inner): step sizes before bias (..., d_inner), B and C (..., N)."""
         low_rank, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(low_rank, self.dt_proj.weight), B, C
+        return low_rank @ self.dt_proj.weight.t().contiguous(), B, C
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token of inference; both states are advanced in place.
