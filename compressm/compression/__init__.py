@@ -5,9 +5,11 @@ from compressm.compression.compressor import Compressor, ScheduleWarning
 from compressm.compression.inspection import Inspection, inspect
 from compressm.compression.moments import UnknownStateWarning
 from compressm.compression.oneshot import compress
+from compressm.compression.optimizer_state import attach_masters, register_optimizer_state
 from compressm.compression.policies import Energy, FixedRank, Policy, Shrink
 from compressm.compression.report import LayerReduction, ReductionPlan, ReductionReport
 from compressm.compression.schedules import At, Every, Once, Schedule, Warmup
+from compressm.compression.stale import StaleCopyWarning
 
 __all__ = [
     "At",
@@ -24,10 +26,13 @@ __all__ = [
     "Schedule",
     "ScheduleWarning",
     "Shrink",
+    "StaleCopyWarning",
     "UnknownStateWarning",
     "Warmup",
+    "attach_masters",
     "compress",
     "inspect",
     "load",
+    "register_optimizer_state",
     "save",
 ]

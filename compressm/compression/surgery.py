@@ -17,13 +17,19 @@ from compressm.compression.audit import (
     Ema,
     Optimizers,
     audit,
+    audit_ema,
     check_ema,
+    check_optimizers,
     check_swappable,
     ema_layer,
     ema_slot,
+    full_name,
+    signature,
     trained_names,
 )
 from compressm.compression.moments import new_states, warn_unknown
+from compressm.compression.optimizer_state import MASTER, master_stores, masters_of, state_kinds
+from compressm.compression.stale import check_graphs, warn_copies
 
 Action = tuple[Callable[[], None], Callable[[], None]]  # do, undo; neither can fail
 
@@ -36,6 +42,7 @@ class Swap:
         name, module: the layer.
         old, new: name relative to the layer, to parameter.
         attributes: plain attributes that change along, by name relative to the layer.
+        old_masters, new_masters: what optimizers hold instead of some of the parameters.
     """
 
     name: str
@@ -43,12 +50,33 @@ class Swap:
     old: dict[str, nn.Parameter]
     new: dict[str, nn.Parameter]
     attributes: Mapping[str, int]
+    old_masters: Mapping[str, Tensor]
+    new_masters: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> Swap:
-        """Wrap new tensors like the old parameters: requires_grad and attributes such as ``_no_weight_decay`` stay."""
+    def of(
+        cls,
+        name: str,
+        module: nn.Module,
+        tensors: Mapping[str, Tensor],
+        attributes: Mapping[str, int],
+        masters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> Swap:
+        """Wrap new tensors like the old parameters: requires_grad and attributes such as ``_no_weight_decay`` stay.
+
+        ``masters`` maps some of the names to their old master copies and the new values of these.
+        """
         old = {key: parameter_at(module, key) for key in tensors}
-        return cls(name, module, old, {key: _parameter_like(old[key], value) for key, value in tensors.items()}, attributes)
+        new = {key: _like(old[key], value) for key, value in tensors.items()}
+        before = {key: master for key, (master, _) in (masters or {}).items()}
+        after = {key: _like(master, value) for key, (master, value) in (masters or {}).items()}
+        return cls(name, module, old, new, attributes, before, after)
+
+    @property
+    def held(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name to what optimizers hold of it before and after, if they do."""
+        old, new = {**self.old, **self.old_masters}, {**self.new, **self.new_masters}
+        return {key: (old[key], new[key]) for key in old}
 
     def actions(self) -> list[Action]:
         """Put the new parameters and attributes into the module."""
@@ -72,7 +100,9 @@ def apply_edits(
 
     New parameters keep ``requires_grad``, dtype, device and attributes; they take the old ones' places in the optimizers'
     groups, whose objects stay the same.  Gradients of replaced parameters are dropped.  Everything is computed before the
-    first change, and an audit after the last one undoes all of them if it finds a fault.
+    first change, and an audit after the last one undoes all of them if it finds a fault.  A parameter whose optimizer keeps
+    it in higher precision (in its state, or see ``attach_masters``) becomes the rounding of the copy, which is carried in its
+    own precision.
 
     Args:
         model: the plain model.
@@ -85,29 +115,58 @@ def apply_edits(
 
     Raises:
         ModelError, OptimizerError, ArgumentError, NumericalError: nothing has changed.
+
+    Warns:
+        UnknownStateWarning: optimizer state was reset.
+        StaleCopyWarning: something outside the model goes on with the old weights.
     """
+    changed = {name: layers[name] for name in edits}
     check_swappable(model, {name: (layers[name][0], edit.tensors) for name, edit in edits.items()})
-    swaps = []
-    for name, edit in edits.items():
-        module, adapter = layers[name]
-        swaps.append(Swap.of(name, module, edit.tensors, adapter.attributes(module, edit.rank_after)))
+    if optimizers:
+        check_optimizers(changed, model, optimizers)
+    swaps = [_swap(name, *layers[name], edit, optimizers) for name, edit in edits.items()]
+    check_graphs({full_name(swap.name, key): p for swap in swaps for key, p in swap.old.items()})
     actions: list[Action] = []
     for optimizer in optimizers:
         carried = each(
-            lambda name, swap, optimizer=optimizer: new_states(optimizer, swap.old, edits[name], moments, optimizers),
+            lambda name, swap, optimizer=optimizer: new_states(
+                optimizer, {key: old for key, (old, _) in swap.held.items()}, edits[name], moments, optimizers
+            ),
             {swap.name: swap for swap in swaps},
         )
         if unknown := set().union(*(keys for _, keys in carried.values())):
             warn_unknown(optimizer, unknown)
         actions += _optimizer_actions(optimizer, swaps, {name: states for name, (states, _) in carried.items()})
+    actions += _master_actions(optimizers, swaps)
     if ema is not None:
-        check_ema(ema, model, {name: layers[name] for name in edits})
+        check_ema(ema, model, changed)
         for part in each(lambda name, edit: _ema_actions(ema, name, edit), edits).values():
             actions += part
         if isinstance(ema, nn.Module):
             for swap in swaps:
                 actions += _attribute_actions(ema_layer(ema, swap.name), swap.attributes)
-    _commit(model, optimizers, swaps, actions)
+    warn_copies(model, {full_name(swap.name, key): p for swap in swaps for key, p in swap.old.items()}, ema)
+    _commit(model, optimizers, swaps, actions, ema, changed)
+
+
+def _swap(name: str, module: nn.Module, adapter: Adapter, edit: LayerEdit, optimizers: Optimizers) -> Swap:
+    """A layer's swap; parameters with a copy in higher precision are the rounding of that copy."""
+    attached = masters_of(optimizers)
+    masters = {key: attached[full_name(name, key)] for key in edit.tensors if full_name(name, key) in attached}
+    precise = dict(masters)
+    for optimizer in optimizers:
+        for slot in (slot for slot, kind in state_kinds(optimizer).items() if kind == MASTER):
+            for key in edit.tensors:
+                copy = optimizer.state.get(parameter_at(module, key), {}).get(slot)
+                if isinstance(copy, Tensor) and copy.shape == parameter_at(module, key).shape:
+                    precise[key] = copy
+    tensors = dict(edit.tensors)
+    if precise:
+        live = {key: parameter_at(module, key) for key in tensors}
+        values = edit.values({key: value.detach().double() for key, value in {**live, **precise}.items()})
+        tensors |= {key: values[key].to(master).to(tensors[key]) for key, master in precise.items()}
+        masters = {key: (master, values[key].to(master)) for key, master in masters.items()}
+    return Swap.of(name, module, tensors, adapter.attributes(module, edit.rank_after), masters)
 
 
 def reshape(
@@ -129,15 +188,24 @@ def reshape(
         if adapter.rank(module) != rank:
             blank = adapter.blank(module, rank)
             check_swappable(model, {name: (module, blank)})
-            swaps.append(Swap.of(name, module, blank, adapter.attributes(module, rank)))
+            masters = {key: m for key in blank if (m := masters_of(optimizers).get(full_name(name, key))) is not None}
+            empty = {key: (master, blank[key].to(master)) for key, master in masters.items()}
+            swaps.append(Swap.of(name, module, blank, adapter.attributes(module, rank), empty))
     actions = [action for optimizer in optimizers for action in _optimizer_actions(optimizer, swaps, {})]
-    undo = _commit(model, optimizers, swaps, actions)
-    return undo
+    return _commit(model, optimizers, swaps, actions + _master_actions(optimizers, swaps))
 
 
-def _commit(model: nn.Module, optimizers: Optimizers, swaps: Sequence[Swap], actions: list[Action]) -> Callable[[], None]:
+def _commit(
+    model: nn.Module,
+    optimizers: Optimizers,
+    swaps: Sequence[Swap],
+    actions: list[Action],
+    ema: Ema | None = None,
+    layers: Mapping[str, tuple[nn.Module, Adapter]] | None = None,
+) -> Callable[[], None]:
     """Do everything, audit, and undo everything if the audit raises; returns the undo."""
-    trained = trained_names(model, optimizers)
+    trained, before = trained_names(model, optimizers), signature(model, optimizers)
+    dead = [tensor for swap in swaps for tensor in (*swap.old.values(), *swap.old_masters.values())]
     for swap in swaps:
         actions += swap.actions()
     done: list[Callable[[], None]] = []
@@ -151,7 +219,9 @@ def _commit(model: nn.Module, optimizers: Optimizers, swaps: Sequence[Swap], act
         for do, reverse in actions:
             do()
             done.append(reverse)
-        audit(model, optimizers, trained=trained, dead=[p for swap in swaps for p in swap.old.values()])
+        audit(model, optimizers, trained=trained, dead=dead, before=before)
+        if ema is not None:
+            audit_ema(ema, model, layers or {}, dead)
         complete = True
     finally:
         if not complete:
@@ -162,20 +232,28 @@ def _commit(model: nn.Module, optimizers: Optimizers, swaps: Sequence[Swap], act
 def _optimizer_actions(
     optimizer: torch.optim.Optimizer, swaps: Sequence[Swap], states: Mapping[str, Mapping[str, dict[str, Any]]]
 ) -> list[Action]:
-    """Put new parameters at the places of the old ones, and re-key the state."""
-    replaced = {id(p): (swap, key) for swap in swaps for key, p in swap.old.items()}
+    """Put new parameters (or master copies) at the places of the old ones, and re-key the state."""
+    replaced = {id(old): new for swap in swaps for old, new in swap.held.values()}
     actions: list[Action] = []
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             if id(parameter) in replaced:
-                swap, key = replaced[id(parameter)]
-                actions.append(_assign(group["params"], index, swap.new[key]))
+                actions.append(_assign(group["params"], index, replaced[id(parameter)]))
     for swap in swaps:
-        for key, parameter in swap.old.items():
-            if parameter in optimizer.state:
-                state = states.get(swap.name, {}).get(key)
-                actions.append(_rekey(optimizer.state, parameter, swap.new[key], state))
+        for key, (old, new) in swap.held.items():
+            if old in optimizer.state:
+                actions.append(_rekey(optimizer.state, old, new, states.get(swap.name, {}).get(key)))
     return actions
+
+
+def _master_actions(optimizers: Optimizers, swaps: Sequence[Swap]) -> list[Action]:
+    """Put new master copies into the mappings that the user reads them from."""
+    return [
+        _assign(store, full_name(swap.name, key), new)
+        for swap in swaps
+        for key, new in swap.new_masters.items()
+        for store in master_stores(optimizers, full_name(swap.name, key))
+    ]
 
 
 def _ema_actions(ema: Ema, name: str, edit: LayerEdit) -> list[Action]:
@@ -184,12 +262,14 @@ def _ema_actions(ema: Ema, name: str, edit: LayerEdit) -> list[Action]:
     actions = []
     for key, (slot, leaf) in slots.items():
         old, value = slot[leaf], values[key].to(slot[leaf])
-        actions.append(_assign(slot, leaf, _parameter_like(old, value) if isinstance(old, nn.Parameter) else value))
+        actions.append(_assign(slot, leaf, _like(old, value) if isinstance(old, nn.Parameter) else value))
     return actions
 
 
-def _parameter_like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    new = nn.Parameter(value.detach().clone().contiguous(), requires_grad=old.requires_grad)
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    """A leaf of that value: a Parameter if the old one is, with its requires_grad and attributes."""
+    value = value.detach().clone().contiguous()
+    new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value.requires_grad_(old.requires_grad)
     new.__dict__.update(old.__dict__)
     return new
 
