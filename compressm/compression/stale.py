@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import types
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,32 +23,48 @@ class StaleCopyWarning(UserWarning):
     """Something outside the model keeps the weights from before a reduction."""
 
 
-def check_graphs(replaced: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that a callable from ``torch.cuda.make_graphed_callables`` was captured with.
+def check_copies(
+    model: nn.Module, swapped: Mapping[str, tuple[Tensor, Tensor]], ema: nn.Module | MutableMapping[str, Tensor] | None
+) -> None:
+    """Look for everything alive that would go on with the weights from before a reduction.
 
-    The captured graph reads the parameters' old memory for ever: training would go on without the reduction, silently.
+    Seen are callables from ``torch.cuda.make_graphed_callables`` and other CUDA graphs, modules outside the model that hold
+    its parameters (``torch.jit.trace``, ``torch.export``, ``torch.fx``, ties), and an ``AveragedModel`` into which the next
+    update would broadcast.  Not seen are plain lists and dicts: clipping lists, averages kept by hand that are not passed
+    as ``ema``.
+
+    Args:
+        model: the plain model, not yet reduced.
+        swapped: parameter name to old and new parameter.
+        ema: the averaged copy that follows.
 
     Raises:
-        ModelError: names the parameters.
+        ModelError: a graphed callable was captured with replaced parameters: training would go on with the old weights.
+
+    Warns:
+        StaleCopyWarning: for each of the others.
     """
-    names = {id(p): name for name, p in replaced.items()}
-    for function in _alive(types.FunctionType):
-        if function.__qualname__.startswith(GRAPHED):
-            captured = closure_of(function).get("module_params", ())
-            hit = [names[id(p)] for p in captured if id(p) in names]
-            if hit:
-                raise ModelError(
-                    f"parameters {', '.join(hit[:4])}{', ...' if len(hit) > 4 else ''} are part of a CUDA graph "
-                    "(torch.cuda.make_graphed_callables), which would go on with the old weights, expected a model without. "
-                    "Reduce first and capture afterwards, or build the model anew from its state_dict for the reduction"
-                )
+    names = {id(old): name for name, (old, _) in swapped.items()}
+    functions, modules, graphs = _alive(types.FunctionType, nn.Module, torch.cuda.CUDAGraph)
+    for function in functions:
+        if function.__module__ == "torch.cuda.graphs" and function.__qualname__.startswith(GRAPHED):
+            _check_graphed([names[id(p)] for p in closure_of(function).get("module_params", ()) if id(p) in names])
+    inside = {id(module._parameters) for module in model.modules()}
+    for module in modules:
+        if id(vars(module).get("_parameters")) not in inside:
+            _warn_holder(module, [names[id(p)] for _, p in module.named_parameters(recurse=False) if id(p) in names])
+    _warn_averages(model, swapped.values(), [m for m in modules if m is not ema])
+    if graphs and any(old.is_cuda for old, _ in swapped.values()):
+        _warn(
+            f"{len(graphs)} CUDA graphs that were captured before this reduction are alive; replaying one that runs this "
+            "model goes on with the old weights. Capture it again (torch.compile does so by itself)"
+        )
 
 
-def closure_of(function: types.FunctionType) -> dict[str, object]:
+def closure_of(function: types.FunctionType) -> dict[str, Any]:
     """Names and values of the variables that a function closes over, those that are set."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     values = {}
-    for name, cell in cells:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             values[name] = cell.cell_contents
         except ValueError:  # not set yet
@@ -55,42 +72,55 @@ def closure_of(function: types.FunctionType) -> dict[str, object]:
     return values
 
 
-def warn_copies(model: nn.Module, replaced: Mapping[str, Tensor], ema: nn.Module | MutableMapping[str, Tensor] | None) -> None:
-    """Tell about traced or exported copies, averaged copies that were not passed as ``ema``, and captured CUDA graphs.
-
-    Warns:
-        StaleCopyWarning: for each of them.
-    """
-    names = {id(p): name for name, p in replaced.items()}
-    inside = {id(module._parameters) for module in model.modules()}
-    shapes = [p.shape for p in model.parameters()]
-    for module in _alive(nn.Module):
-        if module is ema or id(vars(module).get("_parameters")) in inside:
-            continue
-        held = [names[id(p)] for _, p in module.named_parameters(recurse=False) if id(p) in names]
-        if held:
-            _warn(
-                f"a {type(module).__name__} outside the model holds {', '.join(held[:4])}{', ...' if len(held) > 4 else ''}: "
-                "a traced, exported or tied copy, which keeps the old weights. Make it again after the reduction"
-            )
-        elif isinstance(module, torch.optim.swa_utils.AveragedModel) and [p.shape for p in module.parameters()] == shapes:
-            _warn(
-                "an AveragedModel of this model's shapes was not passed as ema=, so that it keeps the old shapes; its next "
-                "update fails, or broadcasts silently where one state is left. Pass it as ema=, or build it anew"
-            )
-    if any(p.is_cuda for p in replaced.values()) and (count := sum(1 for _ in _alive(torch.cuda.CUDAGraph))):
-        _warn(
-            f"{count} CUDA graphs that were captured before this reduction are alive; replaying one that runs this model goes "
-            "on with the old weights. Capture it again (torch.compile does so by itself)"
+def _check_graphed(hit: list[str]) -> None:
+    if hit:
+        raise ModelError(
+            f"parameters {_some(hit)} are part of a CUDA graph (torch.cuda.make_graphed_callables), which would go on with "
+            "the old weights, expected a model without. Capture after the last reduction, or build the module anew from its "
+            "state_dict and delete the graphed one"
         )
+
+
+def _warn_holder(module: nn.Module, held: list[str]) -> None:
+    if held:
+        _warn(
+            f"a {type(module).__name__} outside the model holds {_some(held)}: a traced, exported or tied copy, which keeps "
+            "the old weights. Make it again after the reduction"
+        )
+
+
+def _warn_averages(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], modules: Iterable[nn.Module]) -> None:
+    """Updating with other shapes fails loudly in torch, except where the new shape broadcasts into the old one."""
+    if not any(_broadcasts(new.shape, old.shape) for old, new in pairs):
+        return
+    shapes = [p.shape for p in model.parameters()]
+    for module in modules:
+        if isinstance(module, torch.optim.swa_utils.AveragedModel) and [p.shape for p in module.parameters()] == shapes:
+            _warn(
+                "an AveragedModel of this model's shapes was not passed as ema=; its next update would broadcast the one "
+                "state that is left into all old ones, silently. Pass it as ema=, or build it anew"
+            )
+
+
+def _broadcasts(new: torch.Size, old: torch.Size) -> bool:
+    return new != old and len(new) == len(old) and all(n in (1, o) for n, o in zip(new, old, strict=True))
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def _warn(message: str) -> None:
     warnings.warn(message, StaleCopyWarning, stacklevel=6)
 
 
-def _alive(cls: type) -> Iterator[object]:
-    """Every instance of a class that the garbage collector tracks."""
-    for item in gc.get_objects():
-        if issubclass(type(item), cls):  # isinstance would ask lazy proxies for their class
-            yield item
+def _alive(*classes: type) -> list[list[Any]]:
+    """For each class, its instances that the garbage collector tracks."""
+    wanted = [_subclasses(cls) for cls in classes]
+    anyone = frozenset().union(*wanted)
+    items = [item for item in gc.get_objects() if type(item) in anyone]  # not __class__: lazy proxies load modules for it
+    return [[item for item in items if type(item) in kinds] for kinds in wanted]
+
+
+def _subclasses(cls: type) -> frozenset[type]:
+    return frozenset({cls}).union(*map(_subclasses, type.__subclasses__(cls)))

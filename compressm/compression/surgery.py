@@ -29,7 +29,7 @@ from compressm.compression.audit import (
 )
 from compressm.compression.moments import new_states, warn_unknown
 from compressm.compression.optimizer_state import MASTER, master_stores, masters_of, state_kinds
-from compressm.compression.stale import check_graphs, warn_copies
+from compressm.compression.stale import check_copies
 
 Action = tuple[Callable[[], None], Callable[[], None]]  # do, undo; neither can fail
 
@@ -125,7 +125,6 @@ def apply_edits(
     if optimizers:
         check_optimizers(changed, model, optimizers)
     swaps = [_swap(name, *layers[name], edit, optimizers) for name, edit in edits.items()]
-    check_graphs({full_name(swap.name, key): p for swap in swaps for key, p in swap.old.items()})
     actions: list[Action] = []
     for optimizer in optimizers:
         carried = each(
@@ -145,7 +144,8 @@ def apply_edits(
         if isinstance(ema, nn.Module):
             for swap in swaps:
                 actions += _attribute_actions(ema_layer(ema, swap.name), swap.attributes)
-    warn_copies(model, {full_name(swap.name, key): p for swap in swaps for key, p in swap.old.items()}, ema)
+    pairs = {full_name(swap.name, key): (old, swap.new[key]) for swap in swaps for key, old in swap.old.items()}
+    check_copies(model, pairs, ema)
     _commit(model, optimizers, swaps, actions, ema, changed)
 
 

@@ -1,0 +1,470 @@
+"""Every optimizer that people use, in a small training run with a reduction in the middle."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mixed_runs import Mixed, compressor_of, layer_parameters, loss_of, train
+from torch import nn
+
+import compressm
+from compressm.adapters import find_layers
+from compressm.compression import UnknownStateWarning, register_optimizer_state
+from compressm.compression.audit import audit, check_optimizers, trained_names
+from compressm.compression.moments import new_states
+from compressm.compression.optimizer_state import state_kinds
+from compressm.compression.planning import Calibration, analyse, make_plan
+from compressm.errors import ArgumentError, OptimizerError
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, algorithm 2; a user's own class."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            slow, fast = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                update = state["exp_avg"].lerp(p.grad, 1 - slow).sign_()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                state["exp_avg"].lerp_(p.grad, 1 - fast)
+
+
+class NamedLion(Lion):
+    """The same, whose state has been named."""
+
+
+register_optimizer_state(NamedLion, {"exp_avg": "first"})
+
+O = torch.optim
+OPTIMIZERS = {
+    "sgd": (O.SGD, {}),
+    "sgd momentum": (O.SGD, {"momentum": 0.9, "dampening": 0.1}),
+    "sgd nesterov": (O.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adam": (O.Adam, {}),
+    "adamw fused": (O.AdamW, {"fused": True}),
+    "adamw foreach": (O.AdamW, {"foreach": True}),
+    "adamw amsgrad": (O.AdamW, {"amsgrad": True}),
+    "adamw tensor lr": (O.AdamW, {"lr": torch.tensor(1e-2)}),
+    "nadam": (O.NAdam, {}),
+    "radam": (O.RAdam, {}),
+    "adamax": (O.Adamax, {}),
+    "adagrad": (O.Adagrad, {}),
+    "rmsprop": (O.RMSprop, {"momentum": 0.5, "centered": True}),
+    "asgd": (O.ASGD, {"t0": 1.0}),
+    "adafactor": (O.Adafactor, {}),
+    "lion named": (NamedLion, {}),
+}
+
+
+def build(model, name, params=None):
+    cls, options = OPTIMIZERS[name]
+    return cls(model.parameters() if params is None else params, **({"lr": 1e-2} | options))
+
+
+def edits_of(model, rank=5):
+    layers = find_layers(model)
+    planned = make_plan(analyse(model, layers, "real", Calibration()), compressm.FixedRank(rank))
+    return {name: layers[name][1].edit(layers[name][0], r) for name, r in planned.reductions.items()}, layers
+
+
+def state_signature(optimizer, parameter):
+    """Key to kind of value, dtype and device of one parameter's state."""
+    return {
+        key: (value.dtype, value.device) if isinstance(value, torch.Tensor) else type(value)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on(name):
+    model = Mixed()
+    optimizer = build(model, name)
+    compressor = compressor_of(model, optimizer)
+    losses = train(model, [optimizer], 2, compressor)
+    before = {key: (state_signature(optimizer, p), p) for key, p in layer_parameters(model).items()}
+    losses += train(model, [optimizer], 1, compressor, first=2)
+    after = layer_parameters(model)
+    assert compressor.ranks == {"layers.0": 5, "layers.1": 5}
+    for key, p in after.items():
+        signature, old = before[key]
+        assert p is not old
+        assert old not in optimizer.state
+        assert state_signature(optimizer, p) == signature, key
+        for slot, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, torch.Tensor) and value.ndim == p.ndim > 0 and slot not in ("row_var", "col_var"):
+                assert value.shape == p.shape, (key, slot)
+            if slot == "step":
+                assert value == 3
+    values = {key: p.detach().clone() for key, p in after.items()}
+    losses += train(model, [optimizer], 3, compressor, first=3)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(not torch.equal(p, values[key]) for key, p in after.items())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_capturable_state_stays_on_its_device():
+    """CPU steps with capturable=True are refused by torch; the state that it keeps (a device tensor) is carried."""
+    model = Mixed(("lru",))
+    optimizer = O.AdamW(model.parameters())
+    train(model, [optimizer], 2)
+    optimizer.param_groups[0]["capturable"] = True
+    compressm.compress(model, compressm.FixedRank(5), optimizer=optimizer)
+    for p in layer_parameters(model).values():
+        assert optimizer.state[p]["step"] == 2
+        assert optimizer.state[p]["step"].device == p.device
+    assert optimizer.param_groups[0]["capturable"] is True
+
+
+@pytest.mark.skipif(not hasattr(O, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@pytest.mark.parametrize("rest", ["adam", "adafactor"])
+def test_muon_for_matrices_and_another_for_the_rest(rest):
+    model = Mixed()
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    muon = O.Muon(matrices, lr=1e-2)
+    optimizers = [muon, build(model, rest, others)]
+    compressor = compressor_of(model, optimizers)
+    losses = train(model, optimizers, 2, compressor)
+    edits, _ = edits_of(model)
+    lru = model.layers[0]
+    losses += train(model, optimizers, 1)
+    B = {key: muon.state[lru.get_parameter(key)]["momentum_buffer"].double() for key in ("B_re", "B_im")}
+    edits, _ = edits_of(model)
+    C = {key: muon.state[lru.get_parameter(key)]["momentum_buffer"].double() for key in ("C_re", "C_im")}
+    zeros = {key: torch.zeros_like(lru.get_parameter(key), dtype=torch.float64) for key in edits["layers.0"].tensors}
+    expected = edits["layers.0"].first_moments({**zeros, **B, **C})
+    compressor.step()
+    for key in (*B, *C):
+        new = lru.get_parameter(key)
+        assert torch.equal(muon.state[new]["momentum_buffer"], expected[key].float())
+    losses += train(model, optimizers, 3, first=3)
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+# What the state becomes, against the definition of each optimizer.
+
+
+def tall(model, name="layers.0"):
+    """A float64 model's LRU layer, an edit of it, and squared gradients of rank one for its matrices."""
+    edits, layers = edits_of(model)
+    return layers[name][0], edits[name]
+
+
+def test_factored_second_moments_keep_row_and_column_means():
+    """For squared gradients of rank one Adafactor's factors say everything: those of the carried matrix come out."""
+    model = Mixed(("lru", "mamba"), dtype=torch.float64)
+    optimizer = O.Adafactor(model.parameters())
+    train(model, [optimizer], 2)
+    for layer in ("layers.0", "layers.1"):
+        module, edit = tall(model, layer)
+        full = {}
+        for key in edit.tensors:
+            p = module.get_parameter(key)
+            state = optimizer.state[p]
+            if p.ndim == 1:
+                full[key] = state["variance"]
+                continue
+            rows, columns = torch.rand(p.shape[0], 1).double() + 0.1, torch.rand(1, p.shape[1]).double() + 0.1
+            full[key] = rows * columns
+            state["row_var"], state["col_var"] = full[key].mean(1, keepdim=True), full[key].mean(0, keepdim=True)
+        old = {key: module.get_parameter(key) for key in edit.tensors}
+        states, unknown = new_states(optimizer, old, edit, "transport")
+        carried = edit.second_moments(full)
+        assert not unknown
+        for key, state in states.items():
+            assert state["step"] == 2
+            if old[key].ndim == 1:
+                torch.testing.assert_close(state["variance"], carried[key])
+            else:
+                torch.testing.assert_close(state["row_var"], carried[key].mean(1, keepdim=True))
+                torch.testing.assert_close(state["col_var"], carried[key].mean(0, keepdim=True))
+
+
+def test_adafactor_of_transformers():
+    """Its factors lack the reduced dimension, and its first moment is optional."""
+    optimization = pytest.importorskip("transformers.optimization")
+    if not hasattr(optimization, "Adafactor"):
+        pytest.skip("this transformers has no Adafactor")
+    model = Mixed()
+    optimizer = optimization.Adafactor(
+        model.parameters(), lr=1e-2, relative_step=False, scale_parameter=False, warmup_init=False, beta1=0.9
+    )
+    compressor = compressor_of(model, optimizer)
+    losses = train(model, [optimizer], 6, compressor)
+    weight = model.layers[1].x_proj.weight
+    assert optimizer.state[weight]["exp_avg_sq_row"].shape == weight.shape[:1]
+    assert optimizer.state[weight]["exp_avg_sq_col"].shape == weight.shape[1:]
+    assert optimizer.state[weight]["step"] == 6
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_magnitudes_averages_and_restarts():
+    """Adamax's infinity norm follows like the root of a second moment, ASGD's average like the parameter."""
+    model = Mixed(("lru",), dtype=torch.float64)
+    for name, slot, expected in (
+        ("adamax", "exp_inf", lambda edit, full: {k: v.sqrt() for k, v in edit.second_moments(_squares(full)).items()}),
+        ("adagrad", "sum", lambda edit, full: edit.second_moments(full)),
+        ("asgd", "ax", lambda edit, full: edit.values(full)),
+        ("rmsprop", "momentum_buffer", lambda edit, full: {k: torch.zeros_like(v) for k, v in edit.tensors.items()}),
+        ("lion named", "exp_avg", lambda edit, full: edit.first_moments(full)),
+    ):
+        optimizer = build(model, name)
+        train(model, [optimizer], 3)
+        module, edit = tall(model)
+        old = {key: module.get_parameter(key) for key in edit.tensors}
+        full = {key: optimizer.state[p][slot].double() for key, p in old.items()}
+        states, unknown = new_states(optimizer, old, edit, "transport")
+        assert not unknown
+        assert states.keys() == old.keys()
+        for key, value in expected(edit, full).items():
+            torch.testing.assert_close(states[key][slot], value, msg=lambda text, at=(name, key): f"{at}: {text}")
+
+
+def _squares(tensors):
+    return {key: value.square() for key, value in tensors.items()}
+
+
+def test_sliced_factors():
+    model = Mixed(("mamba",))
+    optimizer = O.Adafactor(model.parameters())
+    train(model, [optimizer], 2)
+    module, edit = tall(model)
+    old = {key: module.get_parameter(key) for key in edit.tensors}
+    states, _ = new_states(optimizer, old, edit, "slice")
+    state = optimizer.state[module.A_log]
+    product = state["row_var"] * state["col_var"] / state["row_var"].mean()
+    kept = edit.subset("A_log", product)
+    torch.testing.assert_close(states["A_log"]["row_var"], kept.mean(1, keepdim=True))
+    torch.testing.assert_close(states["A_log"]["col_var"], kept.mean(0, keepdim=True))
+
+
+# Optimizers nobody named.
+
+
+def test_unnamed_state_is_reset_with_one_warning():
+    model = Mixed()
+    optimizer = Lion(model.parameters(), lr=1e-3)
+    compressor = compressor_of(model, optimizer, schedule=compressm.At([2, 4]), policy=compressm.Shrink(0.5))
+    with pytest.warns(UnknownStateWarning, match=r"Lion keeps state \(exp_avg\).*register_optimizer_state\(Lion") as caught:
+        losses = train(model, [optimizer], 2, compressor)
+    assert len(caught) == 1
+    assert all(p not in optimizer.state for p in layer_parameters(model).values())
+    assert model.head.weight in optimizer.state
+    losses += train(model, [optimizer], 4, compressor, first=2)  # a second reduction, no second warning
+    assert len(compressor.history) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_warning_that_was_raised_comes_again():
+    model = Mixed(("lru",))
+    optimizer = Lion(model.parameters())
+    train(model, [optimizer], 1)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UnknownStateWarning):
+                compressm.compress(model, compressm.FixedRank(5), optimizer=optimizer)
+    assert model.layers[0].d_state == 16
+
+
+def test_reset_says_nothing():
+    model = Mixed()
+    optimizer = Lion(model.parameters())
+    compressor = compressor_of(model, optimizer, moments="reset")
+    train(model, [optimizer], 5, compressor)
+    assert compressor.history[0].changed
+
+
+def test_named_state_along_the_classes_and_in_wrappers():
+    class Cautious(O.AdamW):
+        pass
+
+    register_optimizer_state(Cautious, {"trust": "zero", "exp_avg_sq": "keep"})
+    model = nn.Linear(2, 2)
+    kinds = state_kinds(Cautious(model.parameters()))
+    assert kinds == {"exp_avg": "first", "exp_avg_sq": "keep", "max_exp_avg_sq": "second", "trust": "zero"}
+    accelerate = pytest.importorskip("accelerate.optimizer")
+    wrapped = accelerate.AcceleratedOptimizer(O.SGD(model.parameters(), momentum=0.9))
+    assert state_kinds(wrapped) == {"momentum_buffer": "first"}
+
+
+@pytest.mark.parametrize(
+    ("target", "kinds", "match"),
+    [
+        ("Lion", {"exp_avg": "first"}, "target: expected a class or a qualified name"),
+        (Lion, {"exp_avg": "moment"}, r"kinds\['exp_avg'\]: expected one of first, second"),
+        (Lion, ["exp_avg"], "kinds: expected a mapping"),
+        (Lion, {"rows": "second-rows"}, "expected one 'second-rows' and one 'second-columns'"),
+    ],
+)
+def test_wrong_names(target, kinds, match):
+    with pytest.raises(ArgumentError, match=match):
+        register_optimizer_state(target, kinds)
+    assert state_kinds(Lion(nn.Linear(1, 1).parameters())) == {}
+
+
+def test_lbfgs_is_refused():
+    model = Mixed()
+    with pytest.raises(OptimizerError, match="LBFGS keeps one flat history"):
+        compressor_of(model, O.LBFGS(model.parameters()))
+
+
+# The ways people train.
+
+
+def test_groups_decay_and_frozen_layers_with_clipping_and_accumulation():
+    model = Mixed()
+    model.encoder.requires_grad_(False)
+    model.layers[0].theta_log.requires_grad_(False)
+    model.layers[1].A_log.requires_grad_(False)
+    decay = [p for p in model.parameters() if p.ndim == 2 and not getattr(p, "_no_weight_decay", False)]
+    rest = [p for p in model.parameters() if all(p is not d for d in decay)]
+    optimizer = O.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0, "lr": 1e-4}], lr=1e-2)
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    marked = {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert marked
+    scheduler = O.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=6)
+    compressor = compressor_of(model, optimizer)
+    for step in range(6):
+        for micro in range(2):
+            (loss_of(model, 2 * step + micro) / 2).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        compressor.step()
+        assert norm.isfinite()
+    assert compressor.ranks == {"layers.0": 5, "layers.1": 5}
+    assert [len(group["params"]) for group in optimizer.param_groups] == sizes
+    assert {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)} == marked
+    assert not model.layers[0].theta_log.requires_grad
+    assert model.layers[1].A_log not in optimizer.state
+    assert optimizer.param_groups[1]["lr"] < 1e-4
+    audit(model, [optimizer])
+
+
+def test_a_layer_module_in_two_places():
+    model = Mixed(("lru", "mamba"))
+    model.layers.append(model.layers[0])
+    model.layers.append(model.layers[1])
+    optimizer = O.AdamW(model.parameters(), lr=1e-2)
+    compressor = compressor_of(model, optimizer)
+    losses = train(model, [optimizer], 6, compressor)
+    assert compressor.ranks == {"layers.0": 5, "layers.1": 5}
+    assert model.layers[2] is model.layers[0]
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_unfrozen_after_the_compressor_was_built():
+    """Trainable by now, but in no group: the reduction says so before it touches anything."""
+    model = Mixed(("lru",))
+    model.layers[0].B_re.requires_grad_(False)
+    optimizer = O.AdamW([p for p in model.parameters() if p.requires_grad])
+    compressor = compressor_of(model, optimizer, at=1)
+    model.layers[0].B_re.requires_grad_(True)
+    with pytest.raises(OptimizerError, match=r"does not hold 1 trainable.*layers\.0\.B_re"):
+        compressor.step()
+    assert model.layers[0].d_state == 16
+    optimizer.add_param_group({"params": [model.layers[0].B_re]})
+    compressor = compressor_of(model, optimizer, at=1)
+    assert compressor.step().changed
+
+
+# The mathematics of section "Optimizer state": a change of basis alone.
+
+
+def gradients(model, names):
+    loss_of(model, 7).backward()
+    found = {key: model.layers[0].get_parameter(key).grad.double() for key in names}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lru", "mamba"])
+def test_gradients_are_carried_to_the_gradients_of_the_new_parameters(kind):
+    """All states kept, in another basis: the carried first moment is the gradient that the reduced layer really has."""
+    model = Mixed((kind,), states=6, dtype=torch.float64)
+    layers = find_layers(model)
+    module, adapter = layers["layers.0"]
+    calibration = Calibration([torch.randn(4, 9, 2, dtype=torch.float64)]) if kind == "mamba" else Calibration()
+    candidate = analyse(model, layers, "real", calibration)["layers.0"]
+    edit = adapter.edit(module, candidate.analysis.reduce(6))
+    old = {key: module.get_parameter(key).detach().clone() for key in edit.tensors}
+    before, loss = gradients(model, edit.tensors), loss_of(model, 7).detach()
+    with torch.no_grad():
+        for key, value in edit.tensors.items():
+            module.get_parameter(key).copy_(value)
+    assert any(not torch.allclose(old[key], value) for key, value in edit.tensors.items())
+    torch.testing.assert_close(loss_of(model, 7).detach(), loss)
+    after, carried = gradients(model, edit.tensors), edit.first_moments(before)
+    for key in edit.tensors:
+        error = float((carried[key] - after[key]).norm() / after[key].norm())
+        assert error < 1e-7, (key, error)
+
+
+def test_the_step_of_adam_follows_a_permutation_of_the_states():
+    """Mamba with all states kept: what changes is their order, and Adam's next step is the same one, reordered."""
+    results = []
+    for reorder in (False, True):
+        torch.manual_seed(0)
+        model = Mixed(("mamba",), states=6, dtype=torch.float64)
+        optimizer = O.Adam(model.parameters(), lr=1e-2)
+        train(model, [optimizer], 3)
+        layers = find_layers(model)
+        module, adapter = layers["layers.0"]
+        order = torch.tensor([3, 1, 5, 0, 4, 2])
+        if reorder:
+            reduction = compressm.control.SelectiveReduction(order, torch.eye(6, dtype=torch.float64)[order], "obs", 0.0)
+            edit = adapter.edit(module, reduction)
+            from compressm.compression.surgery import apply_edits
+
+            apply_edits(model, {"layers.0": edit}, layers, optimizers=[optimizer])
+        train(model, [optimizer], 3, first=3)
+        results.append(module.A_log.detach())
+    torch.testing.assert_close(results[1], results[0][:, order], rtol=1e-12, atol=0)
+
+
+# Any of it together.
+
+FROZEN = ("layers.0.theta_log", "layers.0.B_re", "layers.0.C_im", "layers.1.A_log", "layers.1.x_proj.weight", "encoder.bias")
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(sorted(OPTIMIZERS)),
+    kinds=st.sampled_from([("lru", "mamba"), ("mamba", "lru"), ("lru", "lru"), ("mamba", "mamba")]),
+    frozen=st.sets(st.sampled_from(FROZEN)),
+    split=st.integers(1, 3),
+    moments=st.sampled_from(["transport", "reset", "slice"]),
+    rank=st.sampled_from([1, 3, 15]),
+    seed=st.integers(0, 3),
+)
+def test_any_combination_passes_the_audit_and_trains_on(name, kinds, frozen, split, moments, rank, seed):
+    torch.manual_seed(seed)
+    model = Mixed(kinds)
+    for key, p in model.named_parameters():
+        p.requires_grad_(key not in frozen)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": trained[i::split]} for i in range(split)]
+    optimizer = build(model, name, groups)
+    compressor = compressor_of(model, optimizer, rank=rank, at=2, moments=moments)
+    held = trained_names(model, [optimizer])
+    losses = train(model, [optimizer], 4, compressor)
+    assert compressor.ranks == {"layers.0": rank, "layers.1": rank}
+    check_optimizers(compressor.layers, model, [optimizer])
+    audit(model, [optimizer], trained=held)
+    assert trained_names(model, [optimizer]) == held
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(p.isfinite().all() for p in model.parameters())
