@@ -50,9 +50,8 @@ def check_copies(
         if function.__module__ == "torch.cuda.graphs" and function.__qualname__.startswith(GRAPHED):
             _check_graphed([names[id(p)] for p in closure_of(function).get("module_params", ()) if id(p) in names])
     inside = {id(module._parameters) for module in model.modules()}
-    for module in modules:
-        if id(vars(module).get("_parameters")) not in inside:
-            _warn_holder(module, [names[id(p)] for _, p in module.named_parameters(recurse=False) if id(p) in names])
+    outside = [module for module in modules if id(vars(module).get("_parameters")) not in inside]
+    _warn_holders({module: [n for p in own_parameters(module) if (n := names.get(id(p)))] for module in outside})
     _warn_averages(model, swapped.values(), [m for m in modules if m is not ema])
     if graphs and any(old.is_cuda for old, _ in swapped.values()):
         _warn(
@@ -81,17 +80,23 @@ def _check_graphed(hit: list[str]) -> None:
         )
 
 
-def _warn_holder(module: nn.Module, held: list[str]) -> None:
-    if held:
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters, also those that a traced module keeps in C++; none before its ``__init__``."""
+    return [p for p in getattr(module, "_parameters", {}).values() if p is not None]
+
+
+def _warn_holders(held: Mapping[nn.Module, list[str]]) -> None:
+    holders = sorted({type(module).__name__ for module, names in held.items() if names})
+    if holders:
         _warn(
-            f"a {type(module).__name__} outside the model holds {_some(held)}: a traced, exported or tied copy, which keeps "
-            "the old weights. Make it again after the reduction"
+            f"outside the model, {_some(holders)} holds {_some(sorted({name for names in held.values() for name in names}))}: "
+            "a traced, exported or tied copy, which keeps the old weights. Make it again after the reduction"
         )
 
 
 def _warn_averages(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], modules: Iterable[nn.Module]) -> None:
-    """Updating with other shapes fails loudly in torch, except where the new shape broadcasts into the old one."""
-    if not any(_broadcasts(new.shape, old.shape) for old, new in pairs):
+    """Updating with other shapes fails loudly in torch, except where all new shapes broadcast into the old ones."""
+    if not all(_broadcasts(new.shape, old.shape) for old, new in pairs):
         return
     shapes = [p.shape for p in model.parameters()]
     for module in modules:
