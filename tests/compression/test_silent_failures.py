@@ -133,6 +133,19 @@ def test_an_average_that_did_not_follow_is_refused_at_the_next_reduction(trained
     assert compressor.ranks == ranks
 
 
+def test_an_average_that_does_not_take_the_new_values_undoes_everything(trained, snapshot):
+    class Frozen(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    model, optimizer = trained
+    ema = Frozen({name: p.detach().clone() for name, p in model.named_parameters()})
+    before = snapshot(model, optimizer, ema=ema)
+    with pytest.raises(ArgumentError, match=r"ema: expected layers\.0\.nu_log of shape \(5,\), got shape \(16,\)"):
+        reduce(model, optimizer, ema=ema)
+    before.check()
+
+
 def test_an_average_outside_into_which_one_state_would_broadcast():
     model = Mixed(("lru", "lru"))
     optimizer = torch.optim.AdamW(model.parameters())
