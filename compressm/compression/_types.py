@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -11,11 +10,11 @@ LARGEST = 2**63
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is what the type says; lists count as tuples, finite ints as floats, and bools never as numbers.
+    """Whether ``value`` is what the type says; lists count as tuples, ints as floats, and bools never as numbers.
 
     Args:
         value: a tree of JSON values.
-        hint: None, bool, int (of 64 bits), float (finite), str, a class, or one of list, tuple (of one kind of item), dict and
+        hint: None, bool, int (of 64 bits), float, str, a class, or one of list, tuple (of one kind of item), dict and
             unions of these.
     """
     if hint is Any:
@@ -25,7 +24,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         if isinstance(value, bool) or not isinstance(value, int if hint is int else int | float):
             return False
-        return -LARGEST <= value < LARGEST if isinstance(value, int) else math.isfinite(value)
+        return isinstance(value, float) or -LARGEST <= value < LARGEST
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return any(fits(value, part) for part in parts)

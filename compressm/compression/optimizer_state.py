@@ -13,6 +13,12 @@ from compressm.compression.audit import ELEMENTWISE
 from compressm.errors import CheckpointError, OptimizerError
 
 LARGEST = 2**63
+COUNTERS = (torch.float32, torch.float64, torch.int64, torch.int32)  # smaller ones stop counting
+# What the state of a parameter, if there is any, must hold; the optimizers would fail later, or start anew in silence.
+NEEDED: tuple[tuple[tuple[type, ...], frozenset[str]], ...] = (
+    ((torch.optim.SGD,), frozenset({"momentum_buffer"})),
+    ((torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam), frozenset({"step", "exp_avg", "exp_avg_sq"})),
+)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -60,9 +66,13 @@ def check_optimizer_state(
         raise CheckpointError("optimizer state is malformed")
     for index, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         _check_group(f"optimizer group {index}", group, own)
+    amsgrad = {name for group in groups if group.get("amsgrad") for name in group["params"]}
+    needed = next((keys for classes, keys in NEEDED if isinstance(optimizer, classes)), frozenset())
     for name, entries in state.items():
         if name not in numbers or not isinstance(entries, Mapping):
             raise CheckpointError(f"optimizer state of {name!r:.80}, expected a parameter of this optimizer")
+        if lost := sorted((needed | ({"max_exp_avg_sq"} if name in amsgrad else set())) - entries.keys()):
+            raise CheckpointError(f"optimizer state of {name!r} has no {', '.join(lost)}")
         for key, value in entries.items():
             _check_entry(f"optimizer state {key!s:.80} of {name!r}", key, value, parameters[name])
     return {
@@ -73,9 +83,10 @@ def check_optimizer_state(
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, ready: Mapping[str, Any], exact: set[int]) -> None:
-    """``optimizer.load_state_dict``, but state keeps its dtype where its parameter has kept its own.
+    """``optimizer.load_state_dict``, but no state is rounded where its parameter has kept its dtype.
 
-    torch casts all state to the dtype of its parameter: float32 moments of bfloat16 parameters would be rounded.
+    torch casts all state to the dtype of its parameter, in which its own optimizers keep it; others keep float32 moments or
+    copies of bfloat16 parameters.
 
     Args:
         optimizer: of the model as it is now.
@@ -97,12 +108,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, ready: Mapping[str, A
         for key, value in group.items():
             if isinstance(value, Tensor) and isinstance(before.get(key), Tensor):
                 group[key] = value.to(before[key])
+    if type(optimizer).__module__.startswith("torch."):
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, entries in ready["state"].items():
+    for number in exact & ready["state"].keys():
         state = optimizer.state[parameters[number]]
-        for key, value in entries.items():
+        for key, value in ready["state"][number].items():
             loaded = state.get(key)
-            if number in exact and isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and value.dtype != loaded.dtype:
                 state[key] = value.to(loaded.device)
 
 
@@ -146,12 +159,10 @@ def _numbered(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _check_group(where: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Hyperparameters must be of the kind that the optimizer has; others, such as a scheduler's initial_lr, numbers."""
-    for key, value in saved.items():
-        fits = _alike(value, own[key]) if key in own else _alike(value, None)
-        if key != "params" and not fits:
-            expected = f"one like {own[key]!r:.80}" if key in own else "a number"
-            raise CheckpointError(f"{where}: {key!s:.80} is {value!r:.80}, expected {expected}")
+    """Hyperparameters must be of the kind that the optimizer has; others, such as a scheduler's ``initial_lr``, are kept."""
+    for key in saved.keys() & own.keys() - {"params"}:
+        if not _alike(saved[key], own[key]):
+            raise CheckpointError(f"{where}: {key} is {saved[key]!r:.80}, expected one like {own[key]!r:.80}")
 
 
 def _alike(value: Any, own: Any) -> bool:
@@ -160,7 +171,7 @@ def _alike(value: Any, own: Any) -> bool:
     if isinstance(own, bool):
         return value is None or isinstance(value, bool)
     if isinstance(own, int | float | Tensor):
-        return _is_number(value) or (isinstance(value, int | float | Tensor) and not _is_number(own))
+        return _is_number(value)
     if isinstance(own, list | tuple):
         fits = isinstance(value, list | tuple) and len(value) == len(own)
         return fits and all(_alike(one, other) for one, other in zip(value, own, strict=True))
@@ -177,7 +188,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_entry(where: str, key: Any, value: Any, parameter: Tensor) -> None:
-    if key == "step" and not (_is_number(value) and value >= 0):
+    counts = _is_number(value) and value >= 0 and getattr(value, "dtype", torch.int64) in COUNTERS
+    if key == "step" and not counts:
         raise CheckpointError(f"{where} is {value!r:.80}, expected a number of steps")
     if key in ELEMENTWISE and value is not None:
         if not isinstance(value, Tensor) or value.is_complex() != parameter.is_complex():
