@@ -140,7 +140,8 @@ class Restoration:
         with ExitStack() as undo:
             undo.callback(reshape(self.model, self.layers, self.ranks, self.optimizers))
             own = persistent(self.model)
-            _check_shapes(own, self.state)
+            for name, saved in self.state.items():
+                _check_shape(name, saved, own[name])
             before = {name: own[name].to("cpu", copy=True) for name in self.state}
             undo.callback(_fill, own, before)
             _fill(own, self.state)
@@ -201,7 +202,8 @@ def check(
     if left:
         raise CheckpointError(f"holds tensors that its manifest does not name: {_listed(left)}")
     ranks = saved_ranks(manifest, layers, strict=strict)
-    state = _check_model(model, state, strict)
+    reshaped = {full_name(name, key) for name, rank in ranks.items() for key in _reshaped(*layers[name], rank)}
+    state = _check_model(model, state, reshaped, strict)
     _check_room(layers, ranks, state)
     if optimizers and len(saved) != len(optimizers):
         raise CheckpointError(f"holds the state of {len(saved)} optimizers, expected {len(optimizers)}")
@@ -260,8 +262,13 @@ def _section(manifest: Mapping[str, Any], name: str, tensors: dict[str, Tensor],
     return value
 
 
-def _check_model(model: nn.Module, state: dict[str, Any], strict: bool) -> dict[str, Tensor]:
-    """Names, kinds and values of the model's tensors; returns those to fill."""
+def _reshaped(module: nn.Module, adapter: Adapter, rank: int) -> tuple[str, ...]:
+    """Names, relative to a layer, of its parameters if that rank is another than now."""
+    return () if adapter.rank(module) == rank else adapter.parameters(module)
+
+
+def _check_model(model: nn.Module, state: dict[str, Any], reshaped: set[str], strict: bool) -> dict[str, Tensor]:
+    """Names, kinds and values of the model's tensors, and shapes of those that will not be reshaped; returns those to fill."""
     own = persistent(model)
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or unexpected:
@@ -273,7 +280,11 @@ def _check_model(model: nn.Module, state: dict[str, Any], strict: bool) -> dict[
     places: dict[tuple, str] = {}
     result = {name: state[name] for name in own if name in state}
     for name, saved in result.items():
+        if own[name].is_meta:
+            raise CheckpointError(f"{name} is on the meta device, expected memory to load into. Use model.to_empty(device=...)")
         _check_kind(name, saved, own[name])
+        if name not in reshaped:
+            _check_shape(name, saved, own[name])
         _check_number(name, saved, finite=name in parameters)
         twin = places.setdefault((own[name].data_ptr(), own[name].shape, own[name].stride()), name)
         if twin != name and own[name].numel() and not torch.equal(saved, state[twin]):
@@ -323,12 +334,9 @@ def _check_room(layers: Layers, ranks: Mapping[str, int], state: Mapping[str, Te
                 raise CheckpointError(f"{full} has shape {got}, expected {rank} states, as the ranks say of layer {name!r}")
 
 
-def _check_shapes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    for name, saved in state.items():
-        if own[name].is_meta:
-            raise CheckpointError(f"{name} is on the meta device, expected memory to load into. Use model.to_empty(device=...)")
-        if saved.shape != own[name].shape:
-            raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own[name])}")
+def _check_shape(name: str, saved: Tensor, own: Tensor) -> None:
+    if saved.shape != own.shape:
+        raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own)}")
 
 
 def _check_progress(compressor: Compressor, progress: Mapping[str, Any] | None, ranks: Mapping[str, int]) -> None:

@@ -53,7 +53,7 @@ def value(draw: random.Random, parts: Parts) -> Any:
     name = draw.choice(sorted(parts.tensors) or [""])
     _, somewhere = draw.choice([(c, c[k]) for c, k in slots(parts.manifest)] or [(None, None)])
     return draw.choice([
-        None, True, False, -1, 0, 1, 3, 1 << 20, (1 << 20) + 1, 1 << 63, -(1 << 63), 10**300, 10**4000, 0.5, -0.0, 1e308, -1e-300,
+        None, True, False, -1, 0, 1, 3, 1 << 20, (1 << 20) + 1, 1 << 63, -(1 << 63), 10**300, 10**4000, 0.5, -0.0, 1e308,
         float("nan"), float("inf"), "abc", "", "1", "nan", [], {}, [[]], [1, 2], {"a": 1}, "\ud800", draw.choice(NAMES),
         {"!tensor": name}, {"!tensor": "gone"}, {"!tensor": 3}, {"!floats": name}, {"!float": "nan"}, {"!float": "1e3"},
         {"!tuple": [1]}, {"!tuple": 3}, {"!dict": [[1, 2], [1, 3]]}, {"!dict": [[True, 2]]}, {"!dict": [[[], 2]]},
@@ -97,7 +97,8 @@ def mutate_manifest(draw: random.Random, parts: Parts) -> bytes:
 def mutate_ranks(draw: random.Random, parts: Parts) -> bytes:
     ranks = parts.manifest["ranks"]
     name = draw.choice(sorted(ranks))
-    ranks[name] = draw.choice([ranks[name] + 1, ranks[name] - 1, 1, 1 << 20, (1 << 20) - 1, 1 << 40, 0, -3, True, 2.0, "4", None])
+    now = ranks[name]
+    ranks[name] = draw.choice([now + 1, now - 1, 1, 1 << 20, (1 << 20) - 1, 1 << 40, 0, -3, True, 2.0, "4", None])
     progress = parts.manifest["compressor"]
     if progress is not None and draw.random() < 0.7:
         progress["ranks"] = dict(ranks)
@@ -116,7 +117,8 @@ def mutate_tensors(draw: random.Random, parts: Parts) -> bytes:
     elif kind == "cast":
         tensor = tensor.to(draw.choice(DTYPES[:-1]))
     elif kind == "shape":
-        tensor = draw.choice([tensor.reshape(-1), tensor[None], tensor.T.contiguous() if tensor.dim() == 2 else tensor[..., None]])
+        turned = tensor.T.contiguous() if tensor.dim() == 2 else tensor[..., None]
+        tensor = draw.choice([tensor.reshape(-1), tensor[None], turned])
     elif kind == "cut" and tensor.dim():
         tensor = tensor[: len(tensor) // 2].clone()
     elif kind == "grow" and tensor.dim():
@@ -154,7 +156,8 @@ def mutate_text(draw: random.Random, parts: Parts) -> bytes:
         text.replace(entry, f"{json.dumps(key)}: 1e999", 1),
         text.replace(entry, json.dumps(key) + ": " + "[" * 100_000, 1),
         text.replace(entry, json.dumps(key) + ": " + '{"a":' * 3000 + "1" + "}" * 3000, 1),
-        text[:place], text[:place] + text[place + 1 :], text + "x", "", "null", "\ufeff" + text, text[:place] + "\0" + text[place:],
+        text[:place], text[:place] + text[place + 1 :], text + "x", "", "null", "\ufeff" + text,
+        text[:place] + "\0" + text[place:],
         text[:place] + chr(32 + draw.randrange(95)) + text[place + 1 :],
     ]))  # fmt: skip
 
@@ -167,9 +170,11 @@ def mutate_header(draw: random.Random, data: bytes) -> bytes:
     entry = header[name]
     lie = draw.choice(["dtype", "shape", "offsets", "rename", "metadata", "overlap", "length"])
     if lie == "dtype":
-        entry["dtype"] = draw.choice(["F16", "BF16", "F64", "I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "C64", "F4", "U64", "X", "", 3])
+        known = ["F16", "BF16", "F64", "I8", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "C64", "F4", "U64"]
+        entry["dtype"] = draw.choice([*known, "X", "", 3])
     elif lie == "shape":
-        entry["shape"] = draw.choice([[1 << 62, 4], [1 << 63], [-1], [0], [], entry["shape"] * 2, entry["shape"][::-1], ["2"], 3])
+        shape = entry["shape"]
+        entry["shape"] = draw.choice([[1 << 62, 4], [1 << 63], [-1], [0], [], shape * 2, shape[::-1], ["2"], 3])
     elif lie == "offsets":
         entry["data_offsets"] = draw.choice([[0, 1 << 62], [1 << 63, 1 << 63], [-1, 4], [4, 0], [0], [0, len(body)], "ab"])
     elif lie == "rename":

@@ -1,6 +1,6 @@
 """Kill training at random moments and resume it: ``python tests/fuzz/checkpoint_kills.py --kills 200 --seed 0``.
 
-A process trains a model with dropout and two reductions, saves after every step and is killed with SIGKILL; another one goes
+A process trains a model with dropout and four reductions, saves after every step and is killed with SIGKILL; another one goes
 on from its checkpoint.  Every loss that any of them has seen must be that of a run that nobody interrupted, bit for bit, and
 so must the weights at the end.  Processes are forked from one that has imported torch and computed nothing.
 """
@@ -29,7 +29,7 @@ import compressm
 from compressm.compression import checkpoint
 from compressm.layers import LRU
 
-STEPS, REDUCTIONS = 30, (8, 16)
+STEPS, REDUCTIONS = 30, (5, 10, 15, 20)
 PHASES = ("starting", "training", "reducing", "saving", "done")
 
 
@@ -39,7 +39,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Linear(3, 6)
-        self.lru = LRU(6, 12)
+        self.lru = LRU(6, 16)
         self.drop = nn.Dropout(0.2)
         self.head = nn.Linear(6, 2)
 
@@ -59,7 +59,7 @@ def train(path: Path, log: Path, seed: int, phase: mmap.mmap | None = None) -> s
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     calibration = [torch.randn(4, 12, 3, generator=torch.Generator().manual_seed(seed))]
-    policy, schedule = compressm.Shrink(0.4), compressm.At(REDUCTIONS)
+    policy, schedule = compressm.Shrink(0.2), compressm.At(REDUCTIONS)
     compressor = compressm.Compressor(model, optimizer, policy=policy, schedule=schedule, calibration=calibration)
     if path.exists():
         extra = compressm.load(path, model, optimizer=optimizer, compressor=compressor, rng=True)
