@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from compressm.compression.audit import ELEMENTWISE
 from compressm.errors import CheckpointError, OptimizerError
 
-LARGEST = 2**63
+LARGEST = torch.finfo(torch.float32).max  # of a hyperparameter
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # how steps are computed, where the model is now
 COUNTERS = (torch.float32, torch.float64, torch.int64, torch.int32)  # smaller ones stop counting
 # What the state of a parameter, if there is any, must hold; the optimizers would fail later, or start anew in silence.
 NEEDED: tuple[tuple[tuple[type, ...], frozenset[str]], ...] = (
@@ -46,7 +47,8 @@ def check_optimizer_state(
     """What ``optimizer.load_state_dict`` takes, after checking that groups, types and shapes fit.
 
     Args:
-        optimizer, model: as they are before anything is reshaped.
+        optimizer, model: as they are before anything is reshaped.  ``foreach``, ``fused``, ``capturable`` and
+            ``differentiable`` stay the optimizer's own: a run may go on where the saved ones do not work.
         saved: from :func:`pack_optimizer`.
         parameters: by name, tensors of the shapes that the parameters will have.
 
@@ -64,6 +66,10 @@ def check_optimizer_state(
         raise CheckpointError("its optimizer groups hold other parameters, expected those of this optimizer")
     if not isinstance(state, Mapping) or not isinstance(more, Mapping) or {"state", "param_groups"} & more.keys():
         raise CheckpointError("optimizer state is malformed")
+    groups = [
+        {**group, **{key: own[key] for key in IMPLEMENTATION if key in own}}
+        for group, own in zip(groups, optimizer.param_groups, strict=True)
+    ]
     for index, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         _check_group(f"optimizer group {index}", group, own)
     amsgrad = {name for group in groups if group.get("amsgrad") for name in group["params"]}
@@ -179,12 +185,10 @@ def _alike(value: Any, own: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Finite, no bool; tensors of one element count."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and math.isfinite(value.item())
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < LARGEST
-    return isinstance(value, float) and math.isfinite(value)
+    """Finite in float32, no bool; tensors of one element count."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _check_entry(where: str, key: Any, value: Any, parameter: Tensor) -> None:

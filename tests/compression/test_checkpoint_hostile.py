@@ -147,6 +147,7 @@ MANIFESTS = [
     (setting("optimizers", 0, "groups", 0, "lr", to="abc"), "optimizer group 0: lr is 'abc', expected one like 0.01"),
     (setting("optimizers", 0, "groups", 0, "lr", to=True), "lr is True"),
     (setting("optimizers", 0, "groups", 0, "lr", to={"!float": "nan"}), "lr is nan"),
+    (setting("optimizers", 0, "groups", 0, "weight_decay", to=1e308), "weight_decay is 1e[+]308"),
     (setting("optimizers", 0, "groups", 0, "betas", to={"!tuple": [0.9]}), r"betas is \(0.9,\)"),
     (setting("optimizers", 0, "groups", 0, "amsgrad", to="yes"), "amsgrad is 'yes'"),
     (setting("optimizers", 0, "groups", 0, "params", to=["head.bias"]), "groups hold other parameters"),

@@ -237,6 +237,27 @@ def test_tensor_learning_rates_keep_their_kind(tmp_path):
     assert torch.equal(its.param_groups[0]["lr"], torch.tensor(0.25, dtype=torch.float64))
 
 
+def test_an_optimizer_keeps_its_own_implementation(tmp_path):
+    """A run saved with CUDA's capturable steps goes on where there are none."""
+
+    def build(**options):
+        model = Model(LRU(4, 3))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+
+    model, optimizer = build(fused=True)
+    model(torch.randn(4, 5, 4)).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["capturable"] = True
+    compressm.save(tmp_path / "a", model, optimizer=optimizer)
+    other, its = build(foreach=True)
+    compressm.load(tmp_path / "a", other, optimizer=its)
+    group = its.param_groups[0]
+    assert (group["fused"], group["foreach"], group["capturable"]) == (None, True, False)
+    other(torch.randn(4, 5, 4)).sum().backward()
+    its.step()
+    assert all(its.state[p]["step"] == 2 for p in other.parameters())
+
+
 def test_a_model_on_the_meta_device(tmp_path):
     compressm.save(tmp_path / "a", Model(LRU(4, 3)))
     with torch.device("meta"):
