@@ -1,4 +1,8 @@
-"""Trees of JSON values and tensors: the structure goes into a JSON manifest, the tensors into a safetensors file."""
+"""Trees of JSON values and tensors: the structure goes into a JSON manifest, the tensors into a safetensors file.
+
+Decoding trusts nothing: every tensor is handed out once, so that no two places of the result share memory, depth is bounded,
+and markers, keys and numbers are checked.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,21 @@ from torch import Tensor
 from compressm.errors import CheckpointError
 
 # A dict with exactly one of these keys is a marker; dicts of the user that would look like one are written as pairs.
-TENSOR, TUPLE, PAIRS, NUMBER = "!tensor", "!tuple", "!dict", "!float"
-MARKERS = frozenset({TENSOR, TUPLE, PAIRS, NUMBER})
+TENSOR, TUPLE, PAIRS, NUMBER, FLOATS = "!tensor", "!tuple", "!dict", "!float", "!floats"
+MARKERS = frozenset({TENSOR, TUPLE, PAIRS, NUMBER, FLOATS})
+MANY_FLOATS = 64  # lists of so many floats become tensors: spectra would fill the header, which safetensors limits
+MAX_DEPTH = 100
+MAX_BITS = 4096  # of an int; Python refuses to parse more than 4300 digits
 
 
-def encode(tree: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+def encode(tree: Any, where: str, tensors: dict[str, Tensor], depth: int = 0) -> Any:
     """JSON for a tree of None, bool, int, float, str, list, tuple, dict and tensors.
 
     Args:
-        tree: the tree.
+        tree: the tree, at most 100 levels deep.
         where: name of this node, also the name under which a tensor is stored.
         tensors: receives the tensors.
+        depth: levels above this node.
 
     Raises:
         CheckpointError: something else is in the tree; names where.
@@ -30,56 +38,78 @@ def encode(tree: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if tree is None or isinstance(tree, bool | str):
         return tree
     if isinstance(tree, Tensor):
-        key, again = where, 1
-        while key in tensors:  # {"a/b": x, "a": {"b": y}} and {1: x, "1": y} lead to the same name
-            key, again = f"{where}#{again}", again + 1
-        tensors[key] = tree
-        return {TENSOR: key}
-    if type(tree) is int:
+        return {TENSOR: _store(tree, where, tensors)}
+    if type(tree) is int and tree.bit_length() <= MAX_BITS:
         return tree
     if type(tree) is float:
         return tree if math.isfinite(tree) else {NUMBER: repr(tree)}
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{where[:80]}...: nested deeper than {MAX_DEPTH} levels, expected a flatter tree")
+    if type(tree) is list and len(tree) >= MANY_FLOATS and all(type(value) is float for value in tree):
+        return {FLOATS: _store(torch.tensor(tree, dtype=torch.float64), where, tensors)}
     if isinstance(tree, list):
-        return [encode(value, f"{where}/{i}", tensors) for i, value in enumerate(tree)]
+        return [encode(value, f"{where}/{i}", tensors, depth + 1) for i, value in enumerate(tree)]
     if type(tree) is tuple:
-        return {TUPLE: [encode(value, f"{where}/{i}", tensors) for i, value in enumerate(tree)]}
+        return {TUPLE: [encode(value, f"{where}/{i}", tensors, depth + 1) for i, value in enumerate(tree)]}
     if isinstance(tree, Mapping):
         if all(isinstance(key, str) for key in tree) and not MARKERS & tree.keys():
-            return {key: encode(value, f"{where}/{key}", tensors) for key, value in tree.items()}
+            return {key: encode(value, f"{where}/{key}", tensors, depth + 1) for key, value in tree.items()}
         if all(isinstance(key, str | int) and not isinstance(key, bool) for key in tree):
-            return {PAIRS: [[key, encode(value, f"{where}/{key}", tensors)] for key, value in tree.items()]}
+            return {PAIRS: [[key, encode(value, f"{where}/{key}", tensors, depth + 1)] for key, value in tree.items()]}
         raise CheckpointError(f"{where}: a dict key is neither str nor int, expected JSON values and tensors")
+    got = f"an int of {tree.bit_length()} bits" if type(tree) is int else type(tree).__name__
     raise CheckpointError(
-        f"{where}: got {type(tree).__name__}, expected None, bool, int, float, str, list, tuple, dict or torch.Tensor"
+        f"{where}: got {got}, expected None, bool, int (up to {MAX_BITS} bits), float, str, list, tuple, dict or torch.Tensor"
     )
 
 
-def decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _store(tensor: Tensor, where: str, tensors: dict[str, Tensor]) -> str:
+    name = where if where.isascii() else ascii(where)  # a str that is not valid Unicode cannot be written
+    key, again = name, 1
+    while key in tensors:  # {"a/b": x, "a": {"b": y}} and {1: x, "1": y} lead to the same name
+        key, again = f"{name}#{again}", again + 1
+    tensors[key] = tensor
+    return key
+
+
+def decode(node: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
     """The inverse of :func:`encode`.
 
+    Args:
+        node: what ``encode`` returned.
+        tensors: by name; each that is used is taken out.
+        depth: levels above this node.
+
     Raises:
-        CheckpointError: a tensor is missing, or a marker is malformed.
+        CheckpointError: a tensor is missing or named twice, a marker is malformed, or the tree is too deep.
     """
-    if isinstance(node, list):
-        return [decode(value, tensors) for value in node]
-    if not isinstance(node, dict):
+    if not isinstance(node, list | dict):
         return node
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"manifest: nested deeper than {MAX_DEPTH} levels")
+    if isinstance(node, list):
+        return [decode(value, tensors, depth + 1) for value in node]
     if len(node) != 1 or not MARKERS & node.keys():
-        return {key: decode(value, tensors) for key, value in node.items()}
+        return {key: decode(value, tensors, depth + 1) for key, value in node.items()}
     ((marker, value),) = node.items()
-    if marker == TENSOR and isinstance(value, str) and value in tensors:
-        return tensors[value]
     if marker == TUPLE and isinstance(value, list):
-        return tuple(decode(item, tensors) for item in value)
+        return tuple(decode(item, tensors, depth + 1) for item in value)
     if marker == NUMBER and value in ("nan", "inf", "-inf"):
         return float(value)
     if marker == PAIRS and isinstance(value, list) and all(_is_pair(item) for item in value):
-        return {key: decode(item, tensors) for key, item in value}
+        result = {key: decode(item, tensors, depth + 1) for key, item in value}
+        if len(result) == len(value):
+            return result
+    if marker in (TENSOR, FLOATS) and isinstance(value, str) and value in tensors:
+        if marker == TENSOR:
+            return tensors.pop(value)
+        if tensors[value].dtype == torch.float64 and tensors[value].dim() == 1:
+            return tensors.pop(value).tolist()
     raise CheckpointError(f"manifest: malformed entry {marker}: {str(value)[:80]!r}")
 
 
 def _is_pair(item: Any) -> bool:
-    return isinstance(item, list) and len(item) == 2 and isinstance(item[0], str | int)
+    return isinstance(item, list) and len(item) == 2 and isinstance(item[0], str | int) and not isinstance(item[0], bool)
 
 
 def to_storable(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -88,13 +118,13 @@ def to_storable(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
     Complex tensors become real ones with a last axis of two.
 
     Raises:
-        CheckpointError: a sparse or quantized tensor.
+        CheckpointError: a sparse, quantized or meta tensor.
     """
     result: dict[str, Tensor] = {}
     complex_names, seen = [], set()
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            kind = "quantized" if tensor.is_quantized else "meta" if tensor.is_meta else str(tensor.layout)
             raise CheckpointError(f"{name}: got a {kind} tensor, expected a dense one")
         value = tensor.detach()
         if value.is_complex():
@@ -107,3 +137,21 @@ def to_storable(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
         seen.add(value.untyped_storage().data_ptr())
         result[name] = value
     return result, complex_names
+
+
+def from_storable(tensors: dict[str, Tensor], complex_names: Any) -> dict[str, Tensor]:
+    """The inverse of :func:`to_storable`.
+
+    Raises:
+        CheckpointError: the names are no list of distinct tensors with a last axis of two.
+    """
+    if not isinstance(complex_names, list) or not all(isinstance(name, str) for name in complex_names):
+        raise CheckpointError("manifest: complex is no list of tensor names")
+    result = dict(tensors)
+    for name in complex_names:
+        value = result.get(name)
+        pairs = value is not None and not value.is_complex() and value.shape[-1:] == (2,)
+        if not pairs or value.dtype not in (torch.float16, torch.float32, torch.float64):
+            raise CheckpointError(f"manifest: complex tensor {name[:80]!r} is missing or malformed")
+        result[name] = torch.view_as_complex(value)
+    return result

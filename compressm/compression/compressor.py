@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressm.compression._types import fits
 from compressm.compression.audit import Ema, check_ema, check_optimizers, check_swappable
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish
 from compressm.compression.moments import check_moments
@@ -21,6 +22,10 @@ from compressm.compression.schedules import Schedule
 from compressm.errors import CompressmError, bad_argument
 
 STATE_FORMAT = 1
+STATE_TYPES = {
+    "format": int, "recipe": str, "step": int, "attempts": int, "kept": dict[str, float], "ranks": dict[str, int],
+    "history": list[dict],
+}  # fmt: skip
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -200,10 +205,15 @@ class Compressor:
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ArgumentError unless ``state`` fits this compressor's recipe and layers (ranks may differ)."""
-        keys = {"format", "recipe", "step", "attempts", "kept", "ranks", "history"}
-        if not isinstance(state, Mapping) or (missing := sorted(keys - state.keys())):
+        if not isinstance(state, Mapping) or (missing := sorted(STATE_TYPES.keys() - state.keys())):
             got = f"without {', '.join(missing)}" if isinstance(state, Mapping) else type(state).__name__
             raise bad_argument("state_dict", got=got, expected="what Compressor.state_dict() returned")
+        for key, hint in STATE_TYPES.items():
+            if not fits(state[key], hint):
+                raise bad_argument(f"state_dict {key}", got=f"{state[key]!r:.80}", expected=f"a value of type {hint}")
+        if min(state["step"], state["attempts"]) < 0 or not all(0 < kept <= 1 for kept in state["kept"].values()):
+            got = f"step {state['step']}, attempts {state['attempts']}, kept {state['kept']}"
+            raise bad_argument("state_dict", got=got, expected="counts, and fractions in (0, 1]")
         if state["format"] != STATE_FORMAT:
             raise bad_argument("state_dict format", got=state["format"], expected=str(STATE_FORMAT))
         if state["recipe"] != self.recipe.name:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
+from compressm.compression._types import fits
 from compressm.errors import bad_argument
 
 
@@ -51,8 +52,15 @@ class LayerReduction:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerReduction:
-        """The inverse of ``dataclasses.asdict``, with lists for tuples allowed."""
+        """The inverse of ``dataclasses.asdict``, with lists for tuples allowed.
+
+        Raises:
+            KeyError, TypeError: keys are missing, or values have other types.
+        """
         values = {field.name: data[field.name] for field in fields(cls) if field.name in data or field.default is MISSING}
+        for key, hint in get_type_hints(cls).items():
+            if key in values and not fits(values[key], hint):
+                raise TypeError(f"{key} of type {hint}: {values[key]!r:.40}")
         return cls(**{k: tuple(v) if k.startswith("spectrum") else v for k, v in values.items()})
 
 
@@ -116,13 +124,16 @@ class ReductionReport:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ArgumentError: keys are missing.
+            ArgumentError: keys are missing, or values have other types.
         """
         try:
+            for key, hint in (("step", int), ("seconds", float), ("reason", str)):
+                if not fits(data[key], hint):
+                    raise TypeError(f"{key} of type {hint}: {data[key]!r:.40}")
             layers = tuple(LayerReduction.from_dict(layer) for layer in data["layers"])
-            return cls(int(data["step"]), float(data["seconds"]), str(data["reason"]), layers)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise bad_argument("history", got=f"an entry without {error}", expected="ReductionReport.to_dict()") from error
+        return cls(data["step"], float(data["seconds"]), data["reason"], layers)
 
     def __str__(self) -> str:
         head = f"step {self.step}: {self.reason} ({self.seconds:.2f} s)"

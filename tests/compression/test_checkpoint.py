@@ -266,8 +266,8 @@ def test_full_disk_leaves_the_old_file(saved, monkeypatch, tmp_path, call):
     if call == "write":
         opened = os.fdopen
 
-        def broken(descriptor, mode):
-            file = opened(descriptor, mode, 0)
+        def broken(descriptor, mode, closefd):
+            file = opened(descriptor, mode, 0, closefd=closefd)
 
             class File:
                 def __enter__(self):

@@ -57,8 +57,10 @@ def test_round_trip(tree):
 def test_tensors_of_one_name_stay_apart():
     tree = {"a/b": torch.zeros(1), "a": {"b": torch.ones(1)}, 1: torch.full((1,), 2.0), "1": torch.full((1,), 3.0)}
     stored: dict[str, torch.Tensor] = {}
-    assert same(decode(encode(tree, "t", stored), stored), tree)
+    node = encode(tree, "t", stored)
     assert len(stored) == 4
+    assert same(decode(node, stored), tree)
+    assert not stored, "every tensor is handed out once"
 
 
 def test_storable_tensors_are_contiguous_and_apart():
