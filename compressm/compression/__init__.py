@@ -1,14 +1,15 @@
 """Shrinking models: how many states, when, measured on what, carried out atomically, and saved."""
 
 from compressm.compression.checkpoint import load, save
-from compressm.compression.compressor import Compressor, ScheduleWarning
+from compressm.compression.compressor import Compressor
+from compressm.compression.guard import Rollback
 from compressm.compression.inspection import Inspection, inspect
 from compressm.compression.moments import UnknownStateWarning
 from compressm.compression.oneshot import compress
 from compressm.compression.optimizer_state import attach_masters, register_optimizer_state
 from compressm.compression.policies import Energy, FixedRank, Policy, Shrink
-from compressm.compression.report import LayerReduction, ReductionPlan, ReductionReport
-from compressm.compression.schedules import At, Every, Once, Schedule, Warmup
+from compressm.compression.report import GuardReport, LayerReduction, ReductionPlan, ReductionReport
+from compressm.compression.schedules import At, Every, Once, Schedule, ScheduleWarning, Warmup, WhenStable
 from compressm.compression.stale import StaleCopyWarning
 
 __all__ = [
@@ -17,18 +18,21 @@ __all__ = [
     "Energy",
     "Every",
     "FixedRank",
+    "GuardReport",
     "Inspection",
     "LayerReduction",
     "Once",
     "Policy",
     "ReductionPlan",
     "ReductionReport",
+    "Rollback",
     "Schedule",
     "ScheduleWarning",
     "Shrink",
     "StaleCopyWarning",
     "UnknownStateWarning",
     "Warmup",
+    "WhenStable",
     "attach_masters",
     "compress",
     "inspect",
