@@ -67,7 +67,7 @@ def save(
             (infinite parameters, NaN in the model or in optimizer state); a checkpoint that was there before is still there.
         OptimizerError: the optimizer is not this model's.
     """
-    path, model = Path(path), plain_model(model)
+    path, model = Path(path), plain_model(model, ddp=True)
     with _about(path):
         manifest, tensors = pack(model, as_optimizers(optimizer), compressor, extra, rng=rng)
         storable, complex_names = to_storable(tensors)

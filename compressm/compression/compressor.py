@@ -12,8 +12,9 @@ from torch import nn
 
 from compressm.compression._batches import replayable
 from compressm.compression._types import fits
-from compressm.compression.audit import Ema, check_ema, check_optimizers, check_swappable
+from compressm.compression.audit import Ema, check_ema, check_optimizers
 from compressm.compression.cadence import Cadence
+from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish, log
 from compressm.compression.guard import Guard, Rollback, check_progress
 from compressm.compression.moments import check_moments
@@ -25,7 +26,6 @@ from compressm.compression.planning import (
     compressible_layers,
     in_view,
     make_plan,
-    plain_model,
     raised,
 )
 from compressm.compression.policies import Policy, check_multiple
@@ -67,12 +67,13 @@ class Compressor:
                 report = compressor.step()
 
     Args:
-        model: a plain module (not DDP or FSDP; a ``torch.compile`` wrapper is looked through).
+        model: a plain module, or one wrapped in DistributedDataParallel (call :meth:`rewrap` after every step) or sharded by
+            ``fully_shard``, with a Compressor on every process; a ``torch.compile`` wrapper is looked through.
         optimizer: the one that trains it, or a sequence of several; None if nothing trains.
         policy: how many states stay (Energy, FixedRank, Shrink).
         schedule: when (Once, Warmup, Every, At, WhenStable), in optimizer steps.
         calibration: iterable of batches for data Gramians (each a tensor, a tuple with the input first, or a dict of keyword
-            arguments; a DataLoader is fine); None: data-free Gramians.
+            arguments; a DataLoader is fine), on several processes each its own part; None: data-free Gramians.
         recipe: None or ``"default"``: real 2N-state spectrum, one tau budget for all attempts, transported moments.
             ``"paper"``: CompreSSM as its authors run it: complex spectrum, data-free, the full tau at every attempt, sliced
             moments; selective layers by the time-invariant mean of every channel, over ``calibration`` if there is one.
@@ -82,11 +83,11 @@ class Compressor:
         moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
         multiple_of: ranks are rounded up to a multiple of this.
         uniform: all layers keep as many states as the one that needs most, for servers that expect one state size.
-        sequences: at most so many calibration sequences.
+        sequences: at most so many calibration sequences, over all processes.
         guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
 
     Raises:
-        ArgumentError, ModelError, OptimizerError: see the messages; nothing has changed.
+        ArgumentError, ModelError, OptimizerError, DistributedError: see the messages; nothing has changed.
     """
 
     def __init__(
@@ -106,26 +107,28 @@ class Compressor:
         sequences: int = 64,
         guard: Rollback | None = None,
     ) -> None:
-        self.model = plain_model(model)
-        self.layers = compressible_layers(self.model)
         self.optimizers = as_optimizers(optimizer)
+        self.team = team_of(model, self.optimizers)
+        self.model = self.team.model
+        self.layers = compressible_layers(self.model)
         self.policy, self.schedule = check_kind(policy, Policy, "policy"), check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
         self.moments = moments if moments is not None else self.recipe.moments
         self.multiple_of, self.uniform, self.ema = multiple_of, uniform, ema
         check_moments(self.moments)
         check_multiple(multiple_of)
-        self.calibration = Calibration(replayable(calibration), forward, sequences)
-        check_swappable(self.model, {name: (m, adapter.parameters(m)) for name, (m, adapter) in self.layers.items()})
+        self.calibration = Calibration(replayable(calibration), forward, sequences, self.team)
+        self.team.check(self.layers, ema)
         self.policy.check_layers(self.ranks)
         if self.optimizers:
             check_optimizers(self.layers, self.model, self.optimizers)
         if ema is not None:
             check_ema(ema, self.model, self.layers)
         self.history: list[ReductionReport | GuardReport] = []
-        self.guard = None if guard is None else Guard(check_kind(guard, Rollback, "guard"), self.schedule)
+        self.guard = None if guard is None else Guard(check_kind(guard, Rollback, "guard"), self.schedule, self.team)
         self.registered: dict[str, Any] = {}
         self._step = self._attempts = self._reduced = 0
+        self.team.same("arguments of the Compressor", self._arguments())
         self._kept = dict.fromkeys(self.layers, 1.0)
         self._memory: Any = None  # of an adaptive schedule
         self._waiting = False  # an attempt came due that has not been made
@@ -173,6 +176,7 @@ class Compressor:
         Raises:
             CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.
         """
+        self.team.ready()
         self._step += 1
         if self._cadence is not None:
             self._cadence.call()
@@ -196,7 +200,7 @@ class Compressor:
             spectra, kept = in_view(candidates, planned)
             rate = max((float(g["lr"]) for optimizer in self.optimizers for g in optimizer.param_groups), default=1.0)
             look = Look(self._step, spectra, kept, rate, self._attempts)
-            due, self._memory = self.schedule.decide(look, self._memory)
+            due, self._memory = self.team.decide(self.schedule.decide(look, self._memory))
             if not due and not waiting:
                 return None
         return self._attempt(candidates, planned, started)
@@ -213,7 +217,9 @@ class Compressor:
                 planned,
                 progress=self._progress(),
                 execute=self._execute,
-                gentler=lambda plan: raised(candidates, plan, multiple_of=self.multiple_of, uniform=self.uniform),
+                gentler=lambda plan: raised(
+                    candidates, plan, multiple_of=self.multiple_of, uniform=self.uniform, team=self.team
+                ),
             )
             if isinstance(outcome, GuardReport):
                 self._attempts += 1
@@ -246,6 +252,15 @@ class Compressor:
     def _next(self, step: int) -> int | None:
         """The first step after ``step`` at which a reduction may be attempted."""
         return next((due for due in self.schedule.steps if due > step), None)
+
+    def rewrap(self) -> nn.Module:
+        """The model to train on: call it after every :meth:`step` of a DistributedDataParallel model.
+
+        Returns:
+            the same wrapper as before, or after a reduction a new DistributedDataParallel with the old one's options around
+            the same module; the old one raises when it is called.  Other models come back as they are.
+        """
+        return self.team.rewrap()
 
     def close(self) -> None:
         """Say goodbye at the end of training.
@@ -358,10 +373,11 @@ class Compressor:
 
     def _choose(self, candidates: Mapping[str, Candidate]) -> Planned:
         policy = self._policy_now
-        return make_plan(candidates, policy, keep=self._keep(), multiple_of=self.multiple_of, uniform=self.uniform)
+        options = {"multiple_of": self.multiple_of, "uniform": self.uniform, "team": self.team}
+        return make_plan(candidates, policy, keep=self._keep(), **options)
 
     def _execute(self, planned: Planned) -> None:
-        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments)
+        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments, team=self.team)
 
     @property
     def _policy_now(self) -> Policy:
@@ -383,6 +399,15 @@ class Compressor:
         self._step, self._attempts = int(progress["step"]), int(progress["attempts"])
         self._reduced, self._memory = int(progress.get("reduced", 0)), progress.get("memory")
         self._kept = {name: float(progress["kept"][name]) for name in self.layers}
+
+    def _arguments(self) -> list[Any]:
+        """What must be the same on all processes that train the model together, JSON-ready."""
+        named = [
+            type(item).__qualname__ if type(item).__repr__ is object.__repr__ else repr(item)
+            for item in (self.policy, self.schedule)
+        ]
+        chosen = [*named, self.recipe.name, self.moments, self.multiple_of, self.uniform, self.ema is None, self.ranks]
+        return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
 
     def _keep(self) -> dict[str, float] | None:
         """Per layer, the fraction the next attempt must keep: an equal share of what is left of the budget."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressm.compression._team import Team
 from compressm.compression._undisturbed import undisturbed
 from compressm.compression.planning import Planned
 from compressm.compression.report import GuardReport
@@ -38,7 +39,7 @@ class Rollback:
        the next scheduled one, or where none is left comes with the next step.  After ``failures`` rollbacks there is none.
 
     A metric that is NaN or infinite fails.  Metrics run in eval mode without gradients and leave no trace in the model or the
-    random states.  In distributed training they must return the same number on every process.
+    random states.  In distributed training every process calls them, and rank 0's number decides.
 
     After a rollback ``Compressor.step_count`` is what it was at the reduction, and registered schedulers follow; loops should
     count with it: ``while compressor.step_count < total_steps``.
@@ -153,9 +154,15 @@ class Guard:
         best: the best value of ``evaluate`` before any reduction, or None.
         failures: rollbacks so far.
         probation: the reduction that waits for its validation, or None.
+
+    Raises:
+        ModelError: the model is sharded over several processes.
+        ArgumentError: the rule does not fit the schedule.
     """
 
-    def __init__(self, rule: Rollback, schedule: Schedule) -> None:
+    def __init__(self, rule: Rollback, schedule: Schedule, team: Team) -> None:
+        team.check_guard()
+        self.team = team
         self.rule, self.window = rule, rule.window(schedule)
         self.best: float | None = None
         self.failures = 0
@@ -254,6 +261,7 @@ class Guard:
             resumed = step
         else:
             progress = probation.snapshot.restore(parts)
+            self.team.replaced()
             self.failures += 1
             resumed = probation.began
             following = more()
@@ -305,12 +313,14 @@ class Guard:
             self.probation = Probation(int(saved["began"]), int(saved["until"]), snapshot)
 
     def _measure(self, parts: Parts, metric: Metric, name: str) -> float:
-        with undisturbed(parts.model, [module for module, _ in parts.layers.values()]), torch.no_grad():
-            value = metric(parts.model)
-        try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise bad_argument(name, got=f"a function that returned {type(value).__name__}", expected="a number") from error
+        with self.team.together(f"the guard's {name}"):
+            with undisturbed(parts.model, [module for module, _ in parts.layers.values()]), torch.no_grad():
+                value = metric(parts.model)
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise bad_argument(name, got=f"a function that returned {type(value).__name__}", expected="a number") from error
+        return self.team.decide(number)
 
     def _warn_unregistered(self, parts: Parts) -> None:
         """A scheduler that goes on after a rollback as if nothing had happened would fit the step count no more."""
