@@ -107,7 +107,7 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
     old, new = (MambaMixer, AcceleratedMambaMixer) if mode else (AcceleratedMambaMixer, MambaMixer)
     mixers = {name: module for name, module in model.named_modules() if isinstance(module, MambaMixer)}
     if not mixers:
-        raise ModelError(f"model: {type(model).__name__} has no {MambaMixer.__qualname__}, expected transformers' Mamba-1 model")
+        raise ModelError(f"model: {type(model).__name__} has no MambaMixer, expected transformers' Mamba-1 model")
     if mode:
         for name, mixer in mixers.items():
             _check(name, mixer)

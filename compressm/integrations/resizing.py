@@ -44,13 +44,6 @@ def resize_on_load(
     return model.register_load_state_dict_pre_hook(hook)
 
 
-def plain_optimizer(optimizer: Any) -> Any:
-    """The optimizer behind accelerate's wrapper; anything else as it is."""
-    while type(optimizer).__name__ == "AcceleratedOptimizer":
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def _rank_in(state: Mapping[str, Any], prefix: str, module: nn.Module, adapter: Adapter) -> int | None:
     """The rank at which a layer's tensors have the shapes that they have in ``state``; None if there is none.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 import compressm
-from compressm.compression import Compressor, Policy, Schedule
+from compressm.compression import Compressor, Policy
 from compressm.compression.planning import compressible_layers
 from compressm.errors import ModelError, bad_argument
+from compressm.integrations._common import ScheduleArgument, as_schedule, plain_optimizer
 from compressm.integrations._mamba_mixer import AcceleratedMambaMixer, accelerate_
-from compressm.integrations.resizing import plain_optimizer, resize_on_load
+from compressm.integrations.resizing import resize_on_load
 
 __all__ = ["AcceleratedMambaMixer", "CompressionCallback", "accelerate_", "update_config"]
 
@@ -44,7 +44,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
         ArgumentError: ``uniform=False`` for a model whose config has one ``state_size``.
     """
 
-    def __init__(self, *, policy: Policy, schedule: Schedule | Callable[[int], Schedule] = compressm.Once, **options: Any) -> None:
+    def __init__(self, *, policy: Policy, schedule: ScheduleArgument = compressm.Once, **options: Any) -> None:
         self.policy, self.schedule, self.options = policy, schedule, options
         self.compressor: Compressor | None = None
         self._model: nn.Module | None = None
@@ -65,7 +65,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:  # fmt: skip
         self._attach(args, model, optimizer)
-        schedule = self.schedule if isinstance(self.schedule, Schedule) else self.schedule(state.max_steps)
+        schedule = as_schedule(self.schedule, state.max_steps)
         options = {"uniform": _has_one_state_size(model)} | self.options
         self.compressor = Compressor(model, self._optimizer, policy=self.policy, schedule=schedule, **options)
         if state.global_step > 0:
@@ -91,8 +91,8 @@ class CompressionCallback(TrainerCallback, ExportableState):
         """Check the model, and let it take the weights of reduced checkpoints from now on."""
         if args.world_size > 1:
             raise ModelError(
-                f"Trainer: runs on {args.world_size} processes, expected one: the wrapper around the model would hold on to the "
-                "parameters that a reduction replaces. Compress in a run of one process"
+                f"Trainer: runs on {args.world_size} processes, expected one: the wrapper around the model would hold on to "
+                "the parameters that a reduction replaces. Compress in a run of one process"
             )
         compressible_layers(model)
         if _has_one_state_size(model) and not self.options.get("uniform", True):
