@@ -11,17 +11,14 @@ from torch.utils.hooks import RemovableHandle
 import compressm
 from compressm.compression import Compressor, Policy
 from compressm.compression.planning import plain_model
-from compressm.errors import DependencyError, ModelError
+from compressm.errors import ModelError
 from compressm.integrations._common import ScheduleArgument, as_schedule
 from compressm.integrations.resizing import resize_on_load
 
 try:
     from lightning.pytorch import Callback
-except ModuleNotFoundError as missing:
-    try:
-        from pytorch_lightning import Callback
-    except ModuleNotFoundError:
-        raise DependencyError("lightning: not installed, nor pytorch_lightning. Run pip install lightning") from missing
+except ModuleNotFoundError:
+    from pytorch_lightning import Callback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
