@@ -67,10 +67,12 @@ class CompressionCallback(Callback):
             )
         plain_model(trainer.strategy.model)
         schedule = as_schedule(self.schedule, trainer.estimated_stepping_batches)
-        before = self.state_dict() if trainer.global_step > 0 else {}
+        saved = self.state_dict() if trainer.global_step > 0 else {}
         self.compressor = Compressor(pl_module, trainer.optimizers, policy=self.policy, schedule=schedule, **self.options)
-        if before:
-            self.compressor.load_state_dict(before)
+        if trainer.global_step > 0:
+            # A run that goes on without a saved state was not compressed so far: only its steps count.
+            steps = trainer.global_step // len(trainer.optimizers)
+            self.compressor.load_state_dict(saved or self.compressor.state_dict() | {"step": steps})
         self._taken = 0
         self._handles.append(_training(self.compressor).register_step_post_hook(self._count))
         self._log(trainer)

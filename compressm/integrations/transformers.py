@@ -66,10 +66,12 @@ class CompressionCallback(TrainerCallback, ExportableState):
     ) -> None:  # fmt: skip
         self._attach(args, model, optimizer)
         schedule = as_schedule(self.schedule, state.max_steps)
+        # The Trainer writes only into entries that are there.
+        entry = state.stateful_callbacks.setdefault(type(self).__name__, {"attributes": {"compressor": None}})
+        saved = entry["attributes"]["compressor"]
         options = {"uniform": _has_one_state_size(model)} | self.options
         self.compressor = Compressor(model, self._optimizer, policy=self.policy, schedule=schedule, **options)
         if state.global_step > 0:
-            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("compressor")
             # A run that goes on without a saved state was not compressed so far: only its steps count.
             self.compressor.load_state_dict(saved or self.compressor.state_dict() | {"step": state.global_step})
 

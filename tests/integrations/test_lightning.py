@@ -27,6 +27,7 @@ for name in ("lightning.pytorch", "pytorch_lightning"):
 pytestmark = [  # of Lightning itself
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path."),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
 ]
 
@@ -166,6 +167,14 @@ def test_resumes_a_reduced_checkpoint(tmp_path, step):
         assert torch.equal(p, q), name
 
 
+def test_a_callback_may_join_later(tmp_path):
+    module, run = Module(), callback(schedule=compressm.At([3, 14]))
+    trainer(tmp_path, saver := ModelCheckpoint(tmp_path), enable_checkpointing=True).fit(module, loader())
+    trainer(tmp_path, run, max_epochs=2).fit(Module(), loader(), ckpt_path=saver.best_model_path)
+    assert run.compressor.step_count == 24
+    assert [report.step for report in run.compressor.history] == [14]
+
+
 def test_a_full_size_module_is_tested_with_a_reduced_checkpoint(tmp_path):
     module, path = Module(), tmp_path / "reduced.ckpt"
     fit = trainer(tmp_path, callback())
@@ -191,10 +200,14 @@ def test_fit_goes_on(tmp_path):
     assert [report.step for report in run.compressor.history] == [3, 5]
 
 
-def test_refusals(tmp_path):
+def test_refusals(tmp_path, monkeypatch):
     class Plain(Module):
         def __init__(self):
             super().__init__(ranks=())
 
     with pytest.raises(ModelError, match="no state-space layer"):
         trainer(tmp_path, callback()).fit(Plain(), loader())
+
+    monkeypatch.setattr(lightning.pytorch.Trainer, "world_size", 2)
+    with pytest.raises(ModelError, match="runs on 2 processes"):
+        trainer(tmp_path, callback()).fit(Module(), loader())

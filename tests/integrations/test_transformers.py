@@ -184,7 +184,7 @@ def calibration():
     return [{"input_ids": torch.stack([Tokens()[i]["input_ids"] for i in range(8)])}]
 
 
-def trainer(folder, callback, model=None, **options):
+def trainer(folder, callback, model=None, optimizers=(None, None), **options):
     settings = {
         "output_dir": str(folder), "max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3,
         "save_steps": 5, "learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "use_cpu": True, "seed": 5,
@@ -193,7 +193,7 @@ def trainer(folder, callback, model=None, **options):
     args = transformers.TrainingArguments(**settings | options)
     model = accelerate_(build()) if model is None else model
     return transformers.Trainer(
-        model=model, args=args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[callback]
+        model=model, args=args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[callback], optimizers=optimizers
     )
 
 
@@ -259,13 +259,37 @@ class TestTrainer:
         assert sizes(training.model) == [(6, 6, 13, 13)] * 2
         training.model(tokens())
 
+    def test_an_optimizer_of_the_user_follows(self, tmp_path):
+        def run(folder, steps, **options):
+            model, compression = accelerate_(build()), callback()
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4)
+            training = trainer(folder, compression, model, (optimizer, scheduler), max_steps=steps)
+            training.train(**options)
+            assert compression.compressor.optimizers == (optimizer,)
+            return dict(model.named_parameters())
+
+        whole, _ = run(tmp_path / "whole", 15), run(tmp_path / "part", 10)
+        resumed = run(tmp_path / "part", 15, resume_from_checkpoint=True)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def test_a_callback_may_join_later(self, tmp_path):
+        class Nothing(transformers.TrainerCallback):
+            pass
+
+        trainer(tmp_path, Nothing(), max_steps=5).train()
+        late = callback(schedule=compressm.At([3, 8]))
+        trainer(tmp_path, late).train(resume_from_checkpoint=True)
+        assert late.compressor.step_count == 10
+        assert [report.step for report in late.compressor.history] == [8]
+
     def test_schedule_from_the_number_of_steps(self, tmp_path):
         run = callback(schedule=compressm.Once)
-        trainer(tmp_path, run, max_steps=-1, num_train_epochs=2, save_strategy="no").train()
+        trainer(tmp_path, run, max_steps=-1, num_train_epochs=2, save_strategy="no", bf16=True).train()
         assert run.compressor.schedule == compressm.Once(16)
         assert [report.step for report in run.compressor.history] == [3]
 
-    def test_refusals(self, tmp_path):
+    def test_refusals(self, tmp_path, monkeypatch):
         with pytest.raises(ArgumentError, match="one state_size for all layers"):
             trainer(tmp_path, callback(uniform=False))
         with pytest.raises(ArgumentError, match="restores itself"):
@@ -275,6 +299,9 @@ class TestTrainer:
         )
         with pytest.raises(ModelError, match=r"Mamba2Mixer\) looks like a state-space layer"):
             trainer(tmp_path, callback(), model=Mamba2ForCausalLM(config))
+        monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
+        with pytest.raises(ModelError, match="runs on 2 processes"):
+            trainer(tmp_path, callback())
 
     def test_unequal_ranks_do_not_go_into_a_config(self):
         model = build()
