@@ -39,6 +39,7 @@ def build(layers=2, dtype=torch.float32, **options):
         for block in model.backbone.layers:
             block.mixer.dt_proj.bias.add_(2.0)
             block.mixer.x_proj.weight.mul_(8.0)
+            block.mixer.conv1d.bias.normal_()
     return model
 
 
