@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 import compressm
 from compressm.compression import Compressor, Policy
+from compressm.compression.codec import encode
 from compressm.compression.planning import compressible_layers
 from compressm.errors import ModelError, bad_argument
 from compressm.integrations._common import ScheduleArgument, as_schedule, plain_optimizer
@@ -27,7 +28,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
     It counts optimizer steps, not micro-batches.  Its state lies in the Trainer's checkpoints, and
     ``train(resume_from_checkpoint=...)`` on a model of the original size continues with the reduced one.  Models whose config
     has one ``state_size`` keep the same number of states in all layers and have it updated, so that ``save_pretrained`` and
-    ``from_pretrained`` work as ever.
+    ``from_pretrained`` work as ever.  Checkpoints due while a guard validates a reduction are written when it has decided.
 
     Args:
         policy: how many states stay.
@@ -50,6 +51,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
         self._model: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._resizing: RemovableHandle | None = None
+        self._postponed = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None,
@@ -81,6 +83,10 @@ class CompressionCallback(TrainerCallback, ExportableState):
             module, adapter = next(iter(self.compressor.layers.values()))
             if adapter.rank(module) != self._model.config.state_size:
                 update_config(self._model)
+        self._postpone_saving(control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._postpone_saving(control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.compressor.close()
@@ -88,6 +94,14 @@ class CompressionCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into its checkpoints."""
         return {"args": {}, "attributes": {"compressor": None if self.compressor is None else self.compressor.state_dict()}}
+
+    def _postpone_saving(self, control: TrainerControl) -> None:
+        """Checkpoints due while a guard holds tensors to undo a reduction wait: the Trainer writes states as JSON."""
+        if control.should_save or self._postponed:
+            tensors: dict[str, torch.Tensor] = {}
+            encode(self.compressor.state_dict(), "compressor", tensors)
+            control.should_save = not tensors
+            self._postponed = not control.should_save
 
     def _attach(self, args: TrainingArguments, model: nn.Module, optimizer: Any) -> None:
         """Check the model, and let it take the weights of reduced checkpoints from now on."""

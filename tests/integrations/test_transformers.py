@@ -284,6 +284,19 @@ class TestTrainer:
         assert late.compressor.step_count == 10
         assert [report.step for report in late.compressor.history] == [8]
 
+    @pytest.mark.skipif(not hasattr(compressm, "Rollback"), reason="there is no guard")
+    @pytest.mark.parametrize("tolerance", [0.0, 10.0])
+    def test_checkpoints_wait_for_the_guard(self, tmp_path, tolerance):
+        worse = iter(range(1, 100))
+        guard = compressm.Rollback(lambda model: next(worse), tolerance=tolerance, recovery=3, jump=None, failures=1)
+        run = callback(policy=compressm.FixedRank(2), schedule=compressm.At([4]), guard=guard)
+        training = trainer(tmp_path, run)
+        training.train()
+        rank = 6 if tolerance == 0 else 2
+        assert training.model.config.state_size == rank
+        assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-7"]
+        assert MambaForCausalLM.from_pretrained(tmp_path / "checkpoint-7").config.state_size == rank
+
     def test_schedule_from_the_number_of_steps(self, tmp_path):
         run = callback(schedule=compressm.Once)
         trainer(tmp_path, run, max_steps=-1, num_train_epochs=2, save_strategy="no", bf16=True).train()
