@@ -48,6 +48,10 @@ class ConfigError(CompressmError, ValueError):
     """A preset, key or value of the command line is unknown or out of range."""
 
 
+class DependencyError(CompressmError, ImportError):
+    """A package that an integration needs is missing or cannot be used."""
+
+
 def bad_argument(name: str, *, got: Any, expected: str, remedy: str = "") -> ArgumentError:
     """Build the error for one wrong argument; the caller raises it."""
     message = f"{name}: expected {expected}, got {got}"

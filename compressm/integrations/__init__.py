@@ -1,0 +1,5 @@
+"""Thin hooks for training frameworks; import the one you use, such as ``compressm.integrations.lightning``."""
+
+from compressm.integrations.resizing import resize_on_load
+
+__all__ = ["resize_on_load"]

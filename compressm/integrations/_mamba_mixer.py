@@ -1,0 +1,132 @@
+"""transformers' Mamba mixer on compressm's kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from compressm.errors import ModelError
+from compressm.kernels import (
+    KernelPlan,
+    causal_conv1d,
+    causal_conv1d_update,
+    plan,
+    selective_scan,
+    selective_state_update,
+)
+from compressm.kernels.causal_conv1d import MAX_WIDTH
+
+
+class AcceleratedMambaMixer(MambaMixer):
+    """A ``MambaMixer`` whose convolution, scan and decode step are ours; parameters and cache are the library's."""
+
+    def forward(self, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Run over a sequence, or over its continuation.
+
+        Args:
+            hidden_states: (B, L, hidden_size).
+            cache: the model's cache; without earlier tokens in it the sequence is a prompt.
+            attention_mask: (B, L), zero where a token is padding; None: no padding.
+
+        Returns:
+            (B, L, hidden_size).
+        """
+        length = hidden_states.shape[1]
+        conv_state = state = None
+        if cache is not None:
+            conv_state, state = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
+        x, z = self.in_proj(_without_padding(hidden_states, attention_mask)).mT.chunk(2, dim=1)
+        if not torch.compiler.is_compiling() and (self.training or "_last_call" not in vars(self)):
+            self._last_call = (x.device.type, x.dtype, *x.shape)
+        x = _without_padding(self._convolve(x, cache, conv_state).mT, attention_mask)
+        rank, order = self.dt_proj.weight.shape[1], self.A_log.shape[1]
+        low_rank, B, C = self.x_proj(x).split([rank, order, order], dim=-1)
+        dt, x = F.linear(low_rank, self.dt_proj.weight).mT, x.mT
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        if state is not None and length == 1:
+            y = selective_state_update(
+                state, x[..., 0], dt[..., 0], A, B[:, 0], C[:, 0], self.D, z[..., 0], self.dt_proj.bias, dt_softplus=True
+            ).unsqueeze(-1)
+        else:
+            y = selective_scan(
+                x, dt, A, B.mT, C.mT, self.D, z, self.dt_proj.bias, delta_softplus=True,
+                return_last_state=cache is not None, initial_state=state,
+            )  # fmt: skip
+            if cache is not None:
+                y, last = y
+                cache.update_recurrent_state(last, self.layer_idx)
+        return self.out_proj(y.mT.to(hidden_states.dtype))
+
+    def _convolve(self, x: Tensor, cache: Any, conv_state: Tensor | None) -> Tensor:
+        """silu(causal convolution) of x (B, D, L) behind what the cache remembers."""
+        length, weight, bias = x.shape[-1], self.conv1d.weight[:, 0], self.conv1d.bias
+        if conv_state is not None and length == 1 and not cache.is_recording_past(self.layer_idx):
+            return causal_conv1d_update(x[..., 0], conv_state, weight, bias, activation="silu").unsqueeze(-1)
+        if cache is not None:
+            x = cache.update_conv_state(x, self.layer_idx, conv_kernel_size=weight.shape[1])
+        return causal_conv1d(x, weight, bias, activation="silu")[..., -length:]
+
+    @property
+    def kernel_plan(self) -> KernelPlan | None:
+        """The kernel that runs the scan at the present number of states; None before the first call.
+
+        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
+        """
+        if "_last_call" not in vars(self):
+            return None
+        device, dtype, *shape = self._last_call
+        return plan("selective_scan", {"u": tuple(shape), "A": tuple(self.A_log.shape)}, dtype, device)
+
+
+def _without_padding(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """x (B, L, channels), zero at padded steps."""
+    return x if attention_mask is None else (x * attention_mask[:, :, None]).to(x.dtype)
+
+
+def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
+    """Run every Mamba mixer of a transformers model on compressm's kernels; in place.
+
+    Outputs, cache and state_dict are the library's; they differ where a cache is continued by several tokens at once, as
+    there the library forgets the scan's state.
+
+    Args:
+        model: such as ``MambaForCausalLM``, before or after reductions.
+        mode: False goes back to the library's own forward.
+
+    Returns:
+        the model.
+
+    Raises:
+        ModelError: no Mamba mixer, one with an activation or convolution that the kernels do not have, or one whose
+            forward has been replaced; nothing has changed.
+    """
+    old, new = (MambaMixer, AcceleratedMambaMixer) if mode else (AcceleratedMambaMixer, MambaMixer)
+    mixers = {name: module for name, module in model.named_modules() if isinstance(module, MambaMixer)}
+    if not mixers:
+        raise ModelError(f"model: {type(model).__name__} has no MambaMixer, expected transformers' Mamba-1 model")
+    if mode:
+        for name, mixer in mixers.items():
+            _check(name, mixer)
+    for mixer in mixers.values():
+        if type(mixer) is old:
+            mixer.__class__ = new
+            vars(mixer).pop("_last_call", None)
+    return model
+
+
+def _check(name: str, mixer: MambaMixer) -> None:
+    if type(mixer) not in (MambaMixer, AcceleratedMambaMixer):
+        raise ModelError(f"layer {name!r}: {type(mixer).__qualname__} overrides MambaMixer, expected transformers' own class")
+    if mixer.activation not in ("silu", "swish"):
+        raise ModelError(f"layer {name!r}: activation {mixer.activation!r}, expected 'silu'. Leave this model as it is")
+    if mixer.conv_kernel_size > MAX_WIDTH:
+        raise ModelError(f"layer {name!r}: {mixer.conv_kernel_size} taps of the convolution, expected at most {MAX_WIDTH}")
+    if "forward" in vars(mixer) or any(hasattr(module, "_hf_hook") for module in mixer.modules()):
+        raise ModelError(
+            f"layer {name!r}: its forward is wrapped (device_map with several devices or offloading does that), expected "
+            "transformers' own. Load the model onto one device, or call accelerate.hooks.remove_hook_from_submodules(model)"
+        )

@@ -1,0 +1,60 @@
+"""accelerate: a Compressor for a prepared model, in ``save_state`` and ``load_state``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from compressm.compression import Compressor
+from compressm.compression.planning import plain_model
+from compressm.integrations._common import plain_optimizer
+from compressm.integrations.resizing import resize_on_load
+
+__all__ = ["prepare"]
+
+
+def prepare(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    **options: Any,
+) -> Compressor:
+    """A :class:`~compressm.Compressor` for what ``accelerator.prepare`` returned.
+
+    It is registered for checkpointing: ``accelerator.save_state`` stores it, and ``accelerator.load_state`` into models of the
+    original size resizes their layers first and resumes in mid-schedule.  Count optimizer steps, not micro-batches::
+
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        compressor = compressm.integrations.accelerate.prepare(accelerator, model, optimizer, policy=..., schedule=...)
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch))
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                compressor.step()
+
+    Args:
+        accelerator: that of the training.
+        model: prepared.
+        optimizer: prepared, or several.
+        options: of the Compressor: ``policy``, ``schedule``, ``calibration`` and so on.
+
+    Returns:
+        the Compressor, on the model and the optimizers behind accelerate's wrappers.
+
+    Raises:
+        ModelError: the model was wrapped for distributed training.
+        ArgumentError, OptimizerError: see the Compressor.
+    """
+    plain = plain_model(model)
+    several = isinstance(optimizer, list | tuple)
+    optimizers = [plain_optimizer(item) for item in (optimizer if several else [optimizer])]
+    compressor = Compressor(plain, optimizers, **options)
+    accelerator.register_for_checkpointing(compressor)
+    resize_on_load(plain, lambda: optimizers)
+    return compressor

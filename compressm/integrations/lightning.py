@@ -1,0 +1,115 @@
+"""PyTorch Lightning: compress a LightningModule inside ``Trainer.fit``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+import compressm
+from compressm.compression import Compressor, Policy
+from compressm.compression.planning import plain_model
+from compressm.errors import ModelError
+from compressm.integrations._common import ScheduleArgument, as_schedule
+from compressm.integrations.resizing import resize_on_load
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:
+    from pytorch_lightning import Callback
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["CompressionCallback"]
+
+
+class CompressionCallback(Callback):
+    """Compresses the module while ``Trainer.fit`` runs; for ``lightning`` and ``pytorch_lightning``.
+
+    It counts the steps of the optimizer that trains the state-space layers, whatever the number of batches between them, with
+    automatic and manual optimization, and reduces at the end of a batch.  The numbers of states go to the trainer's loggers.
+    Its state lies in Lightning's checkpoints: ``fit(module, ckpt_path=...)`` (also ``test`` and ``validate``) on a module of
+    the original size continues with the reduced one.
+
+    Args:
+        policy: how many states stay.
+        schedule: a schedule, or a function from the number of optimizer steps of the whole training
+            (``trainer.estimated_stepping_batches``) to one, such as ``compressm.Warmup`` or
+            ``lambda total: compressm.Once(total, at=0.1)``.
+        options: of the :class:`~compressm.Compressor`, such as ``calibration=batches`` or ``recipe="paper"``; its model is the
+            LightningModule.
+
+    Attributes:
+        compressor: the :class:`~compressm.Compressor`, once training has begun.
+
+    Raises:
+        ModelError: (when training begins) nothing to compress in the module, or training is distributed.
+    """
+
+    def __init__(self, *, policy: Policy, schedule: ScheduleArgument = compressm.Once, **options: Any) -> None:
+        self.policy, self.schedule, self.options = policy, schedule, options
+        self.compressor: Compressor | None = None
+        self._saved: dict[str, Any] = {}
+        self._taken = 0  # optimizer steps since the last batch end
+        self._handles: list[RemovableHandle] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._handles.append(resize_on_load(pl_module, lambda: trainer.optimizers))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise ModelError(
+                f"Trainer: runs on {trainer.world_size} processes, expected one: the wrapper around the module would hold on "
+                "to the parameters that a reduction replaces. Compress in a run of one process (devices=1)"
+            )
+        plain_model(trainer.strategy.model)
+        schedule = as_schedule(self.schedule, trainer.estimated_stepping_batches)
+        saved = self.state_dict() if trainer.global_step > 0 else {}
+        self.compressor = Compressor(pl_module, trainer.optimizers, policy=self.policy, schedule=schedule, **self.options)
+        if trainer.global_step > 0:
+            # A run that goes on without a saved state was not compressed so far: only its steps count.
+            steps = trainer.global_step // len(trainer.optimizers)
+            self.compressor.load_state_dict(saved or self.compressor.state_dict() | {"step": steps})
+        self._taken = 0
+        self._handles.append(_training(self.compressor).register_step_post_hook(self._count))
+        self._log(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        taken, self._taken = self._taken, 0
+        reports = [self.compressor.step() for _ in range(taken)]
+        if any(reports):
+            self._log(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.compressor.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._saved if self.compressor is None else self.compressor.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._saved, self.compressor = dict(state_dict), None
+
+    def _count(self, *_: Any) -> None:
+        self._taken += 1
+
+    def _log(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({f"states/{n}": float(r) for n, r in self.compressor.ranks.items()}, step=trainer.global_step)
+
+
+def _training(compressor: Compressor) -> torch.optim.Optimizer:
+    """The optimizer that holds most of the parameters that reductions replace."""
+    parameters = [module.get_parameter(n) for module, adapter in compressor.layers.values() for n in adapter.parameters(module)]
+    own = {id(parameter) for parameter in parameters}
+
+    def held(optimizer: torch.optim.Optimizer) -> int:
+        return sum(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
+    return max(compressor.optimizers, key=held)

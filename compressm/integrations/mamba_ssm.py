@@ -1,0 +1,125 @@
+"""mamba_ssm: its Mamba-1 module on compressm's kernels, without its CUDA extension and without causal-conv1d."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NoReturn
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressm.errors import BackendError, DependencyError, bad_argument
+from compressm.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+
+__all__ = ["patch"]
+
+EXTENSION = "selective_scan_cuda"
+
+
+def patch() -> None:
+    """Give ``mamba_ssm.Mamba`` the operators of compressm: on CPU and GPU, with any number of states.
+
+    Imports mamba_ssm.  Its ``selective_scan_fn`` and ``mamba_inner_fn`` are replaced wherever it uses them, and in the module
+    of ``Mamba`` the causal convolution and the decode step as well; Mamba2 and Mamba3 stay as they are.  Calling it again
+    changes nothing.  The package without its CUDA build::
+
+        MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm
+        pip install einops transformers
+
+    Raises:
+        DependencyError: mamba_ssm, or a package that it imports, is not installed.
+    """
+    _stand_in_for_the_extension()
+    try:
+        interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        layer = importlib.import_module("mamba_ssm.modules.mamba_simple")
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            f"mamba_ssm: cannot be imported ({error}). Install it with MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip "
+            "install --no-build-isolation --no-deps mamba-ssm, then pip install einops transformers"
+        ) from error
+    for name, ours in (("selective_scan_fn", selective_scan), ("mamba_inner_fn", mamba_inner_fn)):
+        theirs = getattr(interface, name)
+        for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "mamba_ssm"]:
+            if vars(module).get(name) is theirs:
+                setattr(module, name, ours)
+    layer.causal_conv1d_fn, layer.causal_conv1d_update = causal_conv1d, _update_convolution
+    layer.selective_state_update = selective_state_update
+
+
+def mamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    **rest: Any,
+) -> Tensor:
+    """A whole Mamba mixer behind its first projection, with the arguments of mamba_ssm's function of this name.
+
+    Args:
+        xz: (batch, 2 D, L), the convolution's input and the gate.
+        conv1d_weight: (D, 1, width); x_proj_weight: (R + 2N, D), without the rows of a B or C that is given;
+            delta_proj_weight: (D, R); out_proj_weight: (d_model, D).
+        A, B, C, D, delta_bias, delta_softplus: as in :func:`compressm.kernels.selective_scan`; None for B or C takes them from
+            the token, plus ``B_proj_bias`` or ``C_proj_bias`` (N,).
+        rest: ``checkpoint_lvl`` does not matter, as the states are never kept; normalisation of B, C or delta is not supported.
+
+    Returns:
+        (batch, L, d_model).
+
+    Raises:
+        ArgumentError: a weight of a normalisation is given, or shapes do not fit.
+    """
+    for name, value in rest.items():
+        if name.endswith("_rms_weight") and value is not None:
+            raise bad_argument(name, got="a tensor", expected="None: B, C and delta are taken as they are")
+    x, z = xz.chunk(2, dim=1)
+    x = causal_conv1d(x, conv1d_weight[:, 0], conv1d_bias, activation="silu")
+    rank, order = delta_proj_weight.shape[1], A.shape[1]
+    sizes = [rank, order if B is None else 0, order if C is None else 0]
+    low_rank, B_t, C_t = F.linear(x.mT, x_proj_weight).split(sizes, dim=-1)
+    if B is None:
+        B = (B_t if B_proj_bias is None else B_t + B_proj_bias).mT
+    if C is None:
+        C = (C_t if C_proj_bias is None else C_t + C_proj_bias).mT
+    delta = F.linear(low_rank, delta_proj_weight).mT
+    y = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return F.linear(y.mT, out_proj_weight, out_proj_bias)
+
+
+def _update_convolution(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    return causal_conv1d_update(x, conv_state, weight, bias, activation=activation)
+
+
+def _stand_in_for_the_extension() -> None:
+    """mamba_ssm imports its CUDA extension unconditionally: where there is none, a module of that name that refuses calls."""
+    if EXTENSION in sys.modules or importlib.util.find_spec(EXTENSION) is not None:
+        return
+    module = ModuleType(EXTENSION, "Stands in for mamba_ssm's CUDA extension, which is not installed.")
+    module.__spec__ = ModuleSpec(EXTENSION, None)
+    module.fwd = module.bwd = _refuse
+    sys.modules[EXTENSION] = module
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise BackendError(
+        f"{EXTENSION}: mamba_ssm's CUDA extension is not installed. Call mamba_ssm.Mamba or selective_scan_fn after "
+        "compressm.integrations.mamba_ssm.patch(), which do not need it"
+    )
