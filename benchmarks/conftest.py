@@ -7,13 +7,11 @@ contender to pytest-benchmark through a clock that shows them again: its tables 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # jax would take three quarters of a GPU's memory
 
 from suite import Suite, entries, results_path
@@ -57,6 +55,7 @@ def _printer(request: pytest.FixtureRequest) -> Callable[[str], None]:
     def tell(text: str) -> None:
         reporter.ensure_newline()
         reporter.write_line(text)
+        reporter.flush()
 
     return tell
 

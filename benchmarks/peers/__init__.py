@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from peers import torch_forms
+from peers import (
+    accelerated_scan,
+    fft_convolution,
+    jax_scans,
+    mamba_ssm,
+    mambapy,
+    s5_pytorch,
+    scipy_truncation,
+    torch_forms,
+    transformers_mamba,
+)
 from peers.base import Peer
 
-PEERS: list[Peer] = [*torch_forms.PEERS]
+MODULES = (
+    jax_scans, mamba_ssm, transformers_mamba, mambapy, accelerated_scan, s5_pytorch, torch_forms, fft_convolution,
+    scipy_truncation,
+)  # fmt: skip
+PEERS: list[Peer] = [peer for module in MODULES for peer in module.PEERS]

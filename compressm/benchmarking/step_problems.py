@@ -103,7 +103,7 @@ def replaced(mixer: str, make: Callable[[nn.Module], nn.Module]) -> Change:
 def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
     """Loss on the first batch and all gradients one after the other, without dropout; float64 for a float64 model.
 
-    The optimizer's order of parameters does not matter here: it is the model's.
+    The order is that of the parameters' names in the original model: a module that stands for a layer calls it ``layer``.
     """
     model.eval()
     model.zero_grad()
@@ -120,38 +120,41 @@ def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
         share = len(chosen) / len(examples)
         (part * share).backward()
         total += part.detach().double() * share
-    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    named = sorted((name.replace(".layer.", "."), p.grad.flatten()) for name, p in model.named_parameters())
+    found = torch.cat([gradient for _name, gradient in named])
     model.zero_grad()
     return {"loss": total, "gradients": found.clone()}
 
 
-def step_contender(problem: Problem, change: Change | None = None) -> Contender:
-    """The training step of the problem's model, its layers replaced by ``change``."""
+def training_run(problem: Problem, change: Change | None = None) -> TrainingRun:
+    """The problem's model with its optimizer at the start of training, its layers replaced by ``change``."""
     task = copy.copy(problem.extras["task"])
     task.change = change
-    states = [problem.sizes["states"]] * task.settings.blocks
+    return _run(task, problem.sizes["states"])
 
-    def fresh() -> TrainingRun:
-        return TrainingRun("full", task, states, Path("unused.safetensors"))
 
-    run = fresh()
+def _run(task: Task, states: int) -> TrainingRun:
+    return TrainingRun("full", task, [states] * task.settings.blocks, Path("unused.safetensors"))
+
+
+def step_contender(problem: Problem, change: Change | None = None) -> Contender:
+    """The training step of the problem's model, its layers replaced by ``change``."""
+    run = training_run(problem, change)
 
     def step() -> None:
         run.train_step()
         run.record.step += 1
 
-    return Contender(Timed(step), lambda: gradients(fresh().model, task))
+    return Contender(Timed(step), lambda: gradients(training_run(problem, change).model, run.task))
 
 
 def _problem(task: Task, sizes: Mapping[str, int], least: Counts, cells: int) -> Problem:
     settings = task.settings
-    run = TrainingRun("full", task, [sizes["states"]] * settings.blocks, Path("unused.safetensors"))
+    run = _run(task, sizes["states"])
     exact = copy.deepcopy(run.model).double()
     oracle = gradients(exact, task, slabs_for(cells, settings.batch_size))
     least = counts.add(least, counts.adamw(count_parameters(run.model)))
-    problem = Problem(
-        "step", torch.float32, task.device, {}, None, oracle, least, dict(sizes), {"task": task, "mixer": task.mixer}
-    )
+    problem = Problem("step", torch.float32, task.device, {}, None, oracle, least, dict(sizes), {"task": task})
     problem.built_in["compressm"] = lambda: step_contender(problem)
     problem.built_in[COMPILED] = lambda: step_contender(problem, _compiled_layers(task.mixer))
     return problem
