@@ -50,12 +50,15 @@ def suite(request: pytest.FixtureRequest) -> Suite:
 
 
 def _printer(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    """Prints a line past pytest's capture of output."""
+    plugins = request.config.pluginmanager
+    reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
 
     def tell(text: str) -> None:
-        reporter.ensure_newline()
-        reporter.write_line(text)
-        reporter.flush()
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(text)
+            reporter.flush()
 
     return tell
 
