@@ -96,7 +96,7 @@ class Suite:
             if earlier.machine[key] != self._run.machine[key] or str(earlier.machine[key]).endswith("-dirty"):
                 self.tell(f"{self.path.name} is of another {key} ({earlier.machine[key]}): starting anew")
                 return
-        self._run = earlier
+        self._run = earlier.model_copy(update={"failed": ()})  # they get another chance
         self._earlier = {(r.group, r.contender) for r in (*earlier.results, *earlier.skipped)}
 
     def verdict(self, entry: Entry) -> tuple[Result | Missing | None, list[float]]:

@@ -14,12 +14,12 @@ def scan(p: dict[str, Tensor]) -> Tensor:
     """Of the arguments of ``selective_scan`` by name."""
     from mambapy.pscan import pscan
 
-    dt = torch.nn.functional.softplus(p["delta"] + p["delta_bias"][:, None]).mT  # (batch, L, D)
-    B, C = p["B"][:, 0].mT, p["C"][:, 0].mT  # (batch, L, N)
+    dt = torch.nn.functional.softplus(p["delta"].float() + p["delta_bias"][:, None]).mT  # (batch, L, D)
+    B, C = p["B"][:, 0].mT.float(), p["C"][:, 0].mT.float()  # (batch, L, N)
     decay = torch.exp(dt[..., None] * p["A"])
     h = pscan(decay, (dt * p["u"].mT)[..., None] * B[:, :, None])
     y = (h @ C[..., None])[..., 0] + p["D"] * p["u"].mT
-    return (y * torch.nn.functional.silu(p["z"].mT)).mT
+    return (y * torch.nn.functional.silu(p["z"].mT)).mT.to(p["u"].dtype)
 
 
 def selective_scan(problem: Problem) -> Contender:

@@ -31,7 +31,7 @@ def _problem(
     def answer(p: dict[str, Tensor]) -> Tensor:
         return functional_call(exact, {name: t for name, t in p.items() if name != "x"}, (p["x"],))
 
-    oracle = in_slabs(answer, inputs, weight, {"x": 0}, 0, slabs_for(cells, shape[0]))
+    oracle = in_slabs(answer, inputs, weight, {"x": 0}, 0, slabs_for(cells, shape[0], device))
     problem = Problem(passes, dtype, device, inputs, weight, oracle, least, dict(sizes), {"layer": layer})
     problem.built_in["compressm"] = lambda: problem.contender(lambda p: layer(p["x"]))
     return problem

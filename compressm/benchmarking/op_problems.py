@@ -51,7 +51,7 @@ def lti_scan(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device:
         return kernels.lti_scan_planar(**p, backend=backend)
 
     reference = functools.partial(call, backend="reference")
-    slabs = slabs_for(batch * length * states, batch)
+    slabs = slabs_for(batch * length * states, batch, device)
     oracle = in_slabs(reference, inputs, weight, {"u": 0}, 0, slabs)
     problem = Problem(
         passes, dtype, device, inputs, weight, oracle,
@@ -101,7 +101,7 @@ def selective_scan(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, d
 
     reference = functools.partial(call, backend="reference")
     axes = {"u": 1, "delta": 1, "A": 0, "D": 0, "z": 1, "delta_bias": 0}
-    slabs = slabs_for(batch * length * channels * states, channels)
+    slabs = slabs_for(batch * length * channels * states, channels, device)
     oracle = in_slabs(reference, inputs, weight, axes, 1, slabs)
     problem = Problem(
         passes, dtype, device, inputs, weight, oracle,

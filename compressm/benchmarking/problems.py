@@ -16,6 +16,7 @@ from compressm.benchmarking.timing import Timed
 # Largest relative error (2-norm of the difference over the 2-norm of the answer) of any output or gradient.  Wide enough for
 # other summation orders, far too narrow for a wrong formula; the error itself is reported beside every time.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 5e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+SLAB_CELLS = {"cpu": 1 << 24, "cuda": 1 << 28}  # states that a reference may keep for its backward, some 32 bytes each
 Answers = dict[str, Tensor]
 Function = Callable[[dict[str, Tensor]], Tensor]
 
@@ -160,7 +161,7 @@ def leaves(tensors: dict[str, Tensor], passes: Pass) -> dict[str, Tensor]:
     return {name: t.detach().requires_grad_(passes == "forward+backward") for name, t in tensors.items()}
 
 
-def slabs_for(cells: int, most: int, budget: int = 1 << 24) -> int:
-    """How many slabs keep each within ``budget`` cells of state, at most ``most``."""
-    return max(1, min(most, -(-cells // budget)))
+def slabs_for(cells: int, most: int, device: torch.device) -> int:
+    """How many slabs keep the states that each holds within a device's memory, at most ``most``."""
+    return max(1, min(most, -(-cells // SLAB_CELLS[device.type])))
 

@@ -18,6 +18,7 @@ from compressm.benchmarking.timing import Budget, interleaved, one_call, peak_by
 Make = Callable[[Problem], Contender]
 Tell = Callable[[str], None]
 OURS = "compressm"
+WRONG, RAISED = "wrong: ", "raised "  # how reasons for a missing time begin
 
 
 @dataclass
@@ -71,10 +72,15 @@ def measure(
     if timed:
         _time(ready, ceilings, budget, outcome)
     ready.clear()
+    _release()
+    return outcome
+
+
+def _release() -> None:
+    """Give memory back that nothing refers to."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return outcome
 
 
 def _judge(
@@ -86,7 +92,7 @@ def _judge(
         contender = make(problem)
         error = problem.error(contender.answers())
         if not error <= problem.tolerance:
-            reason = f"wrong: relative error {error:.1e} against the float64 reference, allowed {problem.tolerance:.0e}"
+            reason = f"{WRONG}relative error {error:.1e} against the float64 reference, allowed {problem.tolerance:.0e}"
             outcome.failed.append(Missing(group=case.group, contender=name, reason=reason))
             tell(f"{case.group} | {name}: {reason}")
             return None
@@ -99,6 +105,7 @@ def _judge(
         peak = peak_bytes(contender.timed, case.device)
     except Exception as error:
         outcome.failed.append(_raised(case, name, error))
+        _release()
         tell(f"{case.group} | {name}: {outcome.failed[-1].reason}")
         return None
     prepared = time.perf_counter() - started
@@ -108,7 +115,7 @@ def _judge(
 
 def _raised(case: Case, name: str, error: Exception) -> Missing:
     text = next(iter(str(error).strip().splitlines()), "")
-    return Missing(group=case.group, contender=name, reason=f"raised {type(error).__name__}: {text[:200]}")
+    return Missing(group=case.group, contender=name, reason=f"{RAISED}{type(error).__name__}: {text[:200]}")
 
 
 def _time(ready: Mapping[tuple[str, str], Ready], ceilings: Ceilings, budget: Budget, outcome: Outcome) -> None:

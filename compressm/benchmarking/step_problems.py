@@ -152,7 +152,7 @@ def _problem(task: Task, sizes: Mapping[str, int], least: Counts, cells: int) ->
     settings = task.settings
     run = _run(task, sizes["states"])
     exact = copy.deepcopy(run.model).double()
-    oracle = gradients(exact, task, slabs_for(cells, settings.batch_size))
+    oracle = gradients(exact, task, slabs_for(cells, settings.batch_size, task.device))
     least = counts.add(least, counts.adamw(count_parameters(run.model)))
     problem = Problem("step", torch.float32, task.device, {}, None, oracle, least, dict(sizes), {"task": task})
     problem.built_in["compressm"] = lambda: step_contender(problem)
@@ -179,7 +179,7 @@ def _images(preset: str, length: int, pixel_channels: int) -> Callable[..., Prob
             counts.lti_scan(batch, length, channels, states, 4, True), counts.linear(rows, channels, 2 * channels, True)
         )
         ends = counts.add(counts.linear(rows, pixel_channels, channels, True), counts.linear(batch, channels, 10, True))
-        return _problem(task, sizes, counts.add(counts.scaled(block, blocks), ends), rows * states)
+        return _problem(task, sizes, counts.add(counts.scaled(block, blocks), ends), rows * states * blocks)
 
     return build
 
@@ -193,7 +193,7 @@ def _language_model(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, 
     rows = batch * length
     block = counts.mamba(batch, length, channels, states, 4, True)
     least = counts.add(counts.scaled(block, blocks), counts.linear(rows, channels, BYTES, True))
-    return _problem(task, sizes, least, rows * 2 * channels * states)
+    return _problem(task, sizes, least, rows * 2 * channels * states * blocks)
 
 
 def _settings(preset: str, chosen: Mapping[str, object]) -> Settings:

@@ -59,7 +59,7 @@ class Budget:
         """Rounds of a contender that takes ``one_call`` seconds."""
         if one_call > self.seconds:
             return 1
-        return max(self.fewest, min(self.most, int(self.seconds / max(one_call, SHORTEST_SAMPLE))))
+        return max(self.fewest, int(min(self.most, self.seconds / max(one_call, SHORTEST_SAMPLE))))
 
 
 def interleaved(
