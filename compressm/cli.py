@@ -131,7 +131,7 @@ def bench(
     layers: Annotated[int | None, typer.Option(help="Layers of an attempt.")] = None,
     rank: Annotated[int | None, typer.Option(help="States that balanced_truncation leaves.")] = None,
     passes: Annotated[str | None, typer.Option("--pass", help="forward or forward+backward.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     rounds: Annotated[int | None, typer.Option(help="Samples of each; without it about a second's worth.")] = None,
     with_compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile (minutes to compile).")] = False,

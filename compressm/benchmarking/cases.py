@@ -19,7 +19,8 @@ from compressm.errors import ConfigError, bad_argument
 
 OPS: dict[str, Op] = {**op_problems.OPS, **layer_problems.OPS, **step_problems.OPS, **reduction_problems.OPS}
 LETTERS = {"batch": "B", "channels": "D", "length": "L", "states": "N", "width": "W", "rank": "R"}  # others: the name itself
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INPUT_DTYPES = ("float32", "bfloat16", "float16")  # of ops and layers
 SEED = 0
 
 
@@ -38,7 +39,7 @@ class Case:
     op: str
     sizes: tuple[tuple[str, int], ...]
     passes: Pass
-    dtype: str = "float32"
+    dtype: str
     device: str = "cpu"
 
     @property
@@ -56,7 +57,7 @@ class Case:
         """Name of what all contenders of this case compute, e.g. ``"selective_scan B2 D512 L1024 N128 forward"``."""
         words = [self.op, *(f"{LETTERS.get(name, name)}{size}" for name, size in self.sizes)]
         words += [] if self.passes == "step" else [self.passes]
-        return " ".join([*words, *([] if self.dtype == "float32" else [self.dtype])])
+        return " ".join([*words, *([] if self.dtype == OPS[self.op].dtype else [self.dtype])])
 
     def build(self) -> Problem:
         """The problem, with the same random numbers every time."""
@@ -79,8 +80,8 @@ class Family:
     only: tuple[str, ...] | None = None
 
 
-def case(op: str, sizes: Mapping[str, int], passes: Pass, dtype: str = "float32", device: str = "cpu") -> Case:
-    """A checked case.
+def case(op: str, sizes: Mapping[str, int], passes: Pass, dtype: str | None = None, device: str = "cpu") -> Case:
+    """A checked case; without a dtype the op's own.
 
     Raises:
         ConfigError: unknown op, pass or dtype, or sizes that the op does not have or that are missing or not positive.
@@ -90,10 +91,10 @@ def case(op: str, sizes: Mapping[str, int], passes: Pass, dtype: str = "float32"
     allowed = OPS[op]
     if passes not in allowed.passes:
         raise ConfigError(f"pass: got {passes!r}, expected one of {', '.join(allowed.passes)} for {op}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if dtype != "float32" and allowed.level not in ("op", "layer"):
-        raise ConfigError(f"dtype: got {dtype!r}, expected float32 for {op}")
+    dtype = dtype or allowed.dtype
+    possible = INPUT_DTYPES if allowed.level in ("op", "layer") else (allowed.dtype,)
+    if dtype not in possible:
+        raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(possible)} for {op}")
     if set(sizes) != set(allowed.sizes):
         raise ConfigError(f"sizes: got {', '.join(sizes)}, expected {', '.join(allowed.sizes)} for {op}")
     for name, size in sizes.items():
@@ -109,10 +110,10 @@ def registry(device: str) -> list[Family]:
     return [*families, *_curves(gpu, device)]
 
 
-def _family(op: str, passes: Pass, device: str, states: Iterable[int], dtype: str = "float32", **sizes: int) -> Family:
+def _family(op: str, passes: Pass, device: str, states: Iterable[int], dtype: str | None = None, **sizes: int) -> Family:
     cases = tuple(case(op, {**sizes, "states": n}, passes, dtype, device) for n in states)
     numbers = " ".join(f"{LETTERS.get(name, name)}{size}" for name, size in sizes.items())
-    words = [op, numbers, *([] if passes == "step" else [passes]), *([] if dtype == "float32" else [dtype])]
+    words = [op, numbers, *([] if passes == "step" else [passes]), *([] if dtype is None else [dtype])]
     return Family(" ".join(words), cases)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from compressm.benchmarking import environment
@@ -21,6 +22,7 @@ from compressm.errors import ConfigError
 from compressm.experiments.training import pick_device
 
 FLAGS = {"channels": "--d-model"}  # of sizes whose option has another name
+SHORT = {"bytes": "bytes", "flops": "flops", "exponentials": "exps"}
 MOST_ROUNDS = 100_000
 
 
@@ -42,7 +44,7 @@ class Request:
     sizes: Mapping[str, int]
     states: str | None = None
     passes: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     device: str = "cpu"
     rounds: int | None = None
     compile: bool = False
@@ -140,16 +142,18 @@ def _built_in(name: str) -> Make:
 def table(run: Run) -> Table:
     """One row per size and contender.
 
-    ``full / this`` is how many times faster the same contender is here than at the most states; ``compressm`` is its time over
-    ours at the same size.
+    ``full / this`` is how many times faster the same contender is here than at the most states; ``/ ours`` is its time over
+    ours at the same size; the spread is half the distance of the 20th and 80th percentile.
     """
     first = run.results[0]
     same = {name: size for name, size in first.shape.items() if name != "states"}
     title = f"{first.op} {first.passes}, {first.dtype}, " + ", ".join(f"{_flag(n)[2:]} {size}" for n, size in same.items())
-    found = Table(title=title, title_justify="left")
-    columns = ("states", "", "median ms", "20-80 %", "full / this", "/ compressm", "of limit", "bound by", "peak MiB", "error")
-    for column in columns:
-        found.add_column(column, justify="left" if column in ("", "bound by") else "right")
+    worst = max(r.error for r in run.results)
+    caption = f"every answer and gradient within {worst:.0e} of the float64 reference"
+    style = {"title_justify": "left", "caption_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    found = Table(title=title, caption=caption, **style)
+    for column in ("states", "", "ms", "spread", "full/this", "/ ours", "of limit", "peak MiB"):
+        found.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     times = {(r.shape.get("states", 0), r.contender): r.milliseconds.median for r in run.results}
     most = max(states for states, _ in times)
     for r in run.results:
@@ -159,12 +163,11 @@ def table(run: Run) -> Table:
             str(states) if states else "",
             r.contender,
             f"{r.milliseconds.median:.4g}",
-            f"{r.milliseconds.low:.4g} - {r.milliseconds.high:.4g}",
+            f"{(r.milliseconds.high - r.milliseconds.low) / 2 / r.milliseconds.median:.0%}",
             _ratio(full, r.milliseconds.median),
             _ratio(r.milliseconds.median, ours),
-            *_limit(r),
-            "?" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.4g}",
-            f"{r.error:.0e}",
+            _limit(r),
+            "?" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.1f}",
         )
     return found
 
@@ -173,8 +176,8 @@ def _ratio(above: float | None, below: float | None) -> str:
     return "" if above is None or below is None else f"{above / below:.2f}x"
 
 
-def _limit(r: Result) -> tuple[str, str]:
-    return ("", "") if r.share_of_limit is None else (f"{r.share_of_limit:.0%}", str(r.limit_by))
+def _limit(r: Result) -> str:
+    return "" if r.share_of_limit is None else f"{r.share_of_limit:.0%} {SHORT[r.limit_by]}"
 
 
 def ceilings_line(run: Run) -> str:

@@ -109,6 +109,7 @@ class Op:
         passes: that it has.
         build: (sizes, passes, dtype, device) -> Problem.
         about: one line for users.
+        dtype: name of the dtype where none is named.
     """
 
     level: Level
@@ -116,6 +117,7 @@ class Op:
     passes: tuple[Pass, ...]
     build: Callable[[Mapping[str, int], Pass, torch.dtype, torch.device], Problem]
     about: str
+    dtype: str = "float32"
 
 
 def in_slabs(

@@ -130,7 +130,7 @@ def _complex_rank(lru: LRU) -> int:
 OPS = {
     "balanced_truncation": Op(
         "reduction", {"channels": 8, "states": 256, "rank": 28}, REDUCTION, balanced_truncation,
-        "Gramians, Hankel singular values and truncation of one system",
+        "Gramians, Hankel singular values and truncation of one system", "float64",
     ),
     "attempt": Op(
         "reduction", {"layers": 6, "channels": 512, "states": 384}, REDUCTION, attempt,
