@@ -16,7 +16,7 @@ import torch
 from compressm.benchmarking.cases import Case
 from compressm.benchmarking.problems import Answers, Contender, Problem
 from compressm.benchmarking.timing import Timed
-from peers.base import Peer
+from peers.base import Peer, too_many_states
 
 ORIGINAL = "LRU paper's layer, jax associative_scan"
 
@@ -30,11 +30,9 @@ def why_not(case: Case) -> str | None:
     return None if here == {"cpu": "cpu", "cuda": "gpu"}[kind] else f"jax runs on {here} here, the case on {kind}"
 
 
-def seldom(case: Case) -> str | None:
-    """A tree over all states at once needs an order of magnitude longer: at the larger size it is timed forward only."""
-    if case.op == "selective_scan" and case.shape["states"] > 16 and case.passes != "forward":
-        return "takes 16 s a call on two cores at this size"
-    return why_not(case)
+def why_not_tree(case: Case) -> str | None:
+    """A tree over all states at once."""
+    return why_not(case) or too_many_states(case)
 
 
 def to_jax(tensor: torch.Tensor) -> Any:
@@ -188,6 +186,6 @@ def original_step(problem: Problem) -> Contender:
 
 PEERS = [
     Peer("jax lax.scan", "jax", "jax", {"selective_scan": selective_scan, "lru": lru}, why_not),
-    Peer("jax associative_scan", "jax", "jax", {"selective_scan": selective_associative}, seldom),
+    Peer("jax associative_scan", "jax", "jax", {"selective_scan": selective_associative}, why_not_tree),
     Peer(ORIGINAL, "jax", "jax", {"lru": lru_original, "smnist": original_step, "scifar": original_step}, why_not),
 ]

@@ -10,7 +10,7 @@ from compressm.benchmarking.cases import Case
 from compressm.benchmarking.layer_problems import mamba_with, torch_convolution
 from compressm.benchmarking.op_problems import in_place
 from compressm.benchmarking.problems import Contender, Problem
-from peers.base import Peer
+from peers.base import Peer, quadratic_backward
 
 
 def _kernel_built() -> bool:
@@ -31,12 +31,10 @@ def needs_kernel(case: Case) -> str | None:
 
 
 def needs_loop(case: Case) -> str | None:
-    """The reference loop where the kernel does not run; its backward is quadratic in L, for it indexes the time axis."""
+    """The reference loop where the kernel does not run."""
     if needs_kernel(case) is None:
         return "the CUDA kernel runs instead"
-    if case.passes == "forward+backward" and case.shape["length"] * case.shape["states"] > 8192:
-        return "its backward makes a tensor of the whole sequence per step: tens of seconds at this size"
-    return None
+    return quadratic_backward(case)
 
 
 def selective_scan(problem: Problem) -> Contender:

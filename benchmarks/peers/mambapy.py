@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compressm.benchmarking.layer_problems import mamba_with, torch_convolution
 from compressm.benchmarking.problems import Contender, Problem
-from peers.base import Peer
+from peers.base import Peer, too_many_states
 
 
 def scan(p: dict[str, Tensor]) -> Tensor:
@@ -32,4 +32,6 @@ def mamba(problem: Problem) -> Contender:
     return problem.contender(mamba_with(scan, torch_convolution))
 
 
-PEERS = [Peer("mambapy pscan", "mambapy", "mambapy", {"selective_scan": selective_scan, "mamba": mamba})]
+PEERS = [
+    Peer("mambapy pscan", "mambapy", "mambapy", {"selective_scan": selective_scan, "mamba": mamba}, too_many_states),
+]

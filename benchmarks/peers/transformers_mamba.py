@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from compressm.benchmarking.cases import Case
 from compressm.benchmarking.op_problems import in_place
 from compressm.benchmarking.problems import Contender, Problem
 from compressm.benchmarking.step_problems import replaced, step_contender
 from compressm.layers import Mamba
-from peers.base import Peer
+from peers.base import Peer, quadratic_backward
 
 
 def mixer(layer: Mamba, use_mambapy: bool = False) -> torch.nn.Module:
@@ -64,16 +63,11 @@ def selective_state_update(problem: Problem) -> Contender:
     return in_place(problem, call)
 
 
-def slow_backward(case: Case) -> str | None:
-    """Its backward is quadratic in L, for it indexes the time axis."""
-    if case.passes == "forward" or case.shape["states"] * case.shape["length"] <= 8192:
-        return None
-    return "its backward makes a tensor of the whole sequence per step: tens of seconds at this size"
 
 
 PEERS = [
     Peer(
         "transformers MambaMixer", "transformers", "transformers",
-        {"mamba": mamba, "mamba-lm": language_model, "selective_state_update": selective_state_update}, slow_backward,
+        {"mamba": mamba, "mamba-lm": language_model, "selective_state_update": selective_state_update}, quadratic_backward,
     ),
 ]  # fmt: skip

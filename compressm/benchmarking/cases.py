@@ -125,9 +125,8 @@ def _ops(gpu: bool, device: str) -> list[Family]:
         families.append(_family("selective_scan", passes, device, (128, 12), **scan))
         if gpu:
             families.append(_family("selective_scan", passes, device, (128, 16, 12), "bfloat16", **scan))
-    for passes in ("forward", "forward+backward"):
-        families.append(_family("lti_scan", passes, device, (256, 28), batch=50, length=784, channels=8))
-        families.append(_family("lti_scan", passes, device, (384, 93), **scifar))
+    families.append(_family("lti_scan", "forward+backward", device, (256, 28), batch=50, length=784, channels=8))
+    families.append(_family("lti_scan", "forward+backward", device, (384, 93), **scifar))
     for passes in ("forward", "forward+backward"):
         name = f"causal_conv1d B{scan['batch']} D{scan['channels']} L{scan['length']} {passes}"
         families.append(Family(name, (case("causal_conv1d", {**scan, "width": 4}, passes, device=device),)))
@@ -138,7 +137,7 @@ def _ops(gpu: bool, device: str) -> list[Family]:
 
 def _layers(gpu: bool, device: str) -> list[Family]:
     scifar = {"batch": 50 if gpu else 16, "length": 1024, "channels": 512}
-    mamba = {"batch": 8, "length": 2048, "channels": 768} if gpu else {"batch": 4, "length": 256, "channels": 128}
+    mamba = {"batch": 8, "length": 2048, "channels": 768} if gpu else {"batch": 16, "length": 256, "channels": 64}
     families = []
     for passes in ("forward", "forward+backward"):
         families.append(_family("lru", passes, device, (256, 28), batch=50, length=784, channels=8))

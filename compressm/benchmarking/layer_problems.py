@@ -131,6 +131,6 @@ OPS = {
         "layer", {"batch": 16, "length": 1024, "channels": 512, "states": 384}, BOTH, lru, "an LRU layer",
     ),
     "mamba": Op(
-        "layer", {"batch": 4, "length": 256, "channels": 128, "states": 128}, BOTH, mamba, "a Mamba layer, expand 2",
+        "layer", {"batch": 16, "length": 256, "channels": 64, "states": 128}, BOTH, mamba, "a Mamba layer, expand 2",
     ),
 }  # fmt: skip

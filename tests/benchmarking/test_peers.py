@@ -8,10 +8,7 @@ from peers import PEERS, jax_scans
 
 from compressm.benchmarking.cases import OPS
 
-SAME = {  # built from the same parts as another entry, which stands for it: compiling takes a while
-    ("torch.compile", "lti_scan"), ("torch.compile", "lru"), ("torch.compile", "mamba"), ("torch.compile", "mamba-lm"),
-    ("torch.compile", "scifar"), ("torch.compile", "selective_state_update"), (jax_scans.ORIGINAL, "scifar"),
-}  # fmt: skip
+SAME = {(jax_scans.ORIGINAL, "scifar")}  # as with smnist, and compiling takes a while
 ENTRIES = [(peer, op) for peer in PEERS for op in peer.ops if (peer.name, op) not in SAME]
 
 
