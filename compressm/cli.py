@@ -25,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+BENCH_OPS = (
+    "lti_scan", "selective_scan", "causal_conv1d", "selective_state_update", "lru", "mamba",
+    "smnist", "scifar", "mamba-lm", "balanced_truncation", "attempt",
+)  # fmt: skip
 Preset = Annotated[str, typer.Argument(help="One of: " + ", ".join(PRESETS), show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Output folder of compressm train.", show_default=False)]
 
@@ -113,6 +117,49 @@ def inspect(
             found.plot(plot)
         except (OSError, ValueError) as error:
             raise ConfigError(f"--plot {plot}: {error}. Expected a writable path ending in .png, .svg or .pdf") from error
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Argument(help="What: " + ", ".join(BENCH_OPS), show_default=False)],
+    batch: Annotated[int | None, typer.Option(help="Sequences.")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Channels.")] = None,
+    length: Annotated[int | None, typer.Option(help="Steps of a sequence.")] = None,
+    states: Annotated[str | None, typer.Option(help="Numbers of states to compare, such as 128,12.")] = None,
+    width: Annotated[int | None, typer.Option(help="Taps of causal_conv1d.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Blocks of a training step's model.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of an attempt.")] = None,
+    rank: Annotated[int | None, typer.Option(help="States that balanced_truncation leaves.")] = None,
+    passes: Annotated[str | None, typer.Option("--pass", help="forward or forward+backward.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    rounds: Annotated[int | None, typer.Option(help="Samples of each; without it about a second's worth.")] = None,
+    with_compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile (minutes to compile).")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures into this file.")] = None,
+) -> None:
+    """Time an op, a layer or a training step at your own sizes, beside plain torch and the machine's limit."""
+    from compressm.benchmarking import command
+
+    given = {"batch": batch, "channels": d_model, "length": length, "width": width}
+    given |= {"blocks": blocks, "layers": layers, "rank": rank}
+    sizes = {name: size for name, size in given.items() if size is not None}
+    request = command.Request(op, sizes, states, passes, dtype, device, rounds, with_compile)
+    console = Console()
+    try:
+        with console.status("", spinner="line") as status:
+            run = command.run(request, status.update)
+    except KeyboardInterrupt:
+        console.print("stopped, nothing was written")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if run.results:
+        console.print(command.table(run))
+        console.print(command.ceilings_line(run), highlight=False)
+    for missing in (*run.skipped, *run.failed):
+        console.print(f"{missing.group}, {missing.contender}: {missing.reason}", highlight=False, markup=False)
+    if json_file is not None:
+        run.save(json_file)
+    if run.failed:
+        raise typer.Exit(1)
 
 
 @app.callback(invoke_without_command=True)

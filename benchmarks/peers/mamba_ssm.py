@@ -1,0 +1,75 @@
+"""mamba_ssm: its CUDA kernel where it was built, else its reference loop."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from compressm.benchmarking.cases import Case
+from compressm.benchmarking.layer_problems import mamba_with, torch_convolution
+from compressm.benchmarking.op_problems import in_place
+from compressm.benchmarking.problems import Contender, Problem
+from peers.base import Peer, quadratic_backward
+
+
+def _kernel_built() -> bool:
+    return importlib.util.find_spec("selective_scan_cuda") is not None
+
+
+def _scan(device: torch.device):
+    from mamba_ssm.ops import selective_scan_interface as interface
+
+    return interface.selective_scan_fn if device.type == "cuda" and _kernel_built() else interface.selective_scan_ref
+
+
+def needs_kernel(case: Case) -> str | None:
+    """The CUDA kernel of another peer runs on a GPU only, and only where it was built."""
+    if torch.device(case.device).type != "cuda":
+        return "its kernels run on a GPU only"
+    return None if _kernel_built() else "its CUDA extension was not built"
+
+
+def needs_loop(case: Case) -> str | None:
+    """The reference loop where the kernel does not run."""
+    if needs_kernel(case) is None:
+        return "the CUDA kernel runs instead"
+    return quadratic_backward(case)
+
+
+def selective_scan(problem: Problem) -> Contender:
+    """``selective_scan_fn`` or ``selective_scan_ref``."""
+    scan = _scan(problem.device)
+    return problem.contender(lambda p: scan(**p, delta_softplus=True))
+
+
+def mamba(problem: Problem) -> Contender:
+    """The layer around its scan; with the kernel its own module, else the same projections and torch's convolution."""
+    scan = _scan(problem.device)
+    if not _kernel_built() or problem.device.type != "cuda":
+        return problem.contender(mamba_with(lambda p: scan(**p, delta_softplus=True), torch_convolution))
+    from mamba_ssm import Mamba
+
+    own, sizes = problem.extras["layer"], problem.sizes
+    layer = Mamba(sizes["channels"], d_state=sizes["states"], device=problem.device, dtype=problem.dtype)
+    layer.load_state_dict(own.state_dict())
+    inputs = {"x": problem.inputs["x"], **dict(layer.named_parameters())}
+    return Problem(
+        problem.passes, problem.dtype, problem.device, inputs, problem.weight, problem.oracle, problem.counts, sizes
+    ).contender(lambda p: layer(p["x"]))
+
+
+def selective_state_update(problem: Problem) -> Contender:
+    """Its Triton kernel."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    return in_place(problem, lambda p: selective_state_update(**p, dt_softplus=True))
+
+
+PEERS = [
+    Peer(
+        "mamba_ssm, CUDA kernel", "mamba_ssm", "mamba-ssm",
+        {"selective_scan": selective_scan, "mamba": mamba, "selective_state_update": selective_state_update}, needs_kernel,
+    ),
+    Peer("mamba_ssm, reference loop", "mamba_ssm", "mamba-ssm", {"selective_scan": selective_scan, "mamba": mamba}, needs_loop),
+]  # fmt: skip

@@ -1,0 +1,191 @@
+"""``compressm bench``: one op at a user's own sizes, beside what plain torch does."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from compressm.benchmarking import environment
+from compressm.benchmarking.cases import OPS, Case, case
+from compressm.benchmarking.limits import measure_ceilings
+from compressm.benchmarking.op_problems import COMPILED, CONV1D, REFERENCE
+from compressm.benchmarking.problems import Contender, Problem
+from compressm.benchmarking.results import Result, Run
+from compressm.benchmarking.running import OURS, Make, Tell, measure
+from compressm.benchmarking.timing import Budget
+from compressm.errors import ConfigError
+from compressm.experiments.training import pick_device
+
+FLAGS = {"channels": "--d-model"}  # of sizes whose option has another name
+SHORT = {"bytes": "bytes", "flops": "flops", "exponentials": "exps"}
+MOST_ROUNDS = 100_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+        op: key of ``cases.OPS``.
+        sizes: those that were given, by name, without the states.
+        states: one or more numbers of states, separated by commas; None takes the op's default.
+        passes: ``"forward"``, ``"forward+backward"`` or ``"step"``; None takes the op's last.
+        dtype, device: of the inputs.
+        rounds: of every contender; None decides by time.
+        compile: also time torch.compile, which takes minutes to compile.
+    """
+
+    op: str
+    sizes: Mapping[str, int]
+    states: str | None = None
+    passes: str | None = None
+    dtype: str | None = None
+    device: str = "cpu"
+    rounds: int | None = None
+    compile: bool = False
+
+
+def cases_of(request: Request) -> list[Case]:
+    """One case per number of states.
+
+    Raises:
+        ConfigError: whatever is unknown, out of range or has no meaning for the op.
+    """
+    if request.op not in OPS:
+        close = difflib.get_close_matches(request.op, list(OPS), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ConfigError(f"op: got {request.op!r}{hint}, expected one of {', '.join(OPS)}")
+    op = OPS[request.op]
+    for name, size in request.sizes.items():
+        if name not in op.sizes:
+            allowed = ", ".join(_flag(n) for n in op.sizes)
+            raise ConfigError(f"{_flag(name)}: has no meaning for {request.op}, expected {allowed}")
+        if size < 1:
+            raise ConfigError(f"{_flag(name)}: got {size}, expected a positive integer")
+    if request.rounds is not None and not 1 <= request.rounds <= MOST_ROUNDS:
+        raise ConfigError(f"--rounds: got {request.rounds}, expected 1 to {MOST_ROUNDS}")
+    pick_device(request.device)
+    if torch.device(request.device).type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: got {request.device!r}, expected cpu or cuda: no others are measured")
+    states = _states(request)
+    sizes = {**op.sizes, **request.sizes}
+    passes = request.passes or op.passes[-1]
+    if "states" not in op.sizes:
+        return [case(request.op, sizes, passes, request.dtype, request.device)]
+    return [case(request.op, {**sizes, "states": n}, passes, request.dtype, request.device) for n in states]
+
+
+def _flag(name: str) -> str:
+    return FLAGS.get(name, f"--{name}")
+
+
+def _states(request: Request) -> list[int]:
+    op = OPS[request.op]
+    if request.states is None:
+        return [op.sizes["states"]] if "states" in op.sizes else []
+    if "states" not in op.sizes:
+        raise ConfigError(f"--states: has no meaning for {request.op}, which keeps no states")
+    try:
+        found = [int(part) for part in request.states.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise ConfigError(f"--states: got {request.states!r}, expected positive integers separated by commas, such as 128,12")
+    if "rank" in op.sizes and min(found) < {**op.sizes, **request.sizes}["rank"]:
+        raise ConfigError(f"--states: got {min(found)}, expected at least the rank that is kept. Give a smaller --rank")
+    return list(dict.fromkeys(found))
+
+
+def run(request: Request, tell: Tell) -> Run:
+    """Measure; every contender's answers are compared with the float64 reference first.
+
+    Args:
+        request: see there.
+        tell: gets a line now and then.
+
+    Raises:
+        ConfigError: see :func:`cases_of`.
+    """
+    cases = cases_of(request)
+    tell("measuring what the machine allows")
+    ceilings = measure_ceilings(request.device)
+    budget = Budget() if request.rounds is None else Budget(fewest=request.rounds, most=request.rounds, seconds=float("inf"))
+    outcome = measure([(c, _makers(c, request.compile)) for c in cases], ceilings, budget, tell)
+    machine = environment.describe(request.device, ["torch", "triton"])
+    return Run(machine=machine, ceilings=ceilings, results=outcome.results, skipped=outcome.skipped, failed=outcome.failed)
+
+
+def _makers(chosen: Case, with_compile: bool) -> dict[str, Make]:
+    level = OPS[chosen.op].level
+    names = [OURS]
+    if chosen.op == "causal_conv1d":
+        names.append(CONV1D)
+    elif level in ("op", "layer"):
+        names.append(REFERENCE)
+    if with_compile and level != "reduction":
+        names.append(COMPILED)
+    return {name: _built_in(name) for name in names}
+
+
+def _built_in(name: str) -> Make:
+    def make(problem: Problem) -> Contender:
+        return problem.built_in[name]()
+
+    return make
+
+
+def table(run: Run) -> Table:
+    """One row per size and contender.
+
+    ``full / this`` is how many times faster the same contender is here than at the most states; ``/ ours`` is its time over
+    ours at the same size; the spread is half the distance of the 20th and 80th percentile.
+    """
+    first = run.results[0]
+    same = {name: size for name, size in first.shape.items() if name != "states"}
+    title = f"{first.op} {first.passes}, {first.dtype}, " + ", ".join(f"{_flag(n)[2:]} {size}" for n, size in same.items())
+    worst = max(r.error for r in run.results)
+    caption = f"every answer and gradient within {worst:.0e} of the float64 reference"
+    style = {"title_justify": "left", "caption_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    found = Table(title=title, caption=caption, **style)
+    for column in ("states", "", "ms", "spread", "full/this", "/ ours", "of limit", "peak MiB"):
+        found.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    times = {(r.shape.get("states", 0), r.contender): r.milliseconds.median for r in run.results}
+    most = max(states for states, _ in times)
+    for r in run.results:
+        states = r.shape.get("states", 0)
+        full, ours = times.get((most, r.contender)), times.get((states, OURS))
+        found.add_row(
+            str(states) if states else "",
+            r.contender,
+            f"{r.milliseconds.median:.4g}",
+            f"{(r.milliseconds.high - r.milliseconds.low) / 2 / r.milliseconds.median:.0%}",
+            _ratio(full, r.milliseconds.median),
+            _ratio(r.milliseconds.median, ours),
+            _limit(r),
+            "?" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.1f}",
+        )
+    return found
+
+
+def _ratio(above: float | None, below: float | None) -> str:
+    return "" if above is None or below is None else f"{above / below:.2f}x"
+
+
+def _limit(r: Result) -> str:
+    return "" if r.share_of_limit is None else f"{r.share_of_limit:.0%} {SHORT[r.limit_by]}"
+
+
+def ceilings_line(run: Run) -> str:
+    """What the limits are made of."""
+    c = run.ceilings
+    return (
+        f"this machine, measured just now: copies {c.copy_gb_per_s:.3g} GB/s, float32 products {c.matmul_gflop_per_s:.4g} "
+        f"GFLOP/s, {c.exp_g_per_s:.3g}e9 exponentials/s; the limit is the slowest of the three for what the op needs at least"
+    )
+
+

@@ -1,0 +1,217 @@
+"""Problems of whole training steps, as ``compressm train`` runs them: data, forward, backward, clipping, optimizer, scheduler.
+
+The data are noise in the shapes of the real ones: only shapes matter.  What is checked is the loss and all gradients of the
+model at its initial parameters without dropout; what is timed is one step after another of a model that trains.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compressm.benchmarking import compiled, counts
+from compressm.benchmarking.layer_problems import lru_operands, mamba_with, torch_convolution
+from compressm.benchmarking.op_problems import COMPILED
+from compressm.benchmarking.problems import Answers, Contender, Function, Op, Problem, slabs_for
+from compressm.benchmarking.results import Counts, Pass
+from compressm.benchmarking.timing import Timed
+from compressm.experiments.batches import Batches
+from compressm.experiments.datasets import Dataset
+from compressm.experiments.language_model import BYTES
+from compressm.experiments.models import count_parameters
+from compressm.experiments.settings import Settings, resolve
+from compressm.experiments.tasks import ImageTask, Task, TextTask
+from compressm.experiments.texts import Text, WindowBatches
+from compressm.experiments.training import TrainingRun
+
+BATCHES_OF_NOISE = 4
+Change = Callable[[nn.Module], None]  # of a model, in place, before its optimizer is made
+
+
+class NoisyImages(ImageTask):
+    """Pixels without meaning in the shapes of a dataset."""
+
+    pixels: tuple[int, int]  # length, channels
+    change: Change | None = None
+
+    def load(self, folder: Path | None) -> None:
+        s = self.settings
+        count = BATCHES_OF_NOISE * s.batch_size
+        x, y = torch.randint(0, 256, (count, *self.pixels), dtype=torch.uint8), torch.randint(0, 10, (count,))
+        self.data = Dataset("noise", x, y, x, y, 10).to(self.device)
+        self.batches = Batches(self.data.train_x, self.data.train_y, s.batch_size, s.seed)
+
+    def build_model(self, run: str, states) -> nn.Module:
+        return _changed(super().build_model(run, states), self.change)
+
+
+class NoisyText(TextTask):
+    """Bytes without meaning."""
+
+    change: Change | None = None
+
+    def load(self, folder: Path | None) -> None:
+        s = self.settings
+        noise = torch.randint(0, BYTES, (1 << 20,), dtype=torch.uint8)
+        self.text = Text("noise", dict.fromkeys(("train", "validation", "test"), noise), 0, "").to(self.device)
+        self.batches = WindowBatches(self.text, s.length, s.batch_size, s.seed)
+
+    def build_model(self, run: str, states) -> nn.Module:
+        return _changed(super().build_model(run, states), self.change)
+
+
+def _changed(model: nn.Module, change: Change | None) -> nn.Module:
+    if change is not None:
+        change(model)
+    return model
+
+
+class Foreign(nn.Module):
+    """A block's layer computed by another function of x and its parameters.
+
+    Args:
+        layer: whose parameters are used.
+        function: of ``{"x": x, **parameters}``.
+    """
+
+    def __init__(self, layer: nn.Module, function: Function) -> None:
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    @property
+    def d_state(self) -> int:
+        return self.layer.d_state
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function({"x": x, **dict(self.layer.named_parameters())})
+
+
+def replaced(mixer: str, make: Callable[[nn.Module], nn.Module]) -> Change:
+    """Puts ``make(layer)`` in the place of every block's layer."""
+
+    def change(model: nn.Module) -> None:
+        for block in model.blocks:
+            setattr(block, mixer, make(getattr(block, mixer)))
+
+    return change
+
+
+def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
+    """Loss on the first batch and all gradients one after the other, without dropout; float64 for a float64 model.
+
+    The order is that of the parameters' names in the original model: a module that stands for a layer calls it ``layer``.
+    """
+    model.eval()
+    model.zero_grad()
+    batch = task.batches[0]
+    examples = batch if isinstance(task, TextTask) else batch[0]
+    total = torch.zeros((), dtype=torch.float64, device=examples.device)
+    for chosen in torch.arange(len(examples), device=examples.device).chunk(slabs):
+        if isinstance(task, TextTask):
+            windows = batch[chosen]
+            scores = model(windows[:, :-1])
+            part = nn.functional.cross_entropy(scores.flatten(0, 1), windows[:, 1:].flatten().long())
+        else:
+            part = nn.functional.cross_entropy(model(batch[0][chosen]), batch[1][chosen])
+        share = len(chosen) / len(examples)
+        (part * share).backward()
+        total += part.detach().double() * share
+    named = sorted((name.replace(".layer.", "."), p.grad.flatten()) for name, p in model.named_parameters())
+    found = torch.cat([gradient for _name, gradient in named])
+    model.zero_grad()
+    return {"loss": total, "gradients": found.clone()}
+
+
+def training_run(problem: Problem, change: Change | None = None) -> TrainingRun:
+    """The problem's model with its optimizer at the start of training, its layers replaced by ``change``."""
+    task = copy.copy(problem.extras["task"])
+    task.change = change
+    return _run(task, problem.sizes["states"])
+
+
+def _run(task: Task, states: int) -> TrainingRun:
+    return TrainingRun("full", task, [states] * task.settings.blocks, Path("unused.safetensors"))
+
+
+def step_contender(problem: Problem, change: Change | None = None) -> Contender:
+    """The training step of the problem's model, its layers replaced by ``change``."""
+    run = training_run(problem, change)
+
+    def step() -> None:
+        run.train_step()
+        run.record.step += 1
+
+    return Contender(Timed(step), lambda: gradients(training_run(problem, change).model, run.task))
+
+
+def _problem(task: Task, sizes: Mapping[str, int], least: Counts, cells: int) -> Problem:
+    settings = task.settings
+    run = _run(task, sizes["states"])
+    exact = copy.deepcopy(run.model).double()
+    oracle = gradients(exact, task, slabs_for(cells, settings.batch_size, task.device))
+    least = counts.add(least, counts.adamw(count_parameters(run.model)))
+    problem = Problem("step", torch.float32, task.device, {}, None, oracle, least, dict(sizes), {"task": task})
+    problem.built_in["compressm"] = lambda: step_contender(problem)
+    problem.built_in[COMPILED] = lambda: step_contender(problem, _compiled_layers(task.mixer))
+    return problem
+
+
+def _compiled_layers(mixer: str) -> Change:
+    if mixer == "lru":
+        scan = compiled.lti_scan()
+        return replaced(mixer, lambda layer: Foreign(layer, lambda p: scan(lru_operands(p))))
+    function = mamba_with(compiled.selective_scan(), torch_convolution)
+    return replaced(mixer, lambda layer: Foreign(layer, function))
+
+
+def _images(preset: str, length: int, pixel_channels: int) -> Callable[..., Problem]:
+    def build(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
+        batch, channels, states, blocks = (sizes[name] for name in ("batch", "channels", "states", "blocks"))
+        chosen = {"batch_size": batch, "d_model": channels, "d_state": states, "blocks": blocks, "device": str(device)}
+        task_class = type("Noise", (NoisyImages,), {"pixels": (length, pixel_channels)})
+        task = task_class(_settings(preset, chosen), None, device)
+        rows = batch * length
+        block = counts.add(
+            counts.lti_scan(batch, length, channels, states, 4, True), counts.linear(rows, channels, 2 * channels, True)
+        )
+        ends = counts.add(counts.linear(rows, pixel_channels, channels, True), counts.linear(batch, channels, 10, True))
+        return _problem(task, sizes, counts.add(counts.scaled(block, blocks), ends), rows * states * blocks)
+
+    return build
+
+
+def _language_model(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
+    batch, length, channels, states, blocks = (
+        sizes[name] for name in ("batch", "length", "channels", "states", "blocks")
+    )
+    chosen = {"batch_size": batch, "d_model": channels, "d_state": states, "blocks": blocks, "length": length}
+    task = NoisyText(_settings("stdlib-lm", {**chosen, "device": str(device)}), None, device)
+    rows = batch * length
+    block = counts.mamba(batch, length, channels, states, 4, True)
+    least = counts.add(counts.scaled(block, blocks), counts.linear(rows, channels, BYTES, True))
+    return _problem(task, sizes, least, rows * 2 * channels * states * blocks)
+
+
+def _settings(preset: str, chosen: Mapping[str, object]) -> Settings:
+    return resolve(preset, {**chosen, "runs": ["full"]})
+
+
+STEP: tuple[Pass, ...] = ("step",)
+OPS = {
+    "smnist": Op(
+        "step", {"batch": 50, "channels": 8, "states": 256, "blocks": 1}, STEP, _images("smnist", 784, 1),
+        "a training step of the paper's sequential MNIST model",
+    ),
+    "scifar": Op(
+        "step", {"batch": 16, "channels": 512, "states": 384, "blocks": 1}, STEP, _images("scifar", 1024, 3),
+        "a training step of the paper's sequential CIFAR model; the whole has 6 blocks and batch 50",
+    ),
+    "mamba-lm": Op(
+        "step", {"batch": 16, "channels": 64, "length": 256, "states": 128, "blocks": 2}, STEP, _language_model,
+        "a training step of the Mamba language model",
+    ),
+}  # fmt: skip
