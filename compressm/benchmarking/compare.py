@@ -24,6 +24,8 @@ SAME_MACHINE = ("cpu", "device", "cores", "threads")  # entries of machine that 
 NOISE = 0.03  # by which ceilings of an unchanged machine differ
 WIDTH = 150  # columns where the output is no terminal
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
 # Kind of a change, and what it means; those with a colour are listed, the others counted.
 KINDS = {
     "slower": ("slower beyond the spread", "bold red"),
@@ -218,7 +220,8 @@ def _show_changes(name: str, changes: list[Change], console: Console) -> None:
     console.print()
 
 
-def _command(
+@app.command()
+def main(
     old: Annotated[Path, typer.Argument(help="Result file of before.", show_default=False)],
     new: Annotated[Path, typer.Argument(help="Result file of now.", show_default=False)],
     fail_over: Annotated[
@@ -247,4 +250,4 @@ def _command(
 
 
 if __name__ == "__main__":
-    typer.run(_command)
+    app()

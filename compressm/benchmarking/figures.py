@@ -145,12 +145,12 @@ def _contenders_in(styles: dict[str, dict[str, object]], seen: dict[str, object]
 
 def limits(found: Sequence[Group]) -> bytes:
     """Share of the physical limit that ours and the best peer reach, a row per op and pass, a dot per shape."""
-    rows = [(key, of) for key, of in computations(found).items() if any(_share(group.ours) for group in of)]
+    rows = [(key, of) for key, of in computations(found).items() if any(_share(group.ours) is not None for group in of)]
     with _figure(1, 1, 0.95 + 0.3 * len(rows)) as (figure, (ax,)):
         bound = set()
         for y, (_, of) in enumerate(rows):
             for group in of:
-                peers = [share for r in group.results if not is_ours(r.contender) and (share := _share(r))]
+                peers = [share for r in group.results if not is_ours(r.contender) and (share := _share(r)) is not None]
                 if peers:
                     ax.plot(100 * max(peers), y, marker="|", color=INK, markersize=15, markeredgewidth=1.4, zorder=2)
                 if (share := _share(group.ours)) is not None:

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,8 @@ from compressm.errors import ArgumentError, CompressmError, DataError
 DEFAULT_OUT = Path("benchmarks/REPORT.md")
 FIGURES = "figures"  # folder beside the report
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
 
 @dataclass
 class Page:
@@ -29,18 +32,18 @@ class Page:
 
     Attributes:
         lines: of Markdown.
-        pictures: PNG by file name.
+        pictures: what draws a PNG, by file name.
     """
 
     lines: list[str] = field(default_factory=list)
-    pictures: dict[str, bytes] = field(default_factory=dict)
+    pictures: dict[str, Callable[[], bytes]] = field(default_factory=dict)
 
     def add(self, lines: Iterable[str]) -> None:
         self.lines.extend(lines)
 
-    def picture(self, name: str, png: bytes, words: str) -> None:
+    def picture(self, name: str, words: str, draw: Callable[..., bytes], *data: object) -> None:
         """A picture with its description."""
-        self.pictures[name] = png
+        self.pictures[name] = partial(draw, *data)
         self.add([f"![{words}]({FIGURES}/{name})", ""])
 
 
@@ -78,8 +81,8 @@ def write(paths: Sequence[Path], out: Path) -> Page:
         folder.mkdir(parents=True, exist_ok=True)
         for old in sorted(_shown(out) - set(page.pictures)):
             (folder / old).unlink(missing_ok=True)
-        for name, png in page.pictures.items():
-            (folder / name).write_bytes(png)
+        for name, draw in page.pictures.items():
+            (folder / name).write_bytes(draw())
         out.write_text("\n".join(page.lines).rstrip() + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}). Choose another place with --out") from error
@@ -114,7 +117,7 @@ def _headline(page: Page, runs: dict[str, Run], titles: dict[str, str], stems: d
         ours = [step for step in steps if step.contender == OURS]
         if ours:
             words = f"Time of a training step over the number of states, {titles[name]}"
-            page.picture(f"{stems[name]}-steps.png", figures.steps(ours), words)
+            page.picture(f"{stems[name]}-steps.png", words, figures.steps, ours)
 
 
 def _machine(page: Page, run: Run, title: str, stem: str) -> None:
@@ -123,7 +126,7 @@ def _machine(page: Page, run: Run, title: str, stem: str) -> None:
     page.add(sections.limits(run))
     measured = sections.with_limit(run)
     if measured:
-        page.picture(f"{stem}-limits.png", figures.limits(measured), "Share of the physical limit reached, by op and pass")
+        page.picture(f"{stem}-limits.png", "Share of the physical limit reached, by op and pass", figures.limits, measured)
     for level, of in sections.by_level(run).items():
         page.add([f"### {sections.LEVELS[level]}", ""])
         page.add(sections.LEGEND)
@@ -132,7 +135,7 @@ def _machine(page: Page, run: Run, title: str, stem: str) -> None:
             if any(group.ratios() for group in found):
                 name = f"{stem}-{_file(op)}.png"
                 words = f"Time of every peer over compressm's, {sections.plain_name(op)}"
-                page.picture(name, figures.ratios(found, styles), words)
+                page.picture(name, words, figures.ratios, found, styles)
                 page.add(sections.left_out(found, figures.MAX_ROWS))
             page.add(sections.op_tables(found, run))
     _growth(page, run, stem, styles)
@@ -147,7 +150,7 @@ def _growth(page: Page, run: Run, stem: str, styles: dict[str, dict[str, object]
     for op, found in by_op.items():
         page.add([f"#### {sections.plain_name(op)}", ""])
         words = f"Time along each axis on log scales, {sections.plain_name(op)}"
-        page.picture(f"{stem}-{_file(op)}-growth.png", figures.scaling(figures.widest(found), styles), words)
+        page.picture(f"{stem}-{_file(op)}-growth.png", words, figures.scaling, figures.widest(found), styles)
         page.add(sections.slopes(found))
 
 
@@ -155,7 +158,8 @@ def _file(op: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", op.lower()).strip("-") or "op"
 
 
-def _command(
+@app.command()
+def main(
     results: Annotated[list[Path], typer.Argument(help="Result files of make bench, one a machine.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The report; its pictures go into figures/ beside it.")] = DEFAULT_OUT,
 ) -> None:
@@ -169,4 +173,4 @@ def _command(
 
 
 if __name__ == "__main__":
-    typer.run(_command)
+    app()

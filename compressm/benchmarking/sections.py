@@ -193,13 +193,16 @@ def _busy(product: object) -> list[str]:
 
 
 def slower(run: Run) -> list[str]:
-    """Every comparison that compressm loses, the worst first."""
+    """Every comparison that compressm loses, the worst first, and where it has no time at all."""
     found = tally(groups(run))
     lines = ["### Where a peer is faster", ""]
+    for entry in run.failed:
+        if is_ours(entry.contender):
+            lines += [f"**{escape(entry.contender)} failed** in {escape(entry.group)}: {escape(entry.reason)}.", ""]
     if not found.total:
         return [*lines, "No peer was timed.", ""]
     if not found.slower:
-        return [*lines, f"Nowhere beyond the spread, in {found.total} comparisons.", ""]
+        return [*lines, f"Nowhere beyond the spread. Comparisons: {found.total}.", ""]
     rows = []
     for group, name, spread in found.slower:
         theirs = next(r for r in group.results if r.contender == name)
@@ -226,7 +229,7 @@ def limits(run: Run) -> list[str]:
         shares = sorted(r.share_of_limit for r in ours)
         reach = percent(shares[0]) if len(shares) == 1 else f"{percent(shares[0])} to {percent(shares[-1])}"
         bound = dict.fromkeys(RESOURCES[r.limit_by] for r in ours if r.limit_by is not None)
-        peers = [r.share_of_limit for group in of for r in group.results if not is_ours(r.contender)]
+        peers = [r.share_of_limit for group in of for r in group.results if not is_ours(r.contender) and r.limit_ms is not None]
         best = percent(max(peers)) if peers else NONE
         rows.append([f"{plain_name(op)}, {passes}, {dtype}", str(len(ours)), reach, ", ".join(bound) or NONE, best])
     if not rows:
