@@ -18,7 +18,7 @@ from PIL import Image
 
 from compressm.benchmarking.analysis import AXES, OURS, Curve, Group, Shrinking, computations, is_ours
 from compressm.benchmarking.results import Result
-from compressm.benchmarking.wording import LETTERS, RESOURCES, number, op_name, short, sizes
+from compressm.benchmarking.wording import LETTERS, RESOURCES, manner, number, op_name, short, sizes
 
 WIDTH = 8.0  # inches
 DPI = 150
@@ -128,7 +128,7 @@ def ratios(found: Sequence[Group], styles: dict[str, dict[str, object]]) -> byte
         low, high = ax.get_xlim()
         ax.set_xlim(min(low, 0.8), max(high, 1.25))
         ax.axvspan(ax.get_xlim()[0], 1, color="#d55e00", alpha=0.07, linewidth=0)
-        ax.set_yticks(range(len(rows)), [f"{group.first.passes}   {short(group)}" for group in rows])
+        ax.set_yticks(range(len(rows)), [f"{manner(group.first)}   {short(group)}" for group in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel("time of a peer over compressm's, log scale (shaded: the peer is faster)")
@@ -159,9 +159,8 @@ def limits(found: Sequence[Group]) -> bytes:
                     edge = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.6}
                     ax.plot(100 * share, y, marker=marker, color=colour, zorder=3, **edge)
         ax.axvline(100, color=INK, linewidth=1.2)
-        ax.set_yticks(range(len(rows)), [f"{op_name(op)}, {passes}" for (op, passes, _), _ in rows])
-        if len({dtype for (_, _, dtype), _ in rows}) > 1:
-            ax.set_yticks(range(len(rows)), [f"{op_name(op)}, {passes}, {dtype}" for (op, passes, dtype), _ in rows])
+        labels = [(op_name(of[0].first.op), manner(of[0].first)) for _, of in rows]
+        ax.set_yticks(range(len(rows)), [", ".join(filter(None, words)) for words in labels])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.set_xlim(0, max(105.0, ax.get_xlim()[1]))
         ax.set_xlabel("share of the physical limit reached, %")
@@ -197,7 +196,7 @@ def scaling(found: Sequence[Sequence[Curve]], styles: dict[str, dict[str, object
                 limited = True
             _log(ax, "x", ticks=sorted({size for curve in family for size in curve.sizes}))
             _log(ax, "y")
-            ax.set_title(f"{first.results[0].passes}\n{sizes(first.fixed)}", fontsize=9)
+            ax.set_title(f"{manner(first.results[0])}\n{sizes(first.fixed)}", fontsize=9)
             letter = LETTERS.get(first.axis, "")
             ax.set_xlabel(f"{first.axis} {letter}, log scale".replace(" ,", ","))
         for ax in axes[::columns]:

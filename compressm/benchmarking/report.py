@@ -129,6 +129,7 @@ def _machine(page: Page, run: Run, title: str, stem: str) -> None:
         page.picture(f"{stem}-limits.png", "Share of the physical limit reached, by op and pass", figures.limits, measured)
     for level, of in sections.by_level(run).items():
         page.add([f"### {sections.LEVELS[level]}", ""])
+        page.add(sections.own_speed_ups(run) if level == "step" else [])
         page.add(sections.LEGEND)
         for op, found in of.items():
             page.add(sections.op_heading(found, op))

@@ -29,6 +29,7 @@ from compressm.benchmarking.wording import (
     error,
     escape,
     limit,
+    manner,
     memory,
     milliseconds,
     missing,
@@ -48,7 +49,7 @@ LEVELS: dict[Level, str] = {
 }  # fmt: skip
 LEGEND = [
     "Times are medians in ms. In brackets: a peer's time over compressm's, 2x took twice as long. **Bold**: it is faster than"
-    " compressm. \"same\": the spreads overlap.",
+    " compressm. \"same\": the spreads overlap; \"once\": timed in one round, without a spread.",
     "",
 ]  # fmt: skip
 BUSY = 1.25  # times the best time, at which a matrix product's median means that the machine did other work
@@ -171,7 +172,7 @@ def machine(run: Run) -> list[str]:
     software = [f"{words} {escape(about[key])}" for key, words in names.items() if about.get(key) is not None]
     versions = about["versions"]
     if isinstance(versions, Mapping):
-        software += [f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()) if version is not None]
+        software += [f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()) if name not in names]
     return [
         f"- Machine: {', '.join(parts)}.",
         f"- It sustains: copies {number(top.copy_gb_per_s)} GB/s (read plus written), float32 matrix products"
@@ -208,7 +209,7 @@ def slower(run: Run) -> list[str]:
         theirs = next(r for r in group.results if r.contender == name)
         pair = f"{milliseconds(theirs.milliseconds)} / {milliseconds(group.ours.milliseconds)}"
         inverse = Spread(1 / spread.value, 1 / spread.high, 1 / spread.low)
-        where = f"{plain_name(group.first.op)}, {group.first.passes}, {whole(escape(short(group)))}"
+        where = ", ".join(filter(None, (plain_name(group.first.op), escape(manner(group.first)), whole(escape(short(group))))))
         rows.append([where, code(name), whole(pair), times(inverse)])
     words = f"In {len(found.slower)} of {found.total} comparisons a peer takes less time than compressm, beyond the spread."
     headings = ("computation", "peer", "ms, peer / compressm", "peer faster by")
@@ -224,14 +225,15 @@ def limits(run: Run) -> list[str]:
     """How near to what the machine allows ours comes, by op and pass."""
     lines = ["### Share of the physical limit", ""]
     rows = []
-    for (op, passes, dtype), of in computations(with_limit(run)).items():
+    for (op, _, _), of in computations(with_limit(run)).items():
         ours = [group.ours for group in of]
         shares = sorted(r.share_of_limit for r in ours)
         reach = percent(shares[0]) if len(shares) == 1 else f"{percent(shares[0])} to {percent(shares[-1])}"
         bound = dict.fromkeys(RESOURCES[r.limit_by] for r in ours if r.limit_by is not None)
         peers = [r.share_of_limit for group in of for r in group.results if not is_ours(r.contender) and r.limit_ms is not None]
         best = percent(max(peers)) if peers else NONE
-        rows.append([f"{plain_name(op)}, {passes}, {dtype}", str(len(ours)), reach, ", ".join(bound) or NONE, best])
+        words = ", ".join(filter(None, (plain_name(op), escape(manner(ours[0])))))
+        rows.append([words, str(len(ours)), reach, ", ".join(bound) or NONE, best])
     if not rows:
         return [*lines, "No limit was counted.", ""]
     headings = ("computation", "shapes", "compressm reaches", "limit set by", "best of any peer")
@@ -248,6 +250,24 @@ def by_level(run: Run) -> dict[Level, dict[str, list[Group]]]:
         if not (alone and group.name in curved | stepped):
             found.setdefault(group.first.level, {}).setdefault(group.first.op, []).append(group)
     return {level: found[level] for level in LEVELS if level in found}
+
+
+def own_speed_ups(run: Run) -> list[str]:
+    """Every contender's training step from its own full size to smaller ones."""
+    steps = shrinking_steps(run)
+    names = contenders(step.results[0] for step in steps)
+    if len(names) < 2:
+        return []
+    by: dict[tuple[str, str], dict[str, str]] = {}
+    for step in steps:
+        full = step.results[0].shape
+        where = f"{plain_name(step.op)}, {whole(escape(sizes(full, leave_out='states')))}"
+        for result in step.results[1:]:
+            cells = by.setdefault((where, whole(f"{full['states']} → {result.shape['states']}")), {})
+            cells[step.contender] = f"{number(step.speed_up(result).value)}x"
+    rows = [[*key, *(cells.get(name, NONE) for name in names)] for key, cells in by.items()]
+    words = "Speed-up of every contender over its own full size. It is large where the full size is slow."
+    return [words, "", *table(("training step", "states", *map(escape, names)), rows)]
 
 
 def op_heading(found: Sequence[Group], op: str) -> list[str]:
@@ -270,12 +290,13 @@ def op_tables(found: Sequence[Group], run: Run) -> list[str]:
     """Per pass and dtype: a line per shape with every contender beside ours, then all figures folded away."""
     failed = {(entry.group, entry.contender) for entry in run.failed}
     lines: list[str] = []
-    for (_, passes, dtype), of in computations(found).items():
+    for of in computations(found).values():
         names = [name for name in contenders(r for group in of for r in group.results) if name != OURS]
         headings = ["shape", f"{OURS}, ms", *(f"{escape(name)}" for name in names), "of the limit, set by"]
         rows = [[whole(escape(short(group))), *_cells(group, names, failed)] for group in of]
-        lines += [f"**{passes}, {escape(dtype)}**", "", *table(headings, rows)]
-        lines += _all_figures(of, f"All figures, {passes}, {escape(dtype)}")
+        words = escape(manner(of[0].first))
+        lines += [f"**{words}**", ""] if words else []
+        lines += table(headings, rows) + _all_figures(of, f"All figures, {words}" if words else "All figures")
     return lines
 
 
@@ -289,8 +310,10 @@ def _cells(group: Group, names: Sequence[str], failed: set[tuple[str, str]]) -> 
         time = milliseconds(of[name].milliseconds)
         if name not in ratios or name == OURS:
             return time
-        ratio, verdict = f"{number(ratios[name].value)}x", ratios[name].verdict
-        return whole(f"**{time} ({ratio})**" if verdict < 0 else f"{time} ({ratio}{'' if verdict else ', same'})")
+        verdict = ratios[name].verdict
+        words = [f"{number(ratios[name].value)}x", *["same"] * (verdict == 0), *["once"] * (of[name].milliseconds.rounds == 1)]
+        text = f"{time} ({', '.join(words)})"
+        return whole(f"**{text}**" if verdict < 0 else text)
 
     bound = NONE
     if ours is not None and ours.limit_ms is not None:
@@ -329,8 +352,7 @@ def slopes(found: Sequence[Sequence[Curve]]) -> list[str]:
         by_name = {curve.results[0].contender: curve for curve in family}
         first, ends = longest.results[0], longest.sizes
         where = [f"{longest.axis} {ends[0]}–{ends[-1]}", sizes(longest.fixed)]
-        passes = first.passes + (f", {first.dtype}" if first.dtype != "float32" else "")
-        rows.append([*map(whole, where), escape(passes), *(_slope(by_name.get(name), ends) for name in names)])
+        rows.append([*map(whole, where), escape(manner(first)), *(_slope(by_name.get(name), ends) for name in names)])
     headings = ("along", "at", "pass", *(escape(name) for name in names))
     return table(headings, rows, left=3) + _times_along(found)
 
@@ -339,7 +361,7 @@ def _times_along(found: Sequence[Sequence[Curve]]) -> list[str]:
     """Ours at every size, folded away."""
     rows = []
     for curve in (curve for family in found for curve in family if curve.results[0].contender == OURS):
-        label = whole(f"{curve.axis}, {sizes(curve.fixed)}, {curve.results[0].passes}")
+        label = whole(f"{curve.axis}, {sizes(curve.fixed)}, {manner(curve.results[0])}")
         for size, r in zip(curve.sizes, curve.results, strict=True):
             rows.append([label, str(size), _span(r), whole(memory(r.peak_bytes)), error(r.error), limit(r)])
             label = ""

@@ -125,6 +125,12 @@ def short(group: Group) -> str:
     return _without(group.name, [group.first.op, group.first.passes, group.first.dtype]) or sizes(group.first.shape)
 
 
+def manner(result: Result) -> str:
+    """Pass and dtype, without what goes without saying: a step's pass, float32."""
+    parts = [result.passes] * (result.passes != "step") + [result.dtype] * (result.dtype != "float32")
+    return ", ".join(parts)
+
+
 def _without(name: str, words: Sequence[str]) -> str:
     """A name without words that its place in the report says already."""
     return " ".join(part for part in name.split() if part.strip(",") not in words).strip(" ,")

@@ -86,6 +86,27 @@ def test_variants_of_ours_are_no_peers():
     assert table_with(lines, "shape", "jax")[0]["compressm, compiled"] == "**1.00 (0.500x)**"
 
 
+def test_speed_up_of_every_contender_over_its_own_full_size():
+    ours = [step("smnist", n, t) for n, t in ((256, 30.0), (28, 20.0))]
+    original = [step("smnist", n, t, "original") for n, t in ((256, 1000.0), (28, 100.0), (13, 50.0))]
+    rows = table_with(lines_of(*ours, *original), "training step", "original")
+    assert rows == [
+        {"training step": "sMNIST (LRU), B50", "states": "256 → 28", "compressm": "1.50x", "original": "10.0x"},
+        {"training step": "sMNIST (LRU), B50", "states": "256 → 13", "compressm": "–", "original": "20.0x"},
+    ]
+
+
+def test_dtypes_stand_apart_and_one_round_is_said():
+    results = [timed(median=1.0), timed(contender="jax", median=3.0, spread=0.0, rounds=1)]
+    results += [timed(median=2.0, dtype="bfloat16", group="selective_scan N16 forward bfloat16")]
+    lines = lines_of(*results)
+    assert table_with(lines, "shape", "jax")[0]["jax"] == "3.00 (3.00x, once)"
+    assert {"**forward**", "**forward, bfloat16**"} <= set(lines)
+    assert table_with(lines[lines.index("**forward, bfloat16**") :], "shape") == [
+        {"shape": "N16", "compressm, ms": "2.00", "of the limit, set by": "–"}
+    ]
+
+
 def test_all_figures():
     ours = timed(median=2.0, limit=0.5, peak=3 << 20, error=2.2e-7, rounds=7)
     ours, jax = table_with(lines_of(ours, timed(contender="jax", median=3.0, peak=None)), "peak memory", "contender")
