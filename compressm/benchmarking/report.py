@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
-from compressm.benchmarking import figures, sections
+from compressm.benchmarking import figures, sections, training_steps
 from compressm.benchmarking.analysis import OURS, Shrinking, contenders, shrinking_steps
 from compressm.benchmarking.results import Run
-from compressm.benchmarking.wording import escape, machine_name
+from compressm.benchmarking.wording import escape, machine_name, plain_name
 from compressm.errors import ArgumentError, CompressmError, DataError
 
 DEFAULT_OUT = Path("benchmarks/REPORT.md")
@@ -112,7 +112,7 @@ def _stems(runs: dict[str, Run]) -> dict[str, str]:
 
 def _headline(page: Page, runs: dict[str, Run], titles: dict[str, str], stems: dict[str, str]) -> None:
     found: dict[str, list[Shrinking]] = {name: shrinking_steps(run) for name, run in runs.items()}
-    page.add(sections.headline(found, titles))
+    page.add(training_steps.headline(found, titles))
     for name, steps in found.items():
         ours = [step for step in steps if step.contender == OURS]
         if ours:
@@ -129,13 +129,13 @@ def _machine(page: Page, run: Run, title: str, stem: str) -> None:
         page.picture(f"{stem}-limits.png", "Share of the physical limit reached, by op and pass", figures.limits, measured)
     for level, of in sections.by_level(run).items():
         page.add([f"### {sections.LEVELS[level]}", ""])
-        page.add(sections.own_speed_ups(run) if level == "step" else [])
+        page.add(training_steps.own_speed_ups(run) if level == "step" else [])
         page.add(sections.LEGEND)
         for op, found in of.items():
             page.add(sections.op_heading(found, op))
             if any(group.ratios() for group in found):
                 name = f"{stem}-{_file(op)}.png"
-                words = f"Time of every peer over compressm's, {sections.plain_name(op)}"
+                words = f"Time of every peer over compressm's, {plain_name(op)}"
                 page.picture(name, words, figures.ratios, found, styles)
                 page.add(sections.left_out(found, figures.MAX_ROWS))
             page.add(sections.op_tables(found, run))
@@ -149,8 +149,8 @@ def _growth(page: Page, run: Run, stem: str, styles: dict[str, dict[str, object]
         return
     page.add(sections.GROWTH)
     for op, found in by_op.items():
-        page.add([f"#### {sections.plain_name(op)}", ""])
-        words = f"Time along each axis on log scales, {sections.plain_name(op)}"
+        page.add([f"#### {plain_name(op)}", ""])
+        words = f"Time along each axis on log scales, {plain_name(op)}"
         page.picture(f"{stem}-{_file(op)}-growth.png", words, figures.scaling, figures.widest(found), styles)
         page.add(sections.slopes(found))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from compressm.benchmarking.analysis import (
     OURS,
     Curve,
     Group,
-    Shrinking,
     Spread,
     computations,
     contenders,
@@ -20,7 +18,7 @@ from compressm.benchmarking.analysis import (
     shrinking_steps,
     tally,
 )
-from compressm.benchmarking.results import Level, Result, Run
+from compressm.benchmarking.results import Level, Run
 from compressm.benchmarking.wording import (
     NONE,
     RESOURCES,
@@ -34,13 +32,14 @@ from compressm.benchmarking.wording import (
     milliseconds,
     missing,
     number,
-    op_name,
     percent,
+    plain_name,
     short,
     sizes,
     span,
     table,
     times,
+    timing,
     whole,
 )
 
@@ -79,11 +78,6 @@ METHOD = [
 ]
 
 
-def plain_name(op: str) -> str:
-    """An op's heading."""
-    return escape(op_name(op))
-
-
 def introduction(runs: Mapping[str, Run]) -> list[str]:
     """Where it all comes from."""
     files = ", ".join(code(f"{name}.json") for name in runs)
@@ -91,62 +85,6 @@ def introduction(runs: Mapping[str, Run]) -> list[str]:
         f"Generated from {files} by `python -m compressm.benchmarking.report`; `make bench` measures anew."
         " [How it was measured](#how-it-was-measured) is at the end.",
         "",
-    ]
-
-
-def headline(found: Mapping[str, Sequence[Shrinking]], titles: Mapping[str, str]) -> list[str]:
-    """Every training step from full to compressed size, next to what was published."""
-    lines = ["## Training steps: from full to compressed size", ""]
-    rows = []
-    for name, steps in found.items():
-        for step in steps:
-            if step.contender == OURS:
-                rows += _headline_rows(step, titles[name] if len(found) > 1 else "")
-    if not rows:
-        return [*lines, "No training step was timed at two state sizes.", ""]
-    headings = ("whole training step", "states", "ms", "speed-up", "published", "independent of N")
-    lines += table(headings, rows)
-    return [
-        *lines,
-        "A step is data, forward, backward and optimizer; in brackets the spread. *Independent of N* is the share of the full"
-        " step that a straight line through the times leaves at N = 0, and the speed-up that no compression can pass for it."
-        " A fast full size makes the ratio small.",
-        "",
-        "*Published* is what the authors of CompreSSM announced: image classification (CIFAR-10) up to 1.5x, Mamba from 128 to"
-        " about 12 states about 4x. That was on their machines, with their code and over whole runs; here one step is timed.",
-        "",
-        *_misses(found),
-    ]
-
-
-def _headline_rows(step: Shrinking, title: str) -> list[list[str]]:
-    full = step.results[0]
-    fixed = sizes(full.shape, leave_out="states")
-    name = f"**{plain_name(step.op)}**" + (f"<br>{whole(escape(fixed))}" if fixed != NONE else "")
-    name += f", {step.dtype}" if step.dtype != "float32" else ""
-    name += f"<br>{title}" if title else ""
-    share, most = step.independent_share, step.most
-    part = NONE if share is None else percent(share) + ("" if math.isinf(most) else f", at most {number(most)}x")
-    rows = [[name, str(full.shape["states"]), _span(full), "1", NONE, whole(part)]]
-    for result in step.results[1:]:
-        states = result.shape["states"]
-        published = step.published.words if step.published and step.published.states(step) == states else NONE
-        change = whole(f"{full.shape['states']} → {states}")
-        rows.append(["", change, _span(result), f"**{times(step.speed_up(result))}**", whole(published), ""])
-    return rows
-
-
-def _span(result: Result) -> str:
-    t = result.milliseconds
-    return whole(f"{number(t.median)} ({span(t.low, t.high)})")
-
-
-def _misses(found: Mapping[str, Sequence[Shrinking]]) -> list[str]:
-    """Where the line does not fit."""
-    poor = [step for steps in found.values() for step in steps if step.line and step.line.miss > 0.1 and step.contender == OURS]
-    return [
-        f"The line of {plain_name(step.op)} misses a time by {percent(step.line.miss)}: take its share as a rough figure.\n"
-        for step in poor
     ]
 
 
@@ -252,24 +190,6 @@ def by_level(run: Run) -> dict[Level, dict[str, list[Group]]]:
     return {level: found[level] for level in LEVELS if level in found}
 
 
-def own_speed_ups(run: Run) -> list[str]:
-    """Every contender's training step from its own full size to smaller ones."""
-    steps = shrinking_steps(run)
-    names = contenders(step.results[0] for step in steps)
-    if len(names) < 2:
-        return []
-    by: dict[tuple[str, str], dict[str, str]] = {}
-    for step in steps:
-        full = step.results[0].shape
-        where = f"{plain_name(step.op)}, {whole(escape(sizes(full, leave_out='states')))}"
-        for result in step.results[1:]:
-            cells = by.setdefault((where, whole(f"{full['states']} → {result.shape['states']}")), {})
-            cells[step.contender] = f"{number(step.speed_up(result).value)}x"
-    rows = [[*key, *(cells.get(name, NONE) for name in names)] for key, cells in by.items()]
-    words = "Speed-up of every contender over its own full size. It is large where the full size is slow."
-    return [words, "", *table(("training step", "states", *map(escape, names)), rows)]
-
-
 def op_heading(found: Sequence[Group], op: str) -> list[str]:
     """Title and how the comparisons of one op came out."""
     lines, count = [f"#### {plain_name(op)}", ""], tally(found)
@@ -363,7 +283,7 @@ def _times_along(found: Sequence[Sequence[Curve]]) -> list[str]:
     for curve in (curve for family in found for curve in family if curve.results[0].contender == OURS):
         label = whole(f"{curve.axis}, {sizes(curve.fixed)}, {manner(curve.results[0])}")
         for size, r in zip(curve.sizes, curve.results, strict=True):
-            rows.append([label, str(size), _span(r), whole(memory(r.peak_bytes)), error(r.error), limit(r)])
+            rows.append([label, str(size), timing(r), whole(memory(r.peak_bytes)), error(r.error), limit(r)])
             label = ""
     headings = ("along, at", "size", "ms", "peak memory", "error", "of the limit")
     return _folded("All figures of compressm along these axes", table(headings, rows)) if rows else []

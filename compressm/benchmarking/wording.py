@@ -84,6 +84,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
 
 
+def timing(result: Result) -> str:
+    """A median with its spread, in ms."""
+    t = result.milliseconds
+    return whole(f"{number(t.median)} ({span(t.low, t.high)})")
+
+
 def memory(size: int | None) -> str:
     """Bytes in binary units."""
     if size is None:
@@ -112,6 +118,11 @@ def limit(result: Result) -> str:
 
 def op_name(op: str) -> str:
     return OP_NAMES.get(op, op)
+
+
+def plain_name(op: str) -> str:
+    """An op's heading."""
+    return escape(op_name(op))
 
 
 def sizes(shape: Mapping[str, int], leave_out: str = "") -> str:

@@ -54,8 +54,9 @@ def test_headline_of_a_step_without_a_constant_part_and_of_a_poor_line():
 
 
 def test_published_figure_for_cifar_stands_beside_the_smallest_size():
-    rows = table_with(lines_of(*(step("scifar", n, n + 50.0) for n in (384, 161, 57))), "whole training step")
-    assert [row["published"] for row in rows] == ["–", "–", "up to 1.5x"]
+    lines = lines_of(*(step("scifar", n, n + 50.0) for n in (384, 161, 57)))
+    assert [row["published"] for row in table_with(lines, "whole training step")] == ["–", "–", "up to 1.5x"]
+    assert any("6 blocks and batch 50" in line for line in lines)
 
 
 def test_ratios_and_who_is_faster():
