@@ -265,12 +265,12 @@ def _figure(rows: int, columns: int, height: float) -> Iterator[tuple[Figure, li
 
 
 def _png(figure: Figure) -> bytes:
-    """The picture with a palette, without a date or a program's name inside."""
+    """The picture stored with a palette, which drops the drawing program's name too."""
     for ax in figure.axes:
         if not ax.has_data():
             ax.set_visible(False)
     drawn, stored = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
+    figure.savefig(drawn, format="png", dpi=DPI)
     drawn.seek(0)
     with Image.open(drawn) as image:
         image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(stored, format="PNG", optimize=True)

@@ -54,6 +54,12 @@ def test_slower_faster_and_within_the_spread(tmp_path):
     assert invoke(tmp_path, old, new, "--fail-over", "1.5").exit_code == 0
 
 
+def test_what_the_spread_allows_fails_nothing():
+    old, new = (run_of(timed(median=t, spread=0.3)) for t in (2.0, 3.0))
+    assert compare(old, new).changes[0].factor == 1.5
+    assert compare(old, new).over(1.1) == []
+
+
 def test_a_slower_peer_fails_nothing(tmp_path):
     old, new = (run_of(timed(), timed(contender="jax", median=t)) for t in (2.0, 9.0))
     result = invoke(tmp_path, old, new, "--fail-over", "1.10")
