@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -103,6 +104,12 @@ def tally(found: Iterable[Group]) -> Tally:
     verdicts = [s.verdict for _, _, s in pairs]
     slower = sorted((pair for pair in pairs if pair[2].verdict < 0), key=lambda pair: pair[2].value)
     return Tally(verdicts.count(1), verdicts.count(0), tuple(slower))
+
+
+def noise(run: Run) -> float | None:
+    """Median over all results of how far the 20th and 80th percentile lie apart, over the median time; None without spreads."""
+    spreads = [(t.high - t.low) / t.median for t in (r.milliseconds for r in run.results) if t.rounds > 1]
+    return statistics.median(spreads) if spreads else None
 
 
 class Published(NamedTuple):

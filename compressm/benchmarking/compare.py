@@ -17,7 +17,7 @@ from rich.text import Text
 
 from compressm.benchmarking.analysis import Spread, is_ours
 from compressm.benchmarking.results import Result, Run
-from compressm.benchmarking.wording import commit, machine_name, number, span
+from compressm.benchmarking.wording import commit, machine_name, number, once, span
 from compressm.errors import ArgumentError, CompressmError
 
 SAME_MACHINE = ("cpu", "device", "cores", "threads")  # entries of machine that two runs must share
@@ -213,7 +213,8 @@ def _show_changes(name: str, changes: list[Change], console: Console) -> None:
     for kind, (_, style) in KINDS.items():
         for c in by_kind[kind] if style else ():
             times = (number(r.milliseconds.median) for r in (c.old, c.new))
-            ratio = number(c.measured.value), span(c.measured.low, c.measured.high), number(c.adjusted.value)
+            spread = "once" if once(c.old, c.new) else span(c.measured.low, c.measured.high)
+            ratio = number(c.measured.value), spread, number(c.adjusted.value)
             table.add_row(Text(kind, style), Text(c.new.group), Text(c.new.contender), *times, *ratio)
     if table.rows:
         console.print(table)

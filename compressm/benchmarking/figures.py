@@ -118,11 +118,15 @@ def ratios(found: Sequence[Group], styles: dict[str, dict[str, object]]) -> byte
     with _figure(1, 1, 0.95 + 0.27 * len(rows)) as (figure, (ax,)):
         seen = {}
         for y, group in enumerate(rows):
-            for name, spread in group.ratios().items():
+            found_here = group.ratios()
+            for i, (name, spread) in enumerate(found_here.items()):
+                at = y + (i - (len(found_here) - 1) / 2) * min(0.13, 0.6 / len(found_here))
                 seen[name] = styles[name]
                 error = [[spread.value - spread.low], [spread.high - spread.value]]
                 look = {**styles[name], "linestyle": "", "markersize": 6, "markeredgecolor": "white", "markeredgewidth": 0.6}
-                ax.errorbar([spread.value], [y], xerr=error, elinewidth=1.3, **look)
+                ax.errorbar([spread.value], [at], xerr=error, elinewidth=1.3, **look)
+        for y in range(1, len(rows)):
+            ax.axhline(y - 0.5, color=LINE, linewidth=0.7)
         ax.axvline(1, color=OUR_COLOUR, linewidth=2.2, zorder=1)
         _log(ax, "x")
         low, high = ax.get_xlim()

@@ -15,6 +15,7 @@ from compressm.benchmarking.analysis import (
     families,
     groups,
     is_ours,
+    noise,
     shrinking_steps,
     tally,
 )
@@ -32,6 +33,7 @@ from compressm.benchmarking.wording import (
     milliseconds,
     missing,
     number,
+    once,
     percent,
     plain_name,
     short,
@@ -51,7 +53,8 @@ LEGEND = [
     " compressm. \"same\": the spreads overlap; \"once\": timed in one round, without a spread.",
     "",
 ]  # fmt: skip
-BUSY = 1.25  # times the best time, at which a matrix product's median means that the machine did other work
+BUSY = 1.25  # a matrix product's median over its best time, above which the machine did other work
+SCATTERED = 0.25  # the same for the typical spread of the times over their median
 GROWTH = [
     "### Growth",
     "",
@@ -117,18 +120,26 @@ def machine(run: Run) -> list[str]:
         f" {number(top.matmul_gflop_per_s)} GFLOP/s, {number(top.exp_g_per_s)} billion exponentials per second.",
         f"- Software: {', '.join(software)}.",
         f"- Commit {code(commit(about))}, measured {escape(about['date'])}.",
-        *_busy(about.get("matmul_1024_ms")),
+        *_quiet(run),
         "",
     ]
 
 
-def _busy(product: object) -> list[str]:
-    """How quiet the machine was by a matrix product's median and best time in ms, where the run noted them."""
-    if not isinstance(product, Mapping) or not {"median", "best"} <= set(product):
+def _quiet(run: Run) -> list[str]:
+    """Whether other work disturbed the run, by what it noted of a matrix product and by the scatter of the times."""
+    parts, disturbed, scatter = [], False, noise(run)
+    product = run.machine.get("matmul_1024_ms")
+    if isinstance(product, Mapping) and {"median", "best"} <= set(product):
+        median, best = product["median"], product["best"]
+        parts.append(f"at the start a 1024^3 float32 matrix product took {number(median)} ms, at best {number(best)} ms")
+        disturbed = median > BUSY * best
+    if scatter is not None:
+        parts.append(f"half of all times have a spread wider than {percent(scatter)} of their median")
+        disturbed = disturbed or scatter > SCATTERED
+    if not parts:
         return []
-    median, best = product["median"], product["best"]
-    words = f"- At the start a 1024^3 float32 matrix product took {number(median)} ms, at best {number(best)} ms"
-    return [f"{words}: **other work was going on, take these times with care**." if median > BUSY * best else f"{words}."]
+    words = f"- Quiet or not: {'; '.join(parts)}."
+    return [words + " **Other work was going on: take these times with care.**" if disturbed else words]
 
 
 def slower(run: Run) -> list[str]:
@@ -148,7 +159,7 @@ def slower(run: Run) -> list[str]:
         pair = f"{milliseconds(theirs.milliseconds)} / {milliseconds(group.ours.milliseconds)}"
         inverse = Spread(1 / spread.value, 1 / spread.high, 1 / spread.low)
         where = ", ".join(filter(None, (plain_name(group.first.op), escape(manner(group.first)), whole(escape(short(group))))))
-        rows.append([where, code(name), whole(pair), times(inverse)])
+        rows.append([where, code(name), whole(pair), times(inverse, once(theirs, group.ours))])
     words = f"In {len(found.slower)} of {found.total} comparisons a peer takes less time than compressm, beyond the spread."
     headings = ("computation", "peer", "ms, peer / compressm", "peer faster by")
     return [*lines, words, "", *table(headings, rows, left=2)]
@@ -231,7 +242,7 @@ def _cells(group: Group, names: Sequence[str], failed: set[tuple[str, str]]) -> 
         if name not in ratios or name == OURS:
             return time
         verdict = ratios[name].verdict
-        words = [f"{number(ratios[name].value)}x", *["same"] * (verdict == 0), *["once"] * (of[name].milliseconds.rounds == 1)]
+        words = [f"{number(ratios[name].value)}x", *["same"] * (verdict == 0), *["once"] * once(of[name])]
         text = f"{time} ({', '.join(words)})"
         return whole(f"**{text}**" if verdict < 0 else text)
 
@@ -248,8 +259,11 @@ def _all_figures(found: Sequence[Group], summary: str) -> list[str]:
         ratios, label = group.ratios(), whole(escape(short(group)))
         for r in group.results:
             t = r.milliseconds
-            ratio = times(ratios[r.contender]) if r.contender in ratios else "1" if r.contender == OURS else NONE
-            rows.append([label, code(r.contender), number(t.median), span(t.low, t.high), str(t.rounds), ratio,
+            ratio = "1" if r is group.ours else NONE
+            if r.contender in ratios:
+                ratio = times(ratios[r.contender], once(r, group.ours))
+            spread = NONE if once(r) else span(t.low, t.high)
+            rows.append([label, code(r.contender), number(t.median), spread, str(t.rounds), ratio,
                          whole(memory(r.peak_bytes)), error(r.error), limit(r)])  # fmt: skip
             label = ""
     return _folded(f"{summary}: spread, memory, error against float64", table(headings, rows, left=2))

@@ -74,9 +74,14 @@ def whole(text: str) -> str:
     return text.replace(" ", SPACE)
 
 
-def times(spread: Spread) -> str:
-    """A speed-up with its spread."""
-    return whole(f"{number(spread.value)}x ({span(spread.low, spread.high)})")
+def times(spread: Spread, once: bool = False) -> str:
+    """A speed-up with its spread; ``once`` where one of its times is of a single round."""
+    return whole(f"{number(spread.value)}x ({'once' if once else span(spread.low, spread.high)})")
+
+
+def once(*results: Result) -> bool:
+    """Whether one of them was timed in a single round, which has no spread."""
+    return any(result.milliseconds.rounds == 1 for result in results)
 
 
 def percent(share: float) -> str:
@@ -87,7 +92,7 @@ def percent(share: float) -> str:
 def timing(result: Result) -> str:
     """A median with its spread, in ms."""
     t = result.milliseconds
-    return whole(f"{number(t.median)} ({span(t.low, t.high)})")
+    return whole(f"{number(t.median)} ({'once' if once(result) else span(t.low, t.high)})")
 
 
 def memory(size: int | None) -> str:

@@ -60,6 +60,12 @@ def test_what_the_spread_allows_fails_nothing():
     assert compare(old, new).over(1.1) == []
 
 
+def test_a_single_round_is_said(tmp_path):
+    old, new = run_of(timed(spread=0.0, rounds=1)), run_of(timed(median=3.0))
+    line = next(line for line in invoke(tmp_path, old, new).output.splitlines() if line.startswith("slower"))
+    assert line.split()[-4:] == ["3.00", "1.50", "once", "1.50"]
+
+
 def test_a_slower_peer_fails_nothing(tmp_path):
     old, new = (run_of(timed(), timed(contender="jax", median=t)) for t in (2.0, 9.0))
     result = invoke(tmp_path, old, new, "--fail-over", "1.10")

@@ -53,6 +53,12 @@ def test_headline_of_a_step_without_a_constant_part_and_of_a_poor_line():
     assert not any("misses a time by" in line for line in lines)
 
 
+def test_a_single_round_has_no_spread():
+    lines = lines_of(step("smnist", 256, 30.0, spread=0.0, rounds=1), step("smnist", 28, 20.0))
+    rows = table_with(lines, "whole training step")
+    assert [(row["ms"], row["speed-up"]) for row in rows] == [("30.0 (once)", "1"), ("20.0 (19.0–21.0)", "**1.50x (once)**")]
+
+
 def test_published_figure_for_cifar_stands_beside_the_smallest_size():
     lines = lines_of(*(step("scifar", n, n + 50.0) for n in (384, 161, 57)))
     assert [row["published"] for row in table_with(lines, "whole training step")] == ["–", "–", "up to 1.5x"]
@@ -163,10 +169,14 @@ def test_without_ours_a_peer_has_a_time_and_no_ratio():
 def test_machine_and_method():
     text = "\n".join(lines_of(timed(), matmul_1024_ms={"median": 6.2, "best": 6.0}))
     for words in ("Test CPU, device cpu, 2 cores, 2 threads", "copies 20.0 GB/s", "300 GFLOP/s", "10.0 billion exponentials",
-                  "jax 0.10.2", "`0123456789ab`", "at best 6.00 ms.", "## How it was measured"):  # fmt: skip
+                  "jax 0.10.2", "`0123456789ab`", "at best 6.00 ms;",
+                  "half of all times have a spread wider than 10 % of their median.", "## How it was measured"):  # fmt: skip
         assert words in text, words
     busy = "\n".join(lines_of(timed(), matmul_1024_ms={"median": 12.0, "best": 6.0}, commit="0" * 40 + "-dirty"))
-    assert "**other work was going on" in busy
+    assert "**Other work was going on" in busy
+    scattered = lines_of(timed(spread=0.05), *(timed(op, spread=0.2) for op in ("lti_scan", "lru")))
+    assert "**Other work was going on" in "\n".join(scattered)
+    assert "**Other work" not in text
     assert "`000000000000-dirty`" in busy
 
 
