@@ -35,7 +35,7 @@ def _selective(session: Session, part: Part, timer: Timer, ceilings: dict[str, f
     shapes = [(name, (*shape, n)) for name, shape in SHAPES.items() for n in STATES]
     batch, channels, _ = SHAPES["B8 D1536 L2048"]
     shapes += [(f"B8 D1536 L{UNEVEN}", (batch, channels, UNEVEN, n)) for n in (16, 128)]
-    for name, shape in session.pick(shapes, [("smoke", (1, 2, 9, 2))]):
+    for name, shape in session.pick(shapes, [("smoke", (1, 1, 9, 2))]):
         label = f"{name} N{shape[3]}"
         if not part.has_time(f"selective_scan {label}", session.pick(8.0, 0.0)):
             continue
@@ -127,7 +127,8 @@ def _others(session: Session, part: Part, timer: Timer, ceilings: dict[str, floa
         if op in broken:
             part.skip(f"times of {tunable.name}", "its check failed")
             continue
-        for name, shape in session.pick(tunable.shapes, {"smoke": OTHERS_SMOKE[op]}).items():
+        smoke = {"smoke": OTHERS_SMOKE[tunable.name]} if tunable.name in OTHERS_SMOKE else {}
+        for name, shape in session.pick(tunable.shapes, smoke).items():
             if not part.has_time(f"{tunable.name} {name}", session.pick(2.0, 0.0)):
                 continue
             call = tunable.build(shape, None, session.device)
@@ -144,9 +145,7 @@ def _others(session: Session, part: Part, timer: Timer, ceilings: dict[str, floa
             _free(session)
 
 
-OTHERS_SMOKE = {
-    "diagonal_scan": (1, 5, 3, 4), "causal_conv1d": (1, 2, 20), "selective_state_update": (1, 3, 4), "gramians": (1, 3, 2),
-}  # fmt: skip
+OTHERS_SMOKE = {"causal_conv1d forward": (1, 1, 9), "selective_state_update": (1, 3, 4), "gramians": (1, 3, 2)}
 
 
 def _other_counts(name: str, shape: tuple[int, ...]) -> dict[str, float]:

@@ -53,17 +53,17 @@ def judge_sanitizer(tool: str, outcome: dict[str, Any], part: Part) -> None:
 
 
 def test_job(session: Session) -> Job:
-    """The project's tests of the Triton kernels, on the device; a smoke run only collects them."""
+    """The project's tests of the Triton kernels, on the device; a smoke run only asks for pytest's version."""
     files = [f"tests/kernels/test_{name}_triton.py" for name in TESTS]
-    spread = ["-n", "6"] if importlib.util.find_spec("xdist") and not session.smoke else []
-    mode = session.pick(spread, ["--collect-only"])
-    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *mode, *session.pick(files, files[:1]))
+    spread = ["-n", "6"] if importlib.util.find_spec("xdist") else []
+    wanted = session.pick(["-p", "no:cacheprovider", *spread, *files], ["--version"])
+    command = (sys.executable, "-m", "pytest", *wanted)
     return Job("pytest", command, session.pick(200.0, 60.0), gigabytes=8)
 
 
 def judge_tests(outcome: dict[str, Any], part: Part) -> None:
     """Failed tests are failures; tests that did not end in time are skipped."""
-    words = re.findall(r"(\d+) (passed|failed|error|skipped|tests? collected)", outcome["log"])
+    words = re.findall(r"(\d+) (passed|failed|error|skipped)", outcome["log"])
     counts = {word: int(number) for number, word in words}
     part.add("tools", {"tool": "pytest", "code": outcome["code"], "seconds": outcome["seconds"], **counts})
     if outcome["code"] is None:

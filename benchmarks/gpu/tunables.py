@@ -175,7 +175,7 @@ def _scan_small(config: Config) -> Shape:
 
 def _tunables(tiles: dict[str, tuple[Config, ...]]) -> tuple[Tunable, ...]:
     scan, lti, conv = _selective_scan_triton, _lti_scan_triton, _causal_conv1d_triton
-    diagonal = tuple({**lanes, "U": U} for lanes in LANES for U in (8, 16, 32))
+    diagonal = tuple({**lanes, "U": U} for lanes in LANES for U in (8, 16, 24))
     stretched = tuple({**LANES[0], "U": 16, "stretches": n} for n in (1, 2, 8, 16, 32))
     diagonal_back = tuple({**lanes, "U": U} for lanes in LANES for U in (4, 8, 16))
     convs = tuple({"BT": BT, "num_warps": w, **FUSION} for BT in (256, 512, 1024, 2048) for w in (1, 2, 4, 8))
