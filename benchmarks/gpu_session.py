@@ -63,10 +63,11 @@ def session(arguments: argparse.Namespace) -> int:
 
     modules = {"kernels": part_kernels, "layers": part_layers, "train": part_train}
     mamba = arguments.build_mamba.resolve() if arguments.build_mamba else None
-    current = Session(arguments.out.resolve(), arguments.device, arguments.smoke, arguments.budget, mamba)
+    parts = arguments.part or PARTS
+    current = Session(arguments.out.resolve(), arguments.device, arguments.smoke, arguments.budget, mamba, parts[-1])
     current.out.mkdir(parents=True, exist_ok=True)
     lines, failures = [], []
-    for name in arguments.part or PARTS:
+    for name in parts:
         body = read(current.out / f"{name}.json")
         if arguments.again or not (body and body["complete"] and body["smoke"] == arguments.smoke):
             print(f"{name}: {current.left():.0f} s left", flush=True)

@@ -18,7 +18,7 @@ CLOSE = 2e-2  # largest relative difference between the losses of two ways after
 
 def run(session: Session) -> Part:
     """Every workload eagerly and as a graph at every number of states; then compiled at the largest and the smallest."""
-    part = Part(session, "train", session.left())
+    part = Part(session, "train", 1.0)
     timer = Timer(session.device, **session.pick({"most": 15}, {"fewest": 1, "most": 1}))
     works = session.pick(steps.WORKLOADS, steps.SMOKE)
     for work in works:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from torch.nn.functional import silu, softplus
 from gpu.session import Session
 
 EXTENSION = "selective_scan_cuda"
+BUILD = Path(tempfile.gettempdir()) / "compressm_peers" / EXTENSION
 UNROLL = 8
 Call = Callable[[], object]
 
 
-def build_mamba(source: Path, folder: Path) -> Path:
-    """Compile the selective scan of a checkout of mamba_ssm for this device into ``folder``; takes minutes."""
+def build_mamba(source: Path) -> Path:
+    """Compile the selective scan of a checkout of mamba_ssm for this device into BUILD; takes minutes."""
     from torch.utils import cpp_extension
 
     files = sorted(str(path) for path in (source / "csrc" / "selective_scan").glob("*.c*") if path.suffix in (".cpp", ".cu"))
@@ -29,24 +31,23 @@ def build_mamba(source: Path, folder: Path) -> Path:
         raise FileNotFoundError(f"{source}/csrc/selective_scan: no sources there")
     major, minor = torch.cuda.get_device_capability()
     os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
-    folder.mkdir(parents=True, exist_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
     flags = ["-O3", "-std=c++17", "--use_fast_math", "--expt-relaxed-constexpr", "--expt-extended-lambda",
              "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_OPERATORS__",
              "-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__"]  # fmt: skip
     cpp_extension.load(
-        EXTENSION, files, extra_cuda_cflags=flags, extra_cflags=["-O3", "-std=c++17"], build_directory=str(folder),
+        EXTENSION, files, extra_cuda_cflags=flags, extra_cflags=["-O3", "-std=c++17"], build_directory=str(BUILD),
         extra_include_paths=[str(source / "csrc" / "selective_scan")], verbose=True,
     )  # fmt: skip
-    return folder
+    return BUILD
 
 
 def mamba_extension(session: Session) -> tuple[Any, str]:
     """(mamba_ssm's extension module or None, why not)."""
     if session.device != "cuda":
         return None, "it needs a GPU"
-    folder = session.out / "mamba_build"
-    if folder.exists() and str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    if BUILD.exists() and str(BUILD) not in sys.path:
+        sys.path.append(str(BUILD))
     try:
         return importlib.import_module(EXTENSION), ""
     except ImportError as error:

@@ -27,6 +27,7 @@ class Session:
         smoke: tiny shapes and few rounds, to try the program itself.
         budget: seconds for the whole run.
         mamba: folder with the source of mamba_ssm, or None.
+        last: the part that runs last, which may take all that is left.
     """
 
     out: Path
@@ -34,6 +35,7 @@ class Session:
     smoke: bool
     budget: float
     mamba: Path | None = None
+    last: str = "train"
     started: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
@@ -51,10 +53,12 @@ class Part:
     ``checks`` and what ``fail`` adds decide the exit code; ``skipped`` says what is missing and why.
     """
 
-    def __init__(self, session: Session, name: str, seconds: float) -> None:
+    def __init__(self, session: Session, name: str, share: float) -> None:
+        """share: of the budget, unless the part is the last."""
         self.session, self.name = session, name
         self.path = session.out / f"{name}.json"
-        self._end = time.monotonic() + min(seconds, session.left())
+        left = session.left()
+        self._end = time.monotonic() + (left if name == session.last else min(share * session.budget, left))
         self.body: dict[str, Any] = {
             "part": name, "complete": False, "smoke": session.smoke, "machine": machine(session.device),
             "failed": [], "skipped": [],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,10 @@ SHAPES = {"B8 D1536 L2048": (8, 1536, 2048), "B4 D2560 L4096": (4, 2560, 4096)}
 STATES = (128, 64, 16, 12)
 UNEVEN = 2000  # steps, beside 2048
 CLOSE = 2e-2  # largest relative difference of a peer's output from ours, bfloat16
-# Instructions per state and step of the compiled loops (sm_90, bfloat16), for the modelled times.
+# Instructions per state and step of the compiled loops (sm_90, bfloat16), for the modelled times; and the fewest that the
+# recurrence takes, forward and backward.
 INSTRUCTIONS = {"forward": 11.4, "backward": 30.2, "backward, deterministic": 32.2}
+FEWEST = (5, 13)
 Calls = dict[str, Callable[[], object]]
 
 
@@ -48,6 +51,9 @@ def _selective(session: Session, part: Part, timer: Timer, ceilings: dict[str, f
             row = {"op": "selective_scan", "shape": label, "contender": contender, **times}
             if "median" in times:
                 row |= limits.share(counts, ceilings, times["median"])
+            direction = contender.removeprefix("compressm ")
+            if direction in INSTRUCTIONS and "instructions" in ceilings:
+                row["modelled_ms"] = INSTRUCTIONS[direction] * math.prod(shape) / ceilings["instructions"] * 1e3
             part.add("speed", row)
         calls.clear()
         _free(session)
@@ -109,12 +115,10 @@ def _counts(shape: tuple[int, ...], contender: str) -> dict[str, float]:
     """Least bytes, exponentials and instructions of a pass, by the ceilings' names."""
     batch, channels, length, states = shape
     wide, cells = batch * channels * length, batch * channels * length * states
-    direction = contender.partition(" ")[2]
-    back = "backward" in direction
-    per_cell = INSTRUCTIONS.get(direction.partition(", inference")[0], INSTRUCTIONS["backward" if back else "forward"])
+    back = "backward" in contender
     return {
         "copy": 2 * ((8 if back else 4) * wide + (4 if back else 2) * batch * states * length),
-        "exponentials": cells + 3 * wide, "instructions": per_cell * cells,
+        "exponentials": cells + 3 * wide, "instructions": FEWEST[back] * cells,
     }  # fmt: skip
 
 

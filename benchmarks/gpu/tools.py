@@ -44,7 +44,7 @@ def judge_sanitizer(tool: str, outcome: dict[str, Any], part: Part) -> None:
     """Errors that it found are failures; a tool that cannot run here is skipped."""
     found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", outcome["log"])
     launched = len(outcome["rows"])
-    if found is None:
+    if found is None or "not supported" in outcome["log"]:
         part.skip(tool, f"no verdict (exit code {outcome['code']}): {outcome['log'][-300:]}")
     elif int(found[1]) or not launched:
         part.fail(tool, f"{found[0]}, {launched} problems launched: {outcome['log'][-1500:]}")

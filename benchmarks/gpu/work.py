@@ -76,10 +76,8 @@ def _profile(_: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
             yield {"table": "launched", "problem": f"{op} {shape}"}
 
 
-def _mamba(where: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
-    """source:folder"""
-    source, folder = where.split(":")
-    yield {"table": "built", "folder": str(peers.build_mamba(Path(source), Path(folder)))}
+def _mamba(source: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
+    yield {"table": "built", "folder": str(peers.build_mamba(Path(source)))}
 
 
 PIECES = {"checks": _checks, "large": _large, "sweep": _sweep, "small": _small, "profile": _profile, "mamba": _mamba}
