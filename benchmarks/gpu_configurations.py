@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gpu_configurations.py [--kernel "selective_scan backward"] [--every]
 
-A line each: registers a lane, spilled bytes, shared memory, and for the selective scan the instructions per state and step of the
-inner loop with its spills.  Without --every only what spills or does not compile is printed, and a count of the rest.
+A line each: registers a lane, spilled bytes, shared memory, and for the selective scan the instructions per state and step of
+the inner loop with its spills.  Without --every only what spills or does not compile is printed, and a count of the rest.
 """
 
 from __future__ import annotations
