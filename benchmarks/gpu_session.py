@@ -46,8 +46,6 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False. Try the program with --device cpu --smoke", file=sys.stderr)
         return 2
-    if arguments.smoke:
-        torch.set_num_threads(1)
     if arguments.work:
         from gpu import work
 

@@ -108,7 +108,7 @@ def run_large(device: str, smoke: bool) -> Iterator[dict[str, Any]]:
 
 
 def run(op: str, case: Case, dtype: str, device: str, modes: tuple[bool, ...] = (True, False)) -> dict[str, Any]:
-    """One case in deterministic mode twice and in the other one, as a row of results."""
+    """One case in deterministic mode twice and in the other one, as a row of results; ok is None where it does not fit."""
     maker, sizes, options = case
     row: dict[str, Any] = {"op": op, "case": f"{maker}{sizes} {options}", "dtype": dtype}
     started = time.perf_counter()
@@ -119,6 +119,8 @@ def run(op: str, case: Case, dtype: str, device: str, modes: tuple[bool, ...] = 
         else:
             problem = getattr(problems, maker)(*sizes, DTYPES[dtype], device, **options)
         row |= verdict(problem, row["dtype"], modes)
+    except torch.OutOfMemoryError as error:
+        row |= {"ok": None, "error": brief(error)}
     except Exception as error:  # of one case: it is a failed check
         row |= {"ok": False, "error": brief(error)}
     if device == "cuda":

@@ -96,7 +96,9 @@ def _judge(part: Part) -> set[str]:
     """Ops with a wrong case; every wrong case and every wrong configuration that the device can run is a failure."""
     broken = set()
     for row in part.body.get("checks", []):
-        if not row["ok"]:
+        if row["ok"] is None:
+            part.skip(f"{row['op']} {row['dtype']} {row['case']}", row["error"])
+        elif not row["ok"]:
             broken.add(row["op"])
             part.fail(f"{row['op']} {row['dtype']} {row['case']}", row.get("error") or f"{row['where']}: {row['worst']:.2e}")
     for row in part.body.get("configurations", []):
@@ -121,7 +123,7 @@ def summary(body: dict[str, Any]) -> list[str]:
     worst: dict[tuple[str, str], float] = {}
     for row in checks:
         key = (row["op"], row["dtype"])
-        worst[key] = max(worst.get(key, 0.0), row.get("worst", float("inf")))
+        worst[key] = max(worst.get(key, 0.0), row.get("worst", 0.0))
     lines = [f"{op:24} {dtype:9} {right[op, dtype]:3}/{count} right, worst {worst[op, dtype]:.1e}"
              for (op, dtype), count in total.items()]  # fmt: skip
     lines += [" ".join(f"{key} {value}" for key, value in row.items()) for row in body.get("tools", [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,16 @@ class Step:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=cuda, capturable=cuda)
         self._replay: Callable[[], object] | None = None
         self._loss: Tensor | None = None
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Relative error of the model's scores for the last example in float32 against itself in float64."""
+        inputs = self.batch[-1:] if self.batch.dim() == 3 else self.batch[-1:, :-1]
+        self.model.eval()
+        exact = copy.deepcopy(self.model).double()
+        scores, expected = self.model(inputs).double(), exact(inputs)
+        self.model.train()
+        return ((scores - expected).norm() / expected.norm()).item()
 
     def compile(self, backend: str) -> None:
         """Compile every residual block around our ops; equal blocks share the code."""

@@ -33,7 +33,8 @@ def _checks(what: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
     op, dtype, share = what.split(":")
     shard, shards = map(int, share.split("/"))
     for case in checks.cases(op, dtype, smoke)[shard::shards]:
-        yield {"table": "checks", **checks.run(op, case, dtype, device)}
+        modes = (True,) if smoke else (True, False)
+        yield {"table": "checks", **checks.run(op, case, dtype, device, modes)}
 
 
 def _large(_: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,7 @@ def gpu(monkeypatch):
     return gpu
 
 
-def test_smoke(tmp_path):
+def test_smoke(tmp_path, gpu, monkeypatch, capsys):
     run = session(tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     bodies = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kernels", "layers", "train")}
@@ -54,12 +54,16 @@ def test_smoke(tmp_path):
     assert {(row["states"], row["pass"]) for row in bodies["layers"]["layers"]} >= {(3, "forward"), (2, "forward+backward")}
     assert {row["mode"] for row in bodies["train"]["train"]} == {"eager", "compile"}
     assert all(row["next"] for row in bodies["train"]["profile"])
+    assert bodies["train"]["errors"].keys() == {"LRU N3", "LRU N2", "Mamba LM N2"}
     assert len(run.stdout.splitlines()) < 64
 
-    before = (tmp_path / "layers.json").read_text()
-    again = session(tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "layers.json").read_text() == before
+    import gpu_session
+
+    before = {name: (tmp_path / f"{name}.json").read_text() for name in bodies}
+    monkeypatch.setattr(sys, "argv", ["gpu_session.py", "--device", "cpu", "--smoke", "--out", str(tmp_path)])
+    assert gpu_session.main() == 0
+    assert {name: (tmp_path / f"{name}.json").read_text() for name in bodies} == before, "complete parts ran again"
+    assert "== kernels: 0 failed" in capsys.readouterr().out
 
 
 def test_wrong_kernels_are_failures(gpu, monkeypatch):
