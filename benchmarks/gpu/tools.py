@@ -58,7 +58,7 @@ def test_job(session: Session) -> Job:
     spread = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     wanted = session.pick(["-p", "no:cacheprovider", *spread, *files], ["--version"])
     command = (sys.executable, "-m", "pytest", *wanted)
-    return Job("pytest", command, session.pick(200.0, 60.0), gigabytes=8)
+    return Job("pytest", command, session.pick(200.0, 600.0), gigabytes=8)
 
 
 def judge_tests(outcome: dict[str, Any], part: Part) -> None:

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_session.py"
 
 
-def session(out, *options):
+def session(out):
     """Run the program on the CPU, as a user would from a checkout."""
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--smoke", "--out", str(out), *options]
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--smoke", "--budget", "3000", "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out, check=False)
 
@@ -34,6 +34,7 @@ def gpu(monkeypatch):
     return gpu
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path, gpu, monkeypatch, capsys):
     run = session(tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -64,6 +65,11 @@ def test_smoke(tmp_path, gpu, monkeypatch, capsys):
     assert gpu_session.main() == 0
     assert {name: (tmp_path / f"{name}.json").read_text() for name in bodies} == before, "complete parts ran again"
     assert "== kernels: 0 failed" in capsys.readouterr().out
+
+    bodies["layers"]["failed"].append({"what": "LRU N3", "why": "relative error 1"})
+    (tmp_path / "layers.json").write_text(json.dumps(bodies["layers"]))
+    assert gpu_session.main() == 1
+    assert "FAILED LRU N3: relative error 1" in capsys.readouterr().out
 
 
 def test_wrong_kernels_are_failures(gpu, monkeypatch):
