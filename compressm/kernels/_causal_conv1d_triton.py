@@ -12,7 +12,8 @@ from torch import Tensor
 from compressm.kernels import _triton
 from compressm.kernels._triton import jit, tl
 
-CONFIG = {"BT": 512, "num_warps": 4, "enable_fp_fusion": True}
+Config = dict[str, int | bool]  # BT steps of a program, and launch options
+CONFIG: Config = {"BT": 512, "num_warps": 4, "enable_fp_fusion": True}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -131,35 +132,45 @@ def empty_like_output(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, config: Config | None = None
+) -> Tensor:
     """Output (batch, D, L), contiguous, in x's dtype; x is copied unless steps lie next to each other in memory."""
+    config = config or CONFIG
     x, out = _rows(x), empty_like_output(x)
     batch, channels, length = x.shape
     weight, bias, state = (None if t is None else t.contiguous() for t in (weight, bias, initial_state))
-    stretches = -(-length // CONFIG["BT"])
+    stretches = -(-length // config["BT"])
     with _triton.on_device(x):
         _causal_conv1d_fwd_kernel[(batch * channels * stretches,)](
             x, weight, bias, state, out, channels, length, stretches, x.stride(0), x.stride(1),
-            WIDTH=weight.shape[1], SILU=silu, **CONFIG,
+            WIDTH=weight.shape[1], SILU=silu, **config,
         )  # fmt: skip
     return out
 
 
 def backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    silu: bool,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias, initial_state), contiguous; the last two empty for None."""
+    config = config or CONFIG
     x, grad_out, grad_x = _rows(x), _rows(grad_out), empty_like_output(x)
     batch, channels, length = x.shape
     weight, bias, state = (None if t is None else t.contiguous() for t in (weight, bias, initial_state))
     width = weight.shape[1]
     grad_state = None if state is None else torch.empty_like(state)
-    stretches = -(-(length + width - 1) // CONFIG["BT"])
+    stretches = -(-(length + width - 1) // config["BT"])
     shares = weight.new_empty((batch, channels, stretches, width + 1))
     with _triton.on_device(x):
         _causal_conv1d_bwd_kernel[(batch * channels * stretches,)](
             grad_out, x, weight, bias, state, grad_x, grad_state, shares, channels, length, stretches,
-            x.stride(0), x.stride(1), grad_out.stride(0), grad_out.stride(1), WIDTH=width, SILU=silu, **CONFIG,
+            x.stride(0), x.stride(1), grad_out.stride(0), grad_out.stride(1), WIDTH=width, SILU=silu, **config,
         )  # fmt: skip
     grad_weight, grad_bias = shares.sum((0, 2)).split([width, 1], -1)
     empty = weight.new_empty((0,))

@@ -15,8 +15,9 @@ from torch import Tensor
 from compressm.kernels import _triton
 from compressm.kernels._triton import jit, tl
 
+Config = dict[str, int | bool]  # tiles of T x T pairs of states, and launch options
 TILE = 16
-CONFIG = {"T": TILE, "num_warps": TILE * TILE // _triton.WARP, "enable_fp_fusion": True}  # a pair of states a lane
+CONFIG: Config = {"T": TILE, "num_warps": TILE * TILE // _triton.WARP, "enable_fp_fusion": True}  # a pair of states a lane
 
 Quad = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -119,7 +120,7 @@ def why_not(device: str) -> str | None:
     return _triton.why_not(device, _gramians_kernel)
 
 
-def gramian_quads(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Quad]:
+def gramian_quads(systems: Sequence[tuple[Tensor, Tensor, Tensor]], config: Config = CONFIG) -> list[Quad]:
     """(P, S, Q, S_Q) of every system, (..., N, N) complex128; see :class:`compressm.kernels.Gramians`.
 
     Args:
@@ -127,7 +128,7 @@ def gramian_quads(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Quad
     """
     batches = [torch.broadcast_shapes(log_lam.shape[:-1], B.shape[:-2], C.shape[:-2]) for log_lam, B, C in systems]
     layouts = _layouts(systems, batches)
-    work = _work(layouts)
+    work = _work(layouts, config["T"])
     device = systems[0][0].device
     last = layouts[-1]
     out = torch.empty(last.quad + 4 * last.count * last.n**2, dtype=torch.complex128, device=device)
@@ -137,7 +138,7 @@ def gramian_quads(systems: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Quad
         with _triton.on_device(out):
             _gramians_kernel[(len(work),)](
                 torch.from_numpy(work).to(device), rows, spectra, features, torch.view_as_real(out),
-                spectra.shape[1], features.shape[1], **CONFIG,
+                spectra.shape[1], features.shape[1], **config,
             )  # fmt: skip
     quads = []
     for batch, at in zip(batches, layouts, strict=True):
@@ -159,13 +160,13 @@ def _layouts(systems: Sequence[tuple[Tensor, Tensor, Tensor]], batches: Sequence
     return layouts
 
 
-def _work(layouts: Sequence[Layout]) -> np.ndarray:
-    """(programs, 4) int64: system, member of its batch, first row and first column of a tile of the upper triangle."""
+def _work(layouts: Sequence[Layout], size: int) -> np.ndarray:
+    """(programs, 4) int64: system, member of its batch, first row and column of a tile of the upper triangle, ``size`` wide."""
     tables = [np.zeros((0, 4), np.int64)]
     for index, at in enumerate(layouts):
-        rows, columns = np.triu_indices(-(-at.n // TILE))
+        rows, columns = np.triu_indices(-(-at.n // size))
         members = np.repeat(np.arange(at.count), len(rows))
-        tile = [np.tile(part, at.count) * TILE for part in (rows, columns)]
+        tile = [np.tile(part, at.count) * size for part in (rows, columns)]
         tables.append(np.stack([np.full_like(members, index), members, *tile], 1))
     return np.concatenate(tables)
 

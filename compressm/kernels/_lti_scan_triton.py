@@ -13,8 +13,9 @@ from compressm.kernels import _triton
 from compressm.kernels._triton import jit, tl
 
 # A program is a warp with one complex state a lane; the loads of U steps are in flight.
-FORWARD_CONFIG = {"BN": _triton.WARP, "U": 16, "num_warps": 1, "enable_fp_fusion": True}
-BACKWARD_CONFIG = {"BN": _triton.WARP, "U": 8, "num_warps": 1, "enable_fp_fusion": True}
+Config = dict[str, int | bool]  # BN states of a program and U steps, and launch options
+FORWARD_CONFIG: Config = {"BN": _triton.WARP, "U": 16, "num_warps": 1, "enable_fp_fusion": True}
+BACKWARD_CONFIG: Config = {"BN": _triton.WARP, "U": 8, "num_warps": 1, "enable_fp_fusion": True}
 
 # Warps that fill a GPU, and the fewest steps and stretches for which reading x twice pays.
 ENOUGH_PROGRAMS = 512
@@ -215,22 +216,38 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
 
 
 def diagonal_scan_forward(
-    x: Tensor, log_decay: Tensor, phase: Tensor, initial_state: Tensor | None, reverse: bool
+    x: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    initial_state: Tensor | None,
+    reverse: bool,
+    config: Config = FORWARD_CONFIG,
+    stretches: int | None = None,
 ) -> Tensor:
-    """All states (batch, L, 2N) of x (batch, L, 2N) in x's dtype; arguments as in :func:`compressm.kernels.diagonal_scan`."""
+    """All states (batch, L, 2N) of x (batch, L, 2N) in x's dtype; arguments as in :func:`compressm.kernels.diagonal_scan`.
+
+    stretches: of every sequence; None chooses.
+    """
     x = x.contiguous()
     h = torch.empty_like(x)
     if x.numel() == 0:
         return h
     start = None if initial_state is None else initial_state.float().contiguous()
-    steps, stretches = _split(*x.shape)
+    steps, stretches = _split(*x.shape, stretches)
     starts = start if stretches == 1 else _starts(x, log_decay, phase, start, reverse, steps, stretches)
-    _launch_forward(x, _eigenvalues(log_decay, phase), starts, h, steps, stretches, reverse, store=True)
+    _launch_forward(x, _eigenvalues(log_decay, phase), starts, h, steps, stretches, reverse, config, store=True)
     return h
 
 
 def diagonal_scan_backward(
-    grad_h: Tensor, h: Tensor, log_decay: Tensor, phase: Tensor, start: Tensor, reverse: bool
+    grad_h: Tensor,
+    h: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    start: Tensor,
+    reverse: bool,
+    config: Config = BACKWARD_CONFIG,
+    stretches: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, log_decay, phase, initial state).
 
@@ -238,6 +255,7 @@ def diagonal_scan_backward(
         grad_h, h: (batch, L, 2N), gradient of the states and the states, both in x's dtype.
         log_decay, phase: (N,).
         start: (batch, 2N), the state in front of the first step.
+        stretches: of every sequence; None chooses.
 
     Returns:
         grad_x in h's dtype, the gradients of log_decay and phase in theirs, grad_state (batch, 2N) float32.
@@ -247,39 +265,52 @@ def diagonal_scan_backward(
     grad_x, grad_state = torch.empty_like(h), h.new_empty((batch, n2), dtype=torch.float32)
     if h.numel() == 0:
         return grad_x, torch.zeros_like(log_decay), torch.zeros_like(phase), grad_state.zero_()
-    steps, stretches = _split(*h.shape)
+    steps, stretches = _split(*h.shape, stretches)
     carries = None if stretches == 1 else _starts(grad_h, log_decay, -phase, None, not reverse, steps, stretches)
     shares = h.new_empty((batch * stretches, 2, n2 // 2), dtype=torch.float32)
     with _triton.on_device(h):
-        _diagonal_scan_bwd_kernel[_grid(batch * stretches, n2 // 2)](
+        _diagonal_scan_bwd_kernel[_grid(batch * stretches, n2 // 2, config)](
             grad_h, h, _eigenvalues(log_decay, phase), carries, start, grad_x, shares, grad_state,
-            h.shape[1], n2 // 2, stretches, steps, REVERSE=not reverse, **BACKWARD_CONFIG,
+            h.shape[1], n2 // 2, stretches, steps, REVERSE=not reverse, **config,
         )  # fmt: skip
     grad_decay, grad_phase = (shares[:, part].sum(0) for part in (0, 1))
     return grad_x, grad_decay.to(log_decay.dtype), grad_phase.to(phase.dtype), grad_state
 
 
 def _launch_forward(
-    x: Tensor, lam: Tensor, starts: Tensor | None, h: Tensor, steps: int, stretches: int, reverse: bool, *, store: bool
+    x: Tensor,
+    lam: Tensor,
+    starts: Tensor | None,
+    h: Tensor,
+    steps: int,
+    stretches: int,
+    reverse: bool,
+    config: Config,
+    *,
+    store: bool,
 ) -> None:
     batch, length, n2 = x.shape
     with _triton.on_device(x):
-        _diagonal_scan_fwd_kernel[_grid(batch * stretches, n2 // 2)](
-            x, lam, starts, h, length, n2 // 2, stretches, steps, REVERSE=reverse, STORE=store, **FORWARD_CONFIG
+        _diagonal_scan_fwd_kernel[_grid(batch * stretches, n2 // 2, config)](
+            x, lam, starts, h, length, n2 // 2, stretches, steps, REVERSE=reverse, STORE=store, **config
         )
 
 
-def _grid(rows: int, states: int) -> tuple[int]:
-    return (rows * -(-states // _triton.WARP),)
+def _grid(rows: int, states: int, config: Config) -> tuple[int]:
+    return (rows * -(-states // config["BN"]),)
 
 
-def _split(batch: int, length: int, n2: int) -> tuple[int, int]:
-    """(steps of a stretch, stretches of a sequence) from the shape alone, so that results do not depend on the device."""
+def _split(batch: int, length: int, n2: int, wanted: int | None = None) -> tuple[int, int]:
+    """(steps of a stretch, stretches of a sequence) from the shape alone, so that results do not depend on the device.
+
+    wanted: number of stretches to come close to; None chooses.
+    """
     unit = FORWARD_CONFIG["U"]
     programs = batch * -(-n2 // 64)
     stretches = min(ENOUGH_PROGRAMS // programs, length // MIN_STRETCH)
     if stretches < MIN_STRETCHES:
         stretches = 1
+    stretches = wanted or stretches
     longest = (MAX_OFFSET // (n2 * unit) - 1) * unit  # steps that 32-bit offsets from a stretch's first step can reach
     stretches = max(stretches, -(-length // longest))
     steps = length if stretches == 1 else -(-length // (stretches * unit)) * unit
@@ -295,7 +326,9 @@ def _starts(
     """
     batch, _, n2 = x.shape
     ends = x.new_empty((batch, stretches - 1, n2), dtype=torch.float32)
-    _launch_forward(x, _eigenvalues(log_decay, phase), None, ends, steps, stretches - 1, reverse, store=False)
+    _launch_forward(
+        x, _eigenvalues(log_decay, phase), None, ends, steps, stretches - 1, reverse, FORWARD_CONFIG, store=False
+    )
     states = diagonal_scan_forward(ends, log_decay.double() * steps, phase.double() * steps, start, False)
     first = x.new_zeros((batch, n2), dtype=torch.float32) if start is None else start
     return torch.cat([first[:, None], states], 1)

@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E = 1.4426950408889634
 THREADS = 128  # of a program; its warps share rows of B and C in the first-level cache
 ENOUGH_WARPS = 1024  # that fill a large GPU (two for each of 4 schedulers on 132 multiprocessors)
+Config = dict[str, int]  # R, BD, T and threads; maxnreg, most registers a lane, only where one is set
 WARP = 32  # lanes that the plan counts with, on every GPU, so that a plan does not depend on the machine
 
 
@@ -48,8 +49,8 @@ def _tile_steps(sequences: int, channels: int, length: int, states: int) -> int:
     return max(bound, wide)
 
 
-def _config(sequences: int, channels: int, length: int, states: int, groups: int = 1, threads: int = THREADS) -> dict[str, int]:
-    """R row blocks of BD channels, T steps and the threads of a program; channels: of all groups."""
+def _config(sequences: int, channels: int, length: int, states: int, groups: int = 1, threads: int = THREADS) -> Config:
+    """R row blocks of BD channels, T steps and the threads of a program (BD T / 8); channels: of all groups."""
     T = _tile_steps(sequences, channels, length, states)
     lanes = T // 8
     own = channels // groups
@@ -69,10 +70,13 @@ def plan(batch: int, channels: int, length: int, states: int, dtype: torch.dtype
 
 
 def checkpoint_shape(
-    batch: int, channels: int, length: int, states: int, packed: bool, sequences: int
+    batch: int, channels: int, length: int, states: int, packed: bool, sequences: int, T: int | None = None
 ) -> tuple[int, int, int]:
-    """Shape (slots, N, D) of the checkpoints: one in front of every tile of T steps of every sequence, one behind its last."""
-    T = _tile_steps(sequences, channels, length, states)
+    """Shape (slots, N, D) of the checkpoints: one in front of every tile of T steps of every sequence, one behind its last.
+
+    T: None for the plan's.
+    """
+    T = T or _tile_steps(sequences, channels, length, states)
     slots = length // T + 2 * sequences if packed else batch * (-(-length // T) + 1)
     return (slots, states, channels) if channels * length * states * slots else (0, states, channels)
 
@@ -90,20 +94,24 @@ def forward(
     cu_seqlens: Tensor | None,
     delta_softplus: bool,
     train: bool,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, last state, checkpoints, y) as :func:`compressm.kernels.selective_scan.selective_scan_op` returns them."""
+    """(out, last state, checkpoints, y) as :func:`compressm.kernels.selective_scan.selective_scan_op` returns them.
+
+    config: None for the plan's; a backward needs the T of its forward.
+    """
     batch, channels, length = u.shape
     states, groups = A.shape[1], B.shape[1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    config = config or _config(sequences, channels, length, states, groups)
     out = torch.empty_like(u)
     last = A.new_empty((sequences, channels, states))
     y = torch.empty_like(u) if train and z is not None else u.new_empty((0,))
-    shape = checkpoint_shape(batch, channels, length, states, cu_seqlens is not None, sequences)
+    shape = checkpoint_shape(batch, channels, length, states, cu_seqlens is not None, sequences, config["T"])
     carries = A.new_empty(shape if train else (0,))
     if out.numel() == 0 or last.numel() == 0:
         last = last.zero_() if initial_state is None else last.copy_(initial_state)
         return out.zero_(), last, carries, y
-    config = _config(sequences, channels, length, states, groups)
     memory = _memory(config["T"], length, sequences, cu_seqlens)
     B_packed, C_packed = (_pack(t, memory) for t in (B, C))
     kinds = [_kind(t, cu_seqlens, groups) for t in (u, delta, z, out)]
@@ -136,11 +144,12 @@ def backward(
     checkpoints: Tensor,
     y: Tensor,
     delta_softplus: bool,
+    config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); empty for an argument that was None.
 
     The gradients of B and C are sums over channels: by atomic additions, or, where torch.use_deterministic_algorithms(True)
-    holds, by a buffer per block of channels and a sum in fixed order.
+    holds, by a buffer per block of channels and a sum in fixed order.  config: as in :func:`forward`.
     """
     batch, channels, length = u.shape
     states, groups = A.shape[1], B.shape[1]
@@ -148,7 +157,8 @@ def backward(
     if u.numel() == 0 or states * sequences == 0:
         return _backward_of_nothing(grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    config = _config(sequences, channels, length, states, groups, 2 * THREADS if deterministic else THREADS)
+    threads = 2 * THREADS if deterministic else THREADS
+    config = config or _config(sequences, channels, length, states, groups, threads)
     memory = _memory(config["T"], length, sequences, cu_seqlens)
     B_packed, C_packed = (_pack(t, memory) for t in (B, C))
     grad_u, grad_delta = torch.empty_like(u), torch.empty_like(delta)
@@ -194,16 +204,16 @@ def _backward_of_nothing(grad_last: Tensor | None, *arguments: Tensor | None) ->
     return tuple(grads)
 
 
-def _grid(sequences: int, channels: int, groups: int, config: dict[str, int]) -> tuple[int]:
+def _grid(sequences: int, channels: int, groups: int, config: Config) -> tuple[int]:
     return (sequences * groups * -(-channels // groups // (config["R"] * config["BD"])),)
 
 
-def _constants(u: Tensor, channels: int, groups: int, config: dict[str, int]) -> dict[str, int | bool]:
+def _constants(u: Tensor, channels: int, groups: int, config: Config) -> dict[str, int | bool]:
     """Constants and launch options that both kernels share."""
     return {
         "FAST": u.is_cuda and torch.version.hip is None,
         "EVEN": channels // groups % (config["R"] * config["BD"]) == 0,
-        **{key: config[key] for key in ("R", "BD", "T")},
+        **{key: config[key] for key in ("R", "BD", "T", "maxnreg") if key in config},
         "num_warps": max(1, config["threads"] // _triton.WARP),
         "enable_fp_fusion": True,
     }
@@ -227,7 +237,7 @@ def _kind(tensor: Tensor | None, cu_seqlens: Tensor | None, groups: int) -> int:
     return CHANNEL if row == 1 and channels // groups % 8 == step % 8 == batch_stride % 8 == 0 else ANY
 
 
-def _decays(A: Tensor, groups: int, config: dict[str, int]) -> Tensor:
+def _decays(A: Tensor, groups: int, config: Config) -> Tensor:
     """A log2(e) as (N, channels), each group's channels padded by zeros to whole blocks."""
     rows = config["R"] * config["BD"]
     wide = (A * LOG2E).unflatten(0, (groups, -1))

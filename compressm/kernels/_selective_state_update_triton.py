@@ -97,15 +97,17 @@ def state_update(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    launch: dict[str, int | bool] | None = None,
 ) -> Tensor:
     """Advance state (batch, D, N) in place and return the output (batch, D) in x's dtype; B and C (batch, G, N).
 
-    Tensors may differ in dtype; the arithmetic is float32 and the state is rounded once, when it is stored.
+    Tensors may differ in dtype; the arithmetic is float32 and the state is rounded once, when it is stored.  launch: None for
+    :func:`config`'s.
     """
     batch, channels, states = state.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     assert state.numel(), "empty states run on the reference"
-    launch = config(states)
+    launch = launch or config(states)
     A, B, C, D, dt_bias = (None if t is None else t.contiguous() for t in (A, B, C, D, dt_bias))
     with _triton.on_device(x):
         _selective_state_update_kernel[(batch * -(-channels // launch["BD"]),)](
