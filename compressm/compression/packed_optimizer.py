@@ -196,7 +196,8 @@ def _check_entry(where: str, key: Any, value: Any, parameter: Tensor) -> None:
     if key == "step" and not counts:
         raise CheckpointError(f"{where} is {value!r:.80}, expected a number of steps")
     if key in ELEMENTWISE and value is not None:
-        if not isinstance(value, Tensor) or value.is_complex() != parameter.is_complex():
+        unlike = not isinstance(value, Tensor) or value.is_complex() != parameter.is_complex()
+        if unlike or (value.is_complex() and value.dtype != parameter.dtype):  # torch casts real state only
             got = str(value.dtype) if isinstance(value, Tensor) else f"{value!r:.80}"
             raise CheckpointError(f"{where} is {got}, expected a tensor like its parameter, {parameter.dtype}")
         if value.shape != parameter.shape:

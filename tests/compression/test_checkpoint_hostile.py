@@ -207,6 +207,7 @@ TENSORS = [
     (replacing("model/head.weight", lambda v: v + 1), "are one tensor in the model, but differ"),
     (replacing("model/mixer.B_re", lambda v: v[:, :3].contiguous()), r"mixer.B_re"),
     (replacing(MOMENT, lambda v: v[:2].clone()), r"exp_avg of 'head.bias' has shape \(2,\)"),
+    (replacing("optimizers/0/state/phase/exp_avg", lambda v: v.half()), "exp_avg of 'phase' is torch.complex32"),
     (replacing(MOMENT, lambda v: v.long()), "exp_avg of 'head.bias' is torch.int64"),
     (replacing(MOMENT, lambda v: v * float("nan")), "exp_avg of 'head.bias' holds NaN"),
     (replacing("optimizers/0/state/head.bias/step", lambda v: v.half()), "step of 'head.bias' is"),
