@@ -62,7 +62,11 @@ class Analysis(ABC):
 
     @abstractmethod
     def reduce(self, rank: int) -> Any:
-        """The reduction to ``rank`` states that ``Adapter.edit`` takes; it has ``order`` (states) and ``method`` (words)."""
+        """The reduction to ``rank`` states that ``Adapter.edit`` takes.
+
+        It has ``order`` (states), ``method`` (words) and ``kept(old order)`` (indices of the old states that it keeps, or
+        that take most part in it; only schedules that watch them ask).
+        """
 
     @abstractmethod
     def spectrum_after(self, reduction: Any) -> Tensor:

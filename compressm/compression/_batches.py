@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,24 @@ def take(batches: Iterable[Any], sequences: int) -> list[tuple[Any, int]]:
     if not taken:
         raise DataError("calibration: got no sequences, expected at least one batch. Is the iterator already exhausted?")
     return taken
+
+
+def replayable(batches: Iterable[Any] | None) -> Iterable[Any] | None:
+    """The batches, such that an iterator gives them again to later reductions."""
+    return _Replay(batches) if isinstance(batches, Iterator) else batches
+
+
+class _Replay:
+    """Remembers what an iterator gave."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self.iterator, self.seen = iterator, []
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.seen
+        for batch in self.iterator:
+            self.seen.append(batch)
+            yield batch
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from compressm.compression._batches import replayable
 from compressm.compression.audit import Ema, check_ema, check_optimizers, check_swappable
-from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish
+from compressm.compression.cadence import Cadence
+from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish, log
+from compressm.compression.guard import Guard, Rollback, check_progress
 from compressm.compression.moments import check_moments
-from compressm.compression.planning import Calibration, Planned, analyse, compressible_layers, make_plan, plain_model
+from compressm.compression.planning import (
+    Calibration,
+    Candidate,
+    Planned,
+    analyse,
+    compressible_layers,
+    in_view,
+    make_plan,
+    plain_model,
+    raised,
+)
 from compressm.compression.policies import Policy, check_multiple
-from compressm.compression.report import ReductionPlan, ReductionReport
-from compressm.compression.schedules import Schedule
+from compressm.compression.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
+from compressm.compression.schedules import Look, Schedule, ScheduleWarning
+from compressm.compression.snapshot import Parts, check_registrable
 from compressm.errors import CompressmError, bad_argument
 
 STATE_FORMAT = 1
 Forward = Callable[[nn.Module, Any], Any]
-
-
-class ScheduleWarning(UserWarning):
-    """Reductions that were scheduled have not happened."""
 
 
 class Compressor:
@@ -33,13 +42,30 @@ class Compressor:
 
     The optimizer object survives: parameters are replaced inside its groups, its moments are carried through the change of
     basis, schedulers keep working.  ``with Compressor(...) as compressor`` complains at the end about scheduled reductions
-    that never came.
+    that never came::
+
+        with compressm.Compressor(
+            model,
+            optimizer,
+            policy=compressm.Energy(tau=0.02),
+            schedule=compressm.Once(total_steps, at=0.2),
+            calibration=batches,
+            guard=compressm.Rollback(evaluate, tolerance=0.005),
+        ) as compressor:
+            compressor.register(scheduler=scheduler)
+            while compressor.step_count < total_steps:
+                loss = ...
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                report = compressor.step()
 
     Args:
         model: a plain module (not DDP or FSDP; a ``torch.compile`` wrapper is looked through).
         optimizer: the one that trains it, or a sequence of several; None if nothing trains.
         policy: how many states stay (Energy, FixedRank, Shrink).
-        schedule: when (Once, Warmup, Every, At), in optimizer steps.
+        schedule: when (Once, Warmup, Every, At, WhenStable), in optimizer steps.
         calibration: iterable of batches for data Gramians (each a tensor, a tuple with the input first, or a dict of keyword
             arguments; a DataLoader is fine); None: data-free Gramians.
         recipe: None or ``"default"``: real 2N-state spectrum, one tau budget for all attempts, transported moments.
@@ -52,6 +78,7 @@ class Compressor:
         multiple_of: ranks are rounded up to a multiple of this.
         uniform: all layers keep as many states as the one that needs most, for servers that expect one state size.
         sequences: at most so many calibration sequences.
+        guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
 
     Raises:
         ArgumentError, ModelError, OptimizerError: see the messages; nothing has changed.
@@ -72,6 +99,7 @@ class Compressor:
         multiple_of: int = 1,
         uniform: bool = False,
         sequences: int = 64,
+        guard: Rollback | None = None,
     ) -> None:
         self.model = plain_model(model)
         self.layers = compressible_layers(self.model)
@@ -82,17 +110,21 @@ class Compressor:
         self.multiple_of, self.uniform, self.ema = multiple_of, uniform, ema
         check_moments(self.moments)
         check_multiple(multiple_of)
-        self.calibration = Calibration(_replayable(calibration), forward, sequences)
+        self.calibration = Calibration(replayable(calibration), forward, sequences)
         check_swappable(self.model, {name: (m, adapter.parameters(m)) for name, (m, adapter) in self.layers.items()})
         self.policy.check_layers(self.ranks)
         if self.optimizers:
             check_optimizers(self.layers, self.model, self.optimizers)
         if ema is not None:
             check_ema(ema, self.model, self.layers)
-        self.history: list[ReductionReport] = []
-        self._step = self._attempts = self._calls = 0
+        self.history: list[ReductionReport | GuardReport] = []
+        self.guard = None if guard is None else Guard(check_kind(guard, Rollback, "guard"), self.schedule)
+        self.registered: dict[str, Any] = {}
+        self._step = self._attempts = self._reduced = 0
         self._kept = dict.fromkeys(self.layers, 1.0)
-        self._watch = _watch(self) if self.optimizers else None
+        self._memory: Any = None  # of an adaptive schedule
+        self._waiting = False  # an attempt came due that has not been made
+        self._cadence = Cadence(self.schedule, self.optimizers) if self.optimizers else None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -101,8 +133,22 @@ class Compressor:
 
     @property
     def step_count(self) -> int:
-        """How often :meth:`step` has been called, over all resumed runs."""
+        """How often :meth:`step` has been called, over all resumed runs; a rollback sets it back."""
         return self._step
+
+    def register(self, **objects: Any) -> None:
+        """Name objects that a rollback sets back along with the model: schedulers, scalers, samplers, counters.
+
+        Args:
+            objects: each with ``state_dict`` and ``load_state_dict``, or a ``torch.Generator``, or a dict (of counters, say),
+                whose content is restored in place.
+
+        Raises:
+            ArgumentError: an object of another kind.
+        """
+        for name, item in objects.items():
+            check_registrable(name, item)
+        self.registered.update(objects)
 
     def plan(self) -> ReductionPlan:
         """What an attempt would do now.  Changes nothing.
@@ -112,29 +158,89 @@ class Compressor:
         """
         return self._plan().plan
 
-    def step(self) -> ReductionReport | None:
-        """Count one optimizer step, and reduce if the schedule says so.
+    def step(self) -> ReductionReport | GuardReport | None:
+        """Count one optimizer step; reduce if the schedule says so, validate if the guard's recovery window ends.
 
         Returns:
-            what was done, or None if nothing was due.
+            what was done: a ReductionReport after an attempt, a GuardReport where the guard refused it or, later, accepted it
+            or rolled it back; None if nothing was due.
 
         Raises:
             CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.
         """
         self._step += 1
-        self._calls += 1
-        if not self.schedule.due(self._step):
+        if self._cadence is not None:
+            self._cadence.call()
+        guard = self.guard
+        if guard is not None and guard.probation is not None:
+            self._waiting |= self.schedule.due(self._step)
+            return self._validate(guard) if self._step >= guard.probation.until else None
+        if not self._waiting and not self.schedule.due(self._step):
             return None
+        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._reduced):
+            return None
+        return self._consider()
+
+    def _consider(self) -> ReductionReport | GuardReport | None:
+        """Attempt a reduction, if an adaptive schedule agrees."""
         started = time.perf_counter()
-        planned = self._plan()
-        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments)
-        reason = f"attempt {self._attempts + 1} of {self.schedule.attempts}, {self.policy}, recipe {self.recipe.name}"
+        candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
+        planned = self._choose(candidates)
+        if self.schedule.adaptive:
+            spectra, kept = in_view(candidates, planned)
+            rate = max((float(g["lr"]) for optimizer in self.optimizers for g in optimizer.param_groups), default=1.0)
+            look = Look(self._step, spectra, kept, rate, self._attempts)
+            due, self._memory = self.schedule.decide(look, self._memory)
+            if not due and not self._waiting:
+                return None
+        self._waiting = False
+        return self._attempt(candidates, planned, started)
+
+    def _attempt(
+        self, candidates: Mapping[str, Candidate], planned: Planned, started: float
+    ) -> ReductionReport | GuardReport:
+        words = ""
+        if self.guard is None or not planned.plan.changed:
+            self._execute(planned)
+        else:
+            outcome = self.guard.attempt(
+                self._parts(),
+                planned,
+                progress=self._progress(),
+                execute=self._execute,
+                gentler=lambda plan: raised(candidates, plan, multiple_of=self.multiple_of, uniform=self.uniform),
+            )
+            if isinstance(outcome, GuardReport):
+                self._attempts += 1
+                return self._record(outcome)
+            planned, words = outcome
+        number, total = self._attempts + 1, self.schedule.attempts
+        reason = f"attempt {number} of {total}" if number <= total else f"attempt {number}"
+        reason = "; ".join(filter(None, [f"{reason}, {self._policy_now}, recipe {self.recipe.name}", words]))
         report = finish(planned, self._step, reason, started)
         self._attempts += 1
+        self._reduced += report.changed
         for layer in report.layers:
             self._kept[layer.name] *= 1 - layer.discarded
         self.history.append(report)
         return report
+
+    def _validate(self, guard: Guard) -> GuardReport:
+        report, progress = guard.validate(self._parts(), self._step, lambda: self._next(guard.probation.began))
+        if progress is not None:
+            self._set_progress(progress)
+            self._attempts += 1
+            self._waiting = not guard.stopped and self._next(self._step) is None
+        return self._record(report)
+
+    def _record(self, report: GuardReport) -> GuardReport:
+        log.info("%s", report)
+        self.history.append(report)
+        return report
+
+    def _next(self, step: int) -> int | None:
+        """The first step after ``step`` at which a reduction may be attempted."""
+        return next((due for due in self.schedule.steps if due > step), None)
 
     def close(self) -> None:
         """Say goodbye at the end of training.
@@ -145,15 +251,24 @@ class Compressor:
         Warns:
             ScheduleWarning: training ended before some scheduled reductions.
         """
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+        if self._cadence is not None:
+            self._cadence.close()
+            self._cadence = None
         if self._step == 0:
             raise CompressmError(
                 f"Compressor.step() was never called, expected one call after every optimizer.step() "
                 f"(first reduction due at step {self.schedule.steps[0]}). The model has not been compressed"
             )
+        if self.guard is not None and (now := self.guard.probation) is not None:
+            warnings.warn(
+                f"training ended at step {self._step}, but the reduction of step {now.began} would only have been validated at "
+                f"step {now.until}; shorten the guard's recovery, or train while compressor.step_count < total_steps",
+                ScheduleWarning,
+                stacklevel=2,
+            )
         missed = [step for step in self.schedule.steps if step > self._step]
+        if (self.guard is not None and self.guard.stopped) or (self.schedule.adaptive and self._reduced):
+            return
         if missed:
             warnings.warn(
                 f"training ended at step {self._step}, before the reductions scheduled at {missed}; shorten the schedule "
@@ -170,15 +285,16 @@ class Compressor:
             self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready state for resuming in mid-schedule."""
+        """State for resuming in mid-schedule: JSON-ready, but for the tensors that a guard has put aside while a reduction is
+        on probation (:func:`compressm.save` takes them as well)."""
         return {
             "format": STATE_FORMAT,
             "recipe": self.recipe.name,
             "policy": repr(self.policy),
             "schedule": repr(self.schedule),
-            "step": self._step,
-            "attempts": self._attempts,
-            "kept": dict(self._kept),
+            **self._progress(),
+            "waiting": self._waiting,
+            "guard": None if self.guard is None else self.guard.state_dict(),
             "ranks": self.ranks,
             "history": [report.to_dict() for report in self.history],
         }
@@ -193,10 +309,14 @@ class Compressor:
         if dict(state["ranks"]) != self.ranks:
             remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
             raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
-        self._step, self._attempts = int(state["step"]), int(state["attempts"])
-        self._kept = {name: float(state["kept"][name]) for name in self.layers}
-        self.history = [ReductionReport.from_dict(report) for report in state["history"]]
-        self._calls = 0
+        history = [report_from_dict(report) for report in state["history"]]
+        if self.guard is not None and state.get("guard") is not None:
+            self.guard.load(state["guard"], self._parts())
+        self._set_progress(state)
+        self._waiting = bool(state.get("waiting", False))
+        self.history = history
+        if self._cadence is not None:
+            self._cadence.restart(self._step)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ArgumentError unless ``state`` fits this compressor's recipe and layers (ranks may differ)."""
@@ -212,56 +332,52 @@ class Compressor:
             got, expected = f"layers {sorted(state['ranks'])}", f"layers {sorted(self.layers)}"
             raise bad_argument("state_dict", got=got, expected=expected)
         for report in state["history"]:
-            ReductionReport.from_dict(report)
+            report_from_dict(report)
+        check_progress(state, self.layers)
+        if (saved := state.get("guard")) is None:
+            return
+        if self.guard is not None:
+            if (progress := self.guard.check(saved, self._parts())) is not None:
+                check_progress(progress, self.layers)
+        elif saved["probation"] is not None:
+            remedy = "Pass guard=Rollback(...), as in the saved run"
+            raise bad_argument("guard", got=None, expected="a Rollback to validate the last reduction", remedy=remedy)
 
     def _plan(self) -> Planned:
-        candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
-        return make_plan(candidates, self.policy, keep=self._keep(), multiple_of=self.multiple_of, uniform=self.uniform)
+        return self._choose(analyse(self.model, self.layers, self.recipe.convention, self.calibration))
+
+    def _choose(self, candidates: Mapping[str, Candidate]) -> Planned:
+        policy = self._policy_now
+        return make_plan(candidates, policy, keep=self._keep(), multiple_of=self.multiple_of, uniform=self.uniform)
+
+    def _execute(self, planned: Planned) -> None:
+        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments)
+
+    @property
+    def _policy_now(self) -> Policy:
+        """The policy, gentler with every rollback."""
+        policy = self.policy
+        for _ in range(0 if self.guard is None else self.guard.failures):
+            policy = policy.gentler()
+        return policy
+
+    def _parts(self) -> Parts:
+        return Parts(self.model, self.layers, self.optimizers, self.ema, self.registered)
+
+    def _progress(self) -> dict[str, Any]:
+        """What a rollback sets back; JSON."""
+        counts = {"step": self._step, "attempts": self._attempts, "reduced": self._reduced}
+        return {**counts, "kept": dict(self._kept), "memory": self._memory}
+
+    def _set_progress(self, progress: Mapping[str, Any]) -> None:
+        self._step, self._attempts = int(progress["step"]), int(progress["attempts"])
+        self._reduced, self._memory = int(progress.get("reduced", 0)), progress.get("memory")
+        self._kept = {name: float(progress["kept"][name]) for name in self.layers}
 
     def _keep(self) -> dict[str, float] | None:
         """Per layer, the fraction the next attempt must keep: an equal share of what is left of the budget."""
-        budget = self.policy.budget
+        budget = self._policy_now.budget
         if budget is None or not self.recipe.shared_budget:
             return None
         remaining = max(1, self.schedule.attempts - self._attempts)
         return {name: min(1.0, budget / kept) ** (1 / remaining) for name, kept in self._kept.items()}
-
-
-class _Replay:
-    """Remembers what an iterator gave, so that later reductions see the same calibration batches."""
-
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self.iterator, self.seen = iterator, []
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self.seen
-        for batch in self.iterator:
-            self.seen.append(batch)
-            yield batch
-
-
-def _replayable(batches: Iterable[Any] | None) -> Iterable[Any] | None:
-    return _Replay(batches) if isinstance(batches, Iterator) else batches
-
-
-def _watch(compressor: Compressor) -> Any:
-    """Warn once if the optimizer passes the first scheduled step and step() was never called."""
-    reference = weakref.ref(compressor)
-    taken = 0
-
-    def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal taken
-        taken += 1
-        owner = reference()
-        if owner is None or owner._calls or owner._watch is None:
-            return
-        due = next((step for step in owner.schedule.steps if step > owner._step), None)
-        if due is not None and taken == due - owner._step + 1:
-            warnings.warn(
-                f"the optimizer has taken {taken} steps but Compressor.step() was never called; the reduction due at step "
-                f"{due} has not happened. Call compressor.step() after optimizer.step()",
-                ScheduleWarning,
-                stacklevel=3,
-            )
-
-    return compressor.optimizers[0].register_step_post_hook(hook)

@@ -14,7 +14,6 @@ from torch import nn
 from compressm.adapters import Adapter
 from compressm.compression.audit import Ema
 from compressm.compression.planning import Planned, describe_edits, with_new_kernels
-from compressm.compression.policies import Policy
 from compressm.compression.report import ReductionReport, describe
 from compressm.compression.surgery import apply_edits
 from compressm.errors import ArgumentError, bad_argument
@@ -103,9 +102,9 @@ def choose_recipe(name: str | None, calibration: Any, layers: Mapping[str, tuple
 
 
 def check_kind(value: Any, kind: type, name: str) -> Any:
-    """The value, if it is an instance of a policy or schedule class; ArgumentError otherwise."""
+    """The value, if it is an instance of a policy, schedule or guard class; ArgumentError otherwise."""
     if not isinstance(value, kind):
         got = value.__name__ + " (the class)" if isinstance(value, type) else repr(value)
-        expected = "an Energy, FixedRank or Shrink" if kind is Policy else "a Once, Warmup, Every or At"
-        raise bad_argument(name, got=got, expected=f"{expected} instance")
+        expected = {"policy": "an Energy, FixedRank or Shrink", "schedule": "a Once, Warmup, Every, At or WhenStable"}
+        raise bad_argument(name, got=got, expected=f"{expected.get(name, 'a Rollback')} instance")
     return value

@@ -11,7 +11,7 @@ from torch import nn
 from compressm.adapters import Adapter, Analysis, LayerEdit, find_layers, supported_layers
 from compressm.compression._workers import each
 from compressm.compression.calibration import collect
-from compressm.compression.policies import LayerSpectrum, Policy
+from compressm.compression.policies import FixedRank, LayerSpectrum, Policy, between
 from compressm.compression.report import LayerReduction, ReductionPlan
 from compressm.errors import ModelError, NumericalError, bad_argument
 
@@ -150,6 +150,24 @@ def make_plan(
     layers = {name: (item.module, item.adapter) for name, item in candidates.items()}
     reductions = {name: reduction for name, (_, reduction) in done.items() if reduction is not None}
     return Planned(ReductionPlan(tuple(record for record, _ in done.values())), layers, reductions)
+
+
+def raised(candidates: Mapping[str, Candidate], planned: Planned, *, multiple_of: int, uniform: bool) -> Planned | None:
+    """The plan with ranks half-way from its own to the present ones; None where nothing would be left to reduce."""
+    ranks = {
+        layer.name: between(layer.rank_after, layer.rank_before, multiple_of) for layer in planned.plan.layers if layer.changed
+    }
+    again = make_plan(candidates, FixedRank(ranks), uniform=uniform)
+    return again if again.plan.changed else None
+
+
+def in_view(
+    candidates: Mapping[str, Candidate], planned: Planned
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Per layer its spectrum, and which of its states the plan keeps."""
+    spectra = {name: item.analysis.hsv.tolist() for name, item in candidates.items()}
+    kept = {name: list(range(item.rank)) for name, item in candidates.items()}
+    return spectra, kept | {name: cut.kept(candidates[name].rank).tolist() for name, cut in planned.reductions.items()}
 
 
 def _rank(policy: Policy, name: str, item: Candidate, keep: float | None, multiple_of: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,33 @@ class Policy(ABC):
         """Fraction of the sum of singular values that all attempts together must keep; None: no such budget."""
         return None
 
+    def gentler(self) -> Policy:
+        """What to try after a reduction by this policy had to be undone: removes about half as many states."""
+        return HalfWay(self)
+
+
+@dataclass(frozen=True)
+class HalfWay(Policy):
+    """Half-way from the present rank to the one that another policy asks for, rounded up.
+
+    Args:
+        policy: the other one.
+    """
+
+    policy: Policy
+
+    def check_layers(self, ranks: Mapping[str, int]) -> None:
+        self.policy.check_layers(ranks)
+
+    @property
+    def budget(self) -> float | None:
+        return self.policy.budget
+
+    def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
+        wanted = self.policy.rank(spectrum, multiple_of)
+        multiple = self.policy.multiple_of or multiple_of
+        return spectrum.rank if wanted == spectrum.rank else between(wanted, spectrum.rank, multiple)
+
 
 @dataclass(frozen=True)
 class Energy(Policy):
@@ -102,6 +129,10 @@ class Energy(Policy):
     @property
     def budget(self) -> float:
         return self.keep
+
+    def gentler(self) -> Energy:
+        """Half of tau."""
+        return replace(self, tau=self.tau / 2, keep=None)
 
     def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
         spectrum.check()
@@ -165,6 +196,15 @@ class Shrink(Policy):
         spectrum.check()
         wanted = max(1, math.ceil(spectrum.rank * (1 - self.fraction) - 1e-9))
         return _round_and_gate(wanted, spectrum.rank, self.multiple_of or multiple_of, self.gate)
+
+    def gentler(self) -> Shrink:
+        """Half of the fraction."""
+        return replace(self, fraction=self.fraction / 2)
+
+
+def between(low: int, high: int, multiple_of: int) -> int:
+    """Half-way from ``low`` to ``high``, rounded up, also to a multiple; at most ``high``."""
+    return _round_and_gate(-(-(low + high) // 2), high, multiple_of, 1.0)
 
 
 def energy_order(hsv: Tensor, tau: float) -> int:

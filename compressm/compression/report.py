@@ -1,7 +1,8 @@
-"""What would happen (ReductionPlan) and what happened (ReductionReport), ready for JSON."""
+"""What would happen (ReductionPlan) and what happened (ReductionReport, GuardReport), ready for JSON."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
@@ -127,6 +128,71 @@ class ReductionReport:
     def __str__(self) -> str:
         head = f"step {self.step}: {self.reason} ({self.seconds:.2f} s)"
         return "\n".join([head, *(f"  {describe(layer)}" for layer in self.layers)])
+
+
+@dataclass(frozen=True)
+class GuardReport:
+    """What the guard decided about one reduction.
+
+    Attributes:
+        step: the Compressor's step count when it was decided.
+        seconds: wall time of the decision, evaluation included.
+        outcome: ``"accepted"`` after the recovery window, ``"rolled back"`` after it, or ``"refused"`` right after the cut
+            (at every rank that was tried; nothing has changed).
+        reason: the figures behind it, and what happens next.
+        ranks: states per layer now, by module name.
+        metric: what ``evaluate`` returned; for ``"refused"`` what the last try gave.
+        reference: the best value before any reduction; for ``"refused"`` the value just before this one.
+        resumed_at: the Compressor's step count from here on; smaller than ``step`` after a rollback.
+    """
+
+    step: int
+    seconds: float
+    outcome: str
+    reason: str
+    ranks: dict[str, int]
+    metric: float
+    reference: float
+    resumed_at: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether parameters were replaced."""
+        return self.outcome == "rolled back"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; a metric that is not finite becomes a string."""
+        data = asdict(self)
+        return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GuardReport:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ArgumentError: keys are missing or malformed.
+        """
+        try:
+            ranks = {str(name): int(rank) for name, rank in data["ranks"].items()}
+            seconds, metric, reference = (float(data[key]) for key in ("seconds", "metric", "reference"))
+            outcome, reason = str(data["outcome"]), str(data["reason"])
+            return cls(int(data["step"]), seconds, outcome, reason, ranks, metric, reference, int(data["resumed_at"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise bad_argument("history", got=f"an entry with {error}", expected="GuardReport.to_dict()") from error
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.outcome}, {self.reason} ({self.seconds:.2f} s)"
+
+
+def report_from_dict(data: Mapping[str, Any]) -> ReductionReport | GuardReport:
+    """The report that ``to_dict`` was called on.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if not isinstance(data, Mapping):
+        raise bad_argument("history", got=type(data).__name__, expected="entries made by to_dict() of a report")
+    return (GuardReport if "outcome" in data else ReductionReport).from_dict(data)
 
 
 def describe(layer: LayerReduction) -> str:

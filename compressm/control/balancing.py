@@ -53,6 +53,16 @@ class Reduction:
         """Complex states of the reduced system."""
         return self.system.order
 
+    def kept(self, order: int) -> Tensor:
+        """(rank,) int64 ascending: which of the ``order`` old states take most part in the kept ones.
+
+        The part of a state is its diagonal entry, or the sum of its two, in the projector onto the kept subspace.
+        """
+        part = (self.multiplicity * (self.right * self.left.T).real).sum(1)
+        if len(part) == 2 * order:
+            part = part[:order] + part[order:]
+        return part.argsort(descending=True, stable=True)[: self.order].sort().values
+
     @property
     def output_error(self) -> None:
         """Not known: balanced truncation looks at Gramians, not at outputs."""

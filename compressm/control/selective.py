@@ -101,6 +101,10 @@ class SelectiveReduction:
         """States kept."""
         return len(self.states)
 
+    def kept(self, order: int) -> Tensor:
+        """(r,) int64 ascending: which of the ``order`` old states are kept."""
+        return self.states
+
     @property
     def real_order(self) -> int:
         """Values of the spectrum that belong to the kept states: one each."""

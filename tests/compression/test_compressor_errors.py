@@ -98,7 +98,7 @@ def test_models_that_cannot_be_compressed(training):
         ({"policy": 0.1}, "policy: expected an Energy, FixedRank or Shrink instance, got 0.1"),
         ({"policy": compressm.Energy}, r"policy.*got Energy \(the class\)"),
         ({"policy": compressm.FixedRank({"lrus.7": 2})}, r"FixedRank: expected names.*got lrus\.7"),
-        ({"schedule": 100}, "schedule: expected a Once, Warmup, Every or At instance, got 100"),
+        ({"schedule": 100}, "schedule: expected a Once, Warmup, Every, At or WhenStable instance, got 100"),
         ({"recipe": "papers"}, "recipe: expected one of default, paper, got 'papers'"),
         ({"moments": "keep"}, "moments: expected one of transport, reset, slice, got 'keep'"),
         ({"multiple_of": 0}, "multiple_of: expected a positive integer, got 0"),

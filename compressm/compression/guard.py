@@ -1,0 +1,339 @@
+"""The guard: watches every reduction, and undoes those that cost too much."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressm.compression._undisturbed import undisturbed
+from compressm.compression.planning import Planned
+from compressm.compression.report import GuardReport
+from compressm.compression.schedules import Schedule, ScheduleWarning
+from compressm.compression.snapshot import Parts, Snapshot, check
+from compressm.errors import NumericalError, bad_argument
+
+Metric = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Undoes reductions that cost too much, everything included, and tries less; pass it as ``Compressor(..., guard=)``.
+
+    Before a reduction, the model with its buffers, the optimizers, the EMA, the random states of Python, numpy and torch and
+    whatever was given to ``Compressor.register`` are put aside.
+
+    1. Right after the cut, ``quick`` may be worse than just before by the fraction ``jump``.  Otherwise everything is put
+       back and ranks half-way to the present ones are tried, up to ``tries`` times; then the attempt is refused.
+    2. After ``recovery`` more steps of training, ``evaluate`` may be worse by the fraction ``tolerance`` than the best value
+       before any reduction: reductions that were accepted do not lower the bar for the next.  Otherwise everything is put back
+       as it was before the reduction, bit for bit, and the next attempt removes less (``Policy.gentler``: half of tau).  It is
+       the next scheduled one, or where none is left comes with the next step.  After ``failures`` rollbacks there is none.
+
+    A metric that is NaN or infinite fails.  Metrics run in eval mode without gradients and leave no trace in the model or the
+    random states.  In distributed training they must return the same number on every process.
+
+    After a rollback ``Compressor.step_count`` is what it was at the reduction, and registered schedulers follow; loops should
+    count with it: ``while compressor.step_count < total_steps``.
+
+    Args:
+        evaluate: ``evaluate(model) -> float``, on validation data; lower is better.
+        tolerance: relative, at least 0.
+        mode: ``"max"`` where higher is better.
+        recovery: a fraction of the schedule's total steps (float), or a number of steps (int).
+        quick: a cheaper metric of the same direction for step 1, such as the loss of calibration batches; None: ``evaluate``.
+        jump: relative, at least 0; None skips step 1.
+        tries: how many raised ranks to try in step 1.
+        failures: rollbacks after which no further reduction is attempted.
+        disk_bytes: what is put aside goes to temporary files if it is larger than this, else into CPU memory.
+        folder: of these files; None: the system's.
+
+    Raises:
+        ArgumentError: out of range.
+    """
+
+    evaluate: Metric
+    tolerance: float = 0.005
+    _: KW_ONLY
+    mode: str = "min"
+    recovery: float | int = 0.01
+    quick: Metric | None = None
+    jump: float | None = 0.1
+    tries: int = 3
+    failures: int = 2
+    disk_bytes: int = 8 << 30
+    folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate", "quick"):
+            value = getattr(self, name)
+            if not callable(value) and (name == "evaluate" or value is not None):
+                raise bad_argument(name, got=repr(value), expected="a function of the model that returns a number")
+        if self.mode not in ("min", "max"):
+            raise bad_argument("mode", got=repr(self.mode), expected='"min" or "max"')
+        for name in ("tolerance", "jump"):
+            value = getattr(self, name)
+            if not (name == "jump" and value is None) and not (_number(value) and 0 <= value < math.inf):
+                raise bad_argument(name, got=repr(value), expected="a number, at least 0")
+        fraction = isinstance(self.recovery, float) and 0 < self.recovery < 1
+        steps = type(self.recovery) is int and self.recovery >= 1
+        if not fraction and not steps:
+            expected = "a fraction of training in (0, 1) or a positive number of steps"
+            raise bad_argument("recovery", got=repr(self.recovery), expected=expected)
+        for name, least in (("tries", 0), ("failures", 1), ("disk_bytes", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise bad_argument(name, got=repr(value), expected=f"an integer, at least {least}")
+
+    @classmethod
+    def pragmatic(cls, evaluate: Metric, tolerance: float = 0.0, **options: Any) -> Rollback:
+        """The CompreSSM authors' pragmatic mode: go on cutting until the first drop, undo that one and stop.
+
+        They remove 10 % of the states at every attempt: use it with ``policy=Shrink(0.1)`` and a schedule of many attempts.
+        Unlike theirs, the bar stays where it was before the first attempt, buffers are restored as well, and the last
+        reduction is validated too.
+
+        Args:
+            evaluate, tolerance, options: as for the class.
+        """
+        return cls(evaluate, tolerance, **{"jump": None, "failures": 1, **options})
+
+    def window(self, schedule: Schedule) -> int:
+        """Recovery in optimizer steps.
+
+        Raises:
+            ArgumentError: it is a fraction and the schedule does not know its total steps, or it does not fit in.
+        """
+        total = schedule.total_steps
+        if isinstance(self.recovery, int):
+            window = self.recovery
+        elif total is None:
+            got = f"{self.recovery}, a fraction of training, with {schedule}, which does not say how long that is"
+            remedy = "Pass total_steps to the schedule, or recovery as a number of steps"
+            raise bad_argument("recovery", got=got, expected="a number of steps", remedy=remedy)
+        else:
+            window = max(1, round(self.recovery * total))
+        if total is not None and schedule.steps[-1] + window > total:
+            got = f"{window} steps after the last attempt at step {schedule.steps[-1]}"
+            remedy = "Shorten recovery, or let the schedule end earlier"
+            raise bad_argument("recovery", got=got, expected=f"an end before total_steps = {total}", remedy=remedy)
+        return window
+
+    def passes(self, value: float, reference: float, tolerance: float) -> bool:
+        """Whether a metric is at most ``tolerance * |reference|`` worse than a reference."""
+        slack = tolerance * abs(reference)
+        good = value <= reference + slack if self.mode == "min" else value >= reference - slack
+        return math.isfinite(value) and good
+
+    def better(self, one: float, other: float) -> float:
+        """The better of two values."""
+        return min(one, other) if self.mode == "min" else max(one, other)
+
+
+@dataclass
+class Probation:
+    """A reduction that is not validated yet."""
+
+    began: int
+    until: int
+    snapshot: Snapshot
+
+
+class Guard:
+    """A Rollback at work in one Compressor.
+
+    Attributes:
+        best: the best value of ``evaluate`` before any reduction, or None.
+        failures: rollbacks so far.
+        probation: the reduction that waits for its validation, or None.
+    """
+
+    def __init__(self, rule: Rollback, schedule: Schedule) -> None:
+        self.rule, self.window = rule, rule.window(schedule)
+        self.best: float | None = None
+        self.failures = 0
+        self.probation: Probation | None = None
+        self._warned = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no further reduction is attempted."""
+        return self.failures >= self.rule.failures
+
+    def attempt(
+        self,
+        parts: Parts,
+        planned: Planned,
+        *,
+        progress: Mapping[str, Any],
+        execute: Callable[[Planned], None],
+        gentler: Callable[[Planned], Planned | None],
+    ) -> tuple[Planned, str] | GuardReport:
+        """Carry a plan out, or a gentler one, if the metric allows it.
+
+        Args:
+            parts: what to put aside.
+            planned: what to do.
+            progress: of the Compressor; ``step``, and ``reduced`` for how many reductions are in force.
+            execute: carries a plan out, or raises and changes nothing.
+            gentler: the plan with ranks half-way to the present ones, or None where there are none.
+
+        Returns:
+            the plan that was carried out and words about it, or a report that none was; then nothing has changed.
+
+        Raises:
+            NumericalError: the metric is not finite before the reduction; nothing has changed.
+        """
+        self._warn_unregistered(parts)
+        started, rule = time.perf_counter(), self.rule
+        before = self._measure(parts, rule.evaluate, "evaluate")
+        quick, name = (rule.evaluate, "evaluate") if rule.quick is None else (rule.quick, "quick")
+        reference = before if rule.quick is None or rule.jump is None else self._measure(parts, quick, name)
+        for value in (before, reference):
+            if not math.isfinite(value):
+                raise NumericalError(
+                    f"guard: the metric is {value} before the reduction, expected a finite number to compare with. Training has "
+                    "diverged, or the metric is not defined for this model"
+                )
+        if not progress["reduced"]:
+            self.best = before if self.best is None else rule.better(self.best, before)
+        snapshot = Snapshot.take(parts, progress, rule.disk_bytes, rule.folder)
+        tried: list[str] = []
+        cut = passed = False
+        try:
+            while not passed and planned is not None and len(tried) <= rule.tries:
+                execute(planned)
+                cut = True
+                value = reference if rule.jump is None else self._measure(parts, quick, name)
+                passed = rule.jump is None or rule.passes(value, reference, rule.jump)
+                tried.append(f"{value:.5g} with {'/'.join(map(str, planned.plan.ranks.values()))} states")
+                if not passed:
+                    snapshot.restore(parts)
+                    cut, planned = False, gentler(planned)
+        except BaseException:
+            if cut:
+                snapshot.restore(parts)
+            raise
+        finally:
+            if not passed:
+                snapshot.close()
+        words = "" if rule.jump is None else f"metric {reference:.5g} before the cut, right after it {', '.join(tried)}"
+        step = progress["step"]
+        if passed:
+            self.probation = Probation(step, step + self.window, snapshot)
+            return planned, words
+        words += f", allowed is {rule.jump:g} worse"
+        return GuardReport(step, time.perf_counter() - started, "refused", words, parts.ranks, value, reference, step)
+
+    def validate(self, parts: Parts, step: int, more: Callable[[], int | None]) -> tuple[GuardReport, Any]:
+        """Judge the reduction on probation; puts everything back if it fails.
+
+        Args:
+            parts: as in :meth:`attempt`.
+            step: of the Compressor now.
+            more: the next scheduled attempt after the step of the reduction, or None.
+
+        Returns:
+            the report, and after a rollback the Compressor's progress of then.
+        """
+        started = time.perf_counter()
+        probation, rule = self.probation, self.rule
+        value = self._measure(parts, rule.evaluate, "evaluate")
+        passed = rule.passes(value, self.best, rule.tolerance)
+        worse = f"{rule.tolerance:g} worse than {self.best:.5g}, the best before any reduction"
+        progress = None
+        if passed:
+            reason = f"metric {value:.5g} {self.window} steps after the reduction, allowed is {worse}"
+            resumed = step
+        else:
+            progress = probation.snapshot.restore(parts)
+            self.failures += 1
+            resumed = probation.began
+            following = more()
+            then = "at the next step" if following is None else f"at step {following} at the earliest"
+            reason = (
+                f"metric {value:.5g} {self.window} steps after the reduction, more than {worse}; everything is as it was at "
+                f"step {resumed}, failure {self.failures} of {rule.failures}, "
+                + ("no further attempt" if self.stopped else f"a gentler attempt {then}")
+            )
+        probation.snapshot.close()
+        self.probation = None
+        outcome = "accepted" if passed else "rolled back"
+        seconds = time.perf_counter() - started
+        return GuardReport(step, seconds, outcome, reason, parts.ranks, value, self.best, resumed), progress
+
+    def state_dict(self) -> dict[str, Any]:
+        """A JSON tree; with a reduction on probation it holds the tensors that were put aside as well."""
+        probation = None
+        if (now := self.probation) is not None:
+            probation = {"began": now.began, "until": now.until, "snapshot": now.snapshot.state_dict()}
+        return {"best": self.best, "failures": self.failures, "probation": probation}
+
+    def check(self, state: Any, parts: Parts) -> Any:
+        """Raise ArgumentError unless ``state`` came from :meth:`state_dict` of a guard of this model.
+
+        Returns:
+            the Compressor's progress that a rollback would go back to, or None.
+        """
+        fine = isinstance(state, Mapping) and {"best", "failures", "probation"} <= state.keys()
+        fine = fine and _number(state["failures"]) and (state["best"] is None or _number(state["best"]))
+        probation = state["probation"] if fine else None
+        if fine and probation is not None:
+            fine = isinstance(probation, Mapping) and _number(probation.get("began")) and _number(probation.get("until"))
+        if not fine:
+            raise bad_argument("state_dict guard", got=repr(state)[:80], expected="what Compressor.state_dict() returned")
+        if probation is None:
+            return None
+        check(probation.get("snapshot"), parts)
+        return probation["snapshot"]["progress"]
+
+    def load(self, state: Mapping[str, Any], parts: Parts) -> None:
+        """Go on from a checked :meth:`state_dict`."""
+        if self.probation is not None:
+            self.probation.snapshot.close()
+        self.best, self.failures, saved = state["best"], int(state["failures"]), state["probation"]
+        self.probation = None
+        if saved is not None:
+            snapshot = Snapshot.from_state_dict(saved["snapshot"], parts, self.rule.disk_bytes, self.rule.folder)
+            self.probation = Probation(int(saved["began"]), int(saved["until"]), snapshot)
+
+    def _measure(self, parts: Parts, metric: Metric, name: str) -> float:
+        with undisturbed(parts.model, [module for module, _ in parts.layers.values()]), torch.no_grad():
+            value = metric(parts.model)
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise bad_argument(name, got=f"a function that returned {type(value).__name__}", expected="a number") from error
+
+    def _warn_unregistered(self, parts: Parts) -> None:
+        """A scheduler that goes on after a rollback as if nothing had happened would fit the step count no more."""
+        known = {id(getattr(item, "optimizer", None)) for item in parts.registered.values()}
+        driven = [o for o in parts.optimizers if getattr(o.step, "_wrapped_by_lr_sched", False) and id(o) not in known]
+        if driven and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a learning-rate scheduler drives the {type(driven[0]).__name__} optimizer, but a rollback would not set it "
+                "back. Pass it to compressor.register(scheduler=scheduler)",
+                ScheduleWarning,
+                stacklevel=5,
+            )
+
+
+def check_progress(progress: Any, layers: Collection[str]) -> None:
+    """Raise ArgumentError unless ``progress`` is what a Compressor of these layers says of itself."""
+    kept = progress.get("kept") if isinstance(progress, Mapping) else None
+    fine = isinstance(kept, Mapping) and set(kept) == set(layers) and all(map(_number, kept.values()))
+    counts = [progress.get("step"), progress.get("attempts"), progress.get("reduced", 0)] if fine else [None]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise bad_argument("state_dict", got=repr(progress)[:80], expected="what Compressor.state_dict() returned")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
