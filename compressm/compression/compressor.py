@@ -183,7 +183,8 @@ class Compressor:
 
     def _consider(self) -> ReductionReport | GuardReport | None:
         """Attempt a reduction, if an adaptive schedule agrees."""
-        started = time.perf_counter()
+        started, waiting = time.perf_counter(), self._waiting
+        self._waiting = False
         candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
         planned = self._choose(candidates)
         if self.schedule.adaptive:
@@ -191,9 +192,8 @@ class Compressor:
             rate = max((float(g["lr"]) for optimizer in self.optimizers for g in optimizer.param_groups), default=1.0)
             look = Look(self._step, spectra, kept, rate, self._attempts)
             due, self._memory = self.schedule.decide(look, self._memory)
-            if not due and not self._waiting:
+            if not due and not waiting:
                 return None
-        self._waiting = False
         return self._attempt(candidates, planned, started)
 
     def _attempt(
@@ -266,7 +266,7 @@ class Compressor:
                 ScheduleWarning,
                 stacklevel=2,
             )
-        missed = [step for step in self.schedule.steps if step > self._step]
+        missed = [self._step + 1] * self._waiting + [step for step in self.schedule.steps if step > self._step]
         if (self.guard is not None and self.guard.stopped) or (self.schedule.adaptive and self._reduced):
             return
         if missed:

@@ -199,8 +199,8 @@ class Guard:
         for value in (before, reference):
             if not math.isfinite(value):
                 raise NumericalError(
-                    f"guard: the metric is {value} before the reduction, expected a finite number to compare with. Training has "
-                    "diverged, or the metric is not defined for this model"
+                    f"guard: the metric is {value} before the reduction, expected a finite number to compare with. Has "
+                    "training diverged?"
                 )
         if not progress["reduced"]:
             self.best = before if self.best is None else rule.better(self.best, before)

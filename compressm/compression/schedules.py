@@ -277,7 +277,8 @@ class WhenStable(Schedule):
             if not moved * scale < self.drift * values[0]:
                 return False
             states, old = set(look.kept[name]), set(memory["kept"][name])
-            if not 1 - len(states & old) / max(len(states), len(old)) < self.change:
+            most = max(len(states), len(old))
+            if not most - len(states & old) < self.change * most:
                 return False
         return True
 
