@@ -194,6 +194,21 @@ def test_ranks_are_raised_until_the_cut_is_harmless(whole):
     assert same(left["optimizer"], right["optimizer"])
 
 
+def test_a_rollback_after_raised_ranks_is_as_exact(whole):
+    """The snapshot is restored twice, and what was trained in between must not have run into it."""
+    one = whole(ema="dict")
+    guard = compressm.Rollback(Script(1.0, 2.0), recovery=3, failures=1, quick=Script(1.0, 2.0, 1.0))
+    compressor = one.guarded(guard)
+    one.steps(compressor, 2)
+    one.step()
+    before = one.state()
+    assert compressor.step().ranks == {"lrus.0": 6, "lrus.1": 5}
+    assert one.steps(compressor, 3)[-1].outcome == "rolled back"
+    after = one.state()
+    for part, value in before.items():
+        assert same(value, after[part]), part
+
+
 @pytest.mark.parametrize(("policy", "tried"), [(compressm.FixedRank(2), 3), (compressm.FixedRank(7), 1)])
 def test_a_refused_attempt_changes_nothing(whole, policy, tried):
     one = whole(ema="dict")
