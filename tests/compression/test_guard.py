@@ -194,6 +194,15 @@ def test_ranks_are_raised_until_the_cut_is_harmless(whole):
     assert same(left["optimizer"], right["optimizer"])
 
 
+@pytest.mark.parametrize(("options", "ranks"), [({"multiple_of": 3}, (9, 6)), ({"uniform": True}, (7, 7))])
+def test_raised_ranks_obey_multiples_and_uniformity(whole, options, ranks):
+    one = whole(ranks=(10, 7))
+    policy = compressm.Shrink(0.7, gate=1.0)
+    compressor = one.guarded(compressm.Rollback(Script(1.0, 2.0, 1.0)), policy, **options)
+    report = one.steps(compressor, 3)[-1]
+    assert tuple(report.ranks.values()) == ranks
+
+
 def test_a_rollback_after_raised_ranks_is_as_exact(whole):
     """The snapshot is restored twice, and what was trained in between must not have run into it."""
     one = whole(ema="dict")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.compression import Energy, FixedRank, Policy, Shrink
-from compressm.compression.policies import LayerSpectrum, energy_order
+from compressm.compression.policies import HalfWay, LayerSpectrum, energy_order
 from compressm.errors import ArgumentError, NumericalError
 
 values = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=40).filter(lambda v: max(v) > 1e-3)
@@ -165,3 +165,19 @@ def test_policies_are_frozen_values():
 def test_out_of_range(build, match):
     with pytest.raises(ArgumentError, match=match):
         build()
+
+
+def test_gentler_policies_remove_about_half_as_much():
+    assert Energy(tau=0.2, multiple_of=8, gate=0.9).gentler() == Energy(tau=0.1, multiple_of=8, gate=0.9)
+    assert Shrink(0.5, multiple_of=4).gentler() == Shrink(0.25, multiple_of=4)
+    spectrum = LayerSpectrum("lru", 20, torch.linspace(1, 0.1, 40, dtype=torch.float64), "real")
+    ranks, policy = [], FixedRank(5)
+    for _ in range(5):
+        ranks.append(policy.rank(spectrum))
+        policy = policy.gentler()
+    assert ranks == [5, 13, 17, 19, 20]
+    assert FixedRank(5).gentler().rank(spectrum, multiple_of=8) == 16
+    assert FixedRank(20).gentler().rank(spectrum) == 20
+    assert HalfWay(Energy(tau=0.2)).budget == 0.8
+    with pytest.raises(ArgumentError, match="FixedRank"):
+        FixedRank({"other": 3}).gentler().check_layers({"lru": 8})
