@@ -32,6 +32,10 @@ class NumericalError(CompressmError, ArithmeticError):
     """A computation has no finite answer (NaN or infinite parameters, unstable system)."""
 
 
+class DistributedError(CompressmError, RuntimeError):
+    """Processes that train one model together disagree, or one of them failed."""
+
+
 class DataError(CompressmError, RuntimeError):
     """A dataset is missing, incomplete or damaged."""
 

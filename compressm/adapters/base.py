@@ -86,6 +86,21 @@ class Meter(ABC):
     def adjoint(self, grad: Tensor) -> None:  # noqa: B027 (nothing to do by default)
         """Take the gradient of the probed model output by one of ``signals``."""
 
+    def begin(self, seed: int) -> None:  # noqa: B027 (nothing to do by default)
+        """A batch begins; whatever is drawn at random for it follows from ``seed``, wherever the batch runs."""
+
+    def merge(self, add: Callable[[Any], Any], join: Callable[[Tensor], Tensor]) -> None:
+        """Take in what other processes measured of the same layer.
+
+        Args:
+            add: the sum over all processes of a tensor or an int.
+            join: the tensors of all processes behind one another, along the first dimension, whose size may differ.
+
+        Raises:
+            ModelError: the adapter does not say how its measurements add up.
+        """
+        raise ModelError(f"{type(self).__name__} does not say how measurements of several processes add up (Meter.merge)")
+
     @property
     @abstractmethod
     def reached(self) -> bool:
@@ -111,6 +126,10 @@ class Adapter(ABC):
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         """Names, relative to the layer, of the parameters whose shape depends on the rank."""
+
+    def reads(self, module: nn.Module) -> tuple[str, ...]:
+        """Names, relative to the layer, of the parameters that :meth:`analyse`, :meth:`meter` and :meth:`edit` look at; all."""
+        return tuple(name for name, _ in module.named_parameters())
 
     @abstractmethod
     def rank(self, module: nn.Module) -> int:

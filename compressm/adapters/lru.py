@@ -32,6 +32,9 @@ class LRUAdapter(LTIAdapter):
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         return NAMES
 
+    def reads(self, module: nn.Module) -> tuple[str, ...]:
+        return NAMES
+
     def rank(self, module: nn.Module) -> int:
         return plain_parameters(module, ("nu_log",))["nu_log"].shape[0]
 

@@ -8,6 +8,7 @@ on the model's output.  Both live in the real coordinates [Re x; Im x].
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +136,13 @@ class LTIMeter(Meter):
         self.P = torch.zeros(n, n, dtype=torch.float64, device=self.drive.device)
         self.Q = torch.zeros_like(self.P)
         self.p_rows = self.q_rows = 0
+
+    def begin(self, seed: int) -> None:
+        self.random.manual_seed(seed)
+
+    def merge(self, add: Callable[[Any], Any], join: Callable[[Tensor], Tensor]) -> None:
+        self.P, self.Q = add(self.P), add(self.Q)
+        self.p_rows, self.q_rows = add(self.p_rows), add(self.q_rows)
 
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook: add to P, and put a differentiable copy of the output signal in its place."""

@@ -7,6 +7,7 @@ weight, F W_C: it stays an ordinary Mamba layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,9 @@ class MambaAdapter(Adapter):
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         return NAMES
+
+    def reads(self, module: nn.Module) -> tuple[str, ...]:
+        return READ
 
     def rank(self, module: nn.Module) -> int:
         return plain_parameters(module, ("A_log",))["A_log"].shape[1]
@@ -184,6 +188,17 @@ class MambaMeter(Meter):
     @property
     def reached(self) -> bool:
         return bool(self.M)
+
+    def begin(self, seed: int) -> None:
+        self.random.manual_seed(seed)
+
+    def merge(self, add: Callable[[Any], Any], join: Callable[[Tensor], Tensor]) -> None:
+        order = self.A.shape[1]
+        M = torch.cat(self.M) if self.M else torch.empty(0, order, order)
+        C = torch.cat(self.C) if self.C else torch.empty(0, order)
+        M, C = join(M), join(C)
+        self.M, self.C = ([M], [C]) if len(M) else ([], [])
+        self.lam, self.drive = add(self.lam), add(self.drive)
 
     @torch.no_grad()
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

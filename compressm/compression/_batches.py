@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from compressm.errors import DataError, bad_argument
 
 
-def take(batches: Iterable[Any], sequences: int) -> list[tuple[Any, int]]:
+def take(batches: Iterable[Any], sequences: int, *, optional: bool = False) -> list[tuple[Any, int]]:
     """The first batches holding ``sequences`` sequences in all, the last one cut, each with its number of sequences.
+
+    Args:
+        optional: no sequence at all is fine, as where other processes have some; nor need ``sequences`` be positive.
 
     Raises:
         DataError: no sequence at all.
@@ -24,7 +27,7 @@ def take(batches: Iterable[Any], sequences: int) -> list[tuple[Any, int]]:
         raise bad_argument("calibration", got=kind, expected="an iterable of batches, such as a DataLoader", remedy=remedy)
     taken: list[tuple[Any, int]] = []
     left = sequences
-    for batch in batches:
+    for batch in batches if left > 0 else ():
         count = _sequences(batch)
         if count == 0:
             continue
@@ -32,7 +35,7 @@ def take(batches: Iterable[Any], sequences: int) -> list[tuple[Any, int]]:
         left -= min(count, left)
         if left == 0:
             break
-    if not taken:
+    if not taken and not optional:
         raise DataError("calibration: got no sequences, expected at least one batch. Is the iterator already exhausted?")
     return taken
 

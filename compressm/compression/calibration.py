@@ -15,6 +15,7 @@ from torch import nn
 
 from compressm.adapters import Adapter, Meter
 from compressm.compression._batches import default_forward, output_tensor, take
+from compressm.compression._team import Team
 from compressm.compression._undisturbed import undisturbed
 from compressm.errors import DataError, bad_argument
 
@@ -33,6 +34,7 @@ def collect(
     sequences: int = 64,
     rows_per_state: int | None = ROWS_PER_STATE,
     seed: int = 0,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Measure every layer.
 
@@ -44,7 +46,8 @@ def collect(
         sequences: at most so many sequences are used; the first dimension of a batch counts them.
         rows_per_state: time steps are subsampled evenly, every sequence with an offset of its own, so that about so many
             per state enter a layer's statistics; None uses all.
-        seed: of the random probes and offsets.
+        seed: of the random probes and offsets; batch i of rank r out of R draws as batch i R + r does in one process.
+        team: the processes that train the model together, each with ``batches`` of its own; ``sequences`` counts them all.
 
     Raises:
         DataError: no batch, or a layer that no batch reaches.
@@ -53,19 +56,39 @@ def collect(
     """
     if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
         raise bad_argument("sequences", got=repr(sequences), expected="a positive integer")
+    team = Team(model) if team is None else team
     with undisturbed(model, [module for module, _ in layers.values()]):
-        taken = take(batches, sequences)
-        total = sum(count for _, count in taken)
-        meters = {
-            name: adapter.meter(module, name, total, rows_per_state, seed) for name, (module, adapter) in layers.items()
-        }
-        handles = [module.register_forward_hook(meters[name].observe, with_kwargs=True) for name, (module, _) in layers.items()]
+        with team.together("reading the calibration batches"):
+            taken = take(batches, team.share(sequences), optional=team.size > 1)
+        taken = team.align(taken)
+        total = team.add(sum(count for _, count in taken))
+        if total == 0:
+            raise DataError("calibration: got no sequences on any rank, expected at least one batch")
+
+        def meter(name: str, layer: tuple[nn.Module, Adapter]) -> Meter:
+            module, adapter = layer
+            return adapter.meter(module, name, total, rows_per_state, seed)
+
+        meters = team.each(meter, layers)
+        # First of all hooks: those of a sharding wrapper take the layer's parameters away.
+        handles = [
+            module.register_forward_hook(meters[name].observe, with_kwargs=True, prepend=True)
+            for name, (module, _) in layers.items()
+        ]
         try:
-            for index, (batch, _) in enumerate(taken):
-                _probe(model, batch, forward or default_forward, meters, seed + index)
+            with team.together("running the calibration batches"):
+                for index, (batch, _) in enumerate(taken):
+                    number = seed + index * team.size + team.rank
+                    for item in meters.values():
+                        item.begin(number)
+                    _probe(model, batch, forward or default_forward, meters, number)
         finally:
             for handle in handles:
                 handle.remove()
+            team.at_rest()
+    if team.size > 1:
+        for item in meters.values():
+            item.merge(team.add, team.join)
     unreached = [name for name, meter in meters.items() if not meter.reached]
     if unreached:
         raise DataError(

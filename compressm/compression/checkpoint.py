@@ -58,7 +58,7 @@ def save(
         CheckpointError: the file cannot be written, or something in the state cannot be stored; a checkpoint that was there
             before is still there.
     """
-    path, model = Path(path), plain_model(model)
+    path, model = Path(path), plain_model(model, ddp=True)
     layers = compressible_layers(model)
     tensors: dict[str, Tensor] = {}
     manifest = {

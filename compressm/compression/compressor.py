@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressm.compression.audit import Ema, check_ema, check_optimizers, check_swappable
+from compressm.compression.audit import Ema, check_ema, check_optimizers
+from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish
 from compressm.compression.moments import check_moments
-from compressm.compression.planning import Calibration, Planned, analyse, compressible_layers, make_plan, plain_model
+from compressm.compression.planning import Calibration, Planned, analyse, compressible_layers, make_plan
 from compressm.compression.policies import Policy, check_multiple
 from compressm.compression.report import ReductionPlan, ReductionReport
 from compressm.compression.schedules import Schedule
@@ -36,12 +37,13 @@ class Compressor:
     that never came.
 
     Args:
-        model: a plain module (not DDP or FSDP; a ``torch.compile`` wrapper is looked through).
+        model: a plain module, or one wrapped in DistributedDataParallel (call :meth:`rewrap` after every step) or sharded by
+            ``fully_shard``, with a Compressor on every process; a ``torch.compile`` wrapper is looked through.
         optimizer: the one that trains it, or a sequence of several; None if nothing trains.
         policy: how many states stay (Energy, FixedRank, Shrink).
         schedule: when (Once, Warmup, Every, At), in optimizer steps.
         calibration: iterable of batches for data Gramians (each a tensor, a tuple with the input first, or a dict of keyword
-            arguments; a DataLoader is fine); None: data-free Gramians.
+            arguments; a DataLoader is fine), on several processes each its own part; None: data-free Gramians.
         recipe: None or ``"default"``: real 2N-state spectrum, one tau budget for all attempts, transported moments.
             ``"paper"``: CompreSSM as its authors run it: complex spectrum, data-free, the full tau at every attempt, sliced
             moments; selective layers by the time-invariant mean of every channel, over ``calibration`` if there is one.
@@ -51,10 +53,10 @@ class Compressor:
         moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
         multiple_of: ranks are rounded up to a multiple of this.
         uniform: all layers keep as many states as the one that needs most, for servers that expect one state size.
-        sequences: at most so many calibration sequences.
+        sequences: at most so many calibration sequences, over all processes.
 
     Raises:
-        ArgumentError, ModelError, OptimizerError: see the messages; nothing has changed.
+        ArgumentError, ModelError, OptimizerError, DistributedError: see the messages; nothing has changed.
     """
 
     def __init__(
@@ -73,22 +75,24 @@ class Compressor:
         uniform: bool = False,
         sequences: int = 64,
     ) -> None:
-        self.model = plain_model(model)
-        self.layers = compressible_layers(self.model)
         self.optimizers = as_optimizers(optimizer)
+        self.team = team_of(model, self.optimizers)
+        self.model = self.team.model
+        self.layers = compressible_layers(self.model)
         self.policy, self.schedule = check_kind(policy, Policy, "policy"), check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
         self.moments = moments if moments is not None else self.recipe.moments
         self.multiple_of, self.uniform, self.ema = multiple_of, uniform, ema
         check_moments(self.moments)
         check_multiple(multiple_of)
-        self.calibration = Calibration(_replayable(calibration), forward, sequences)
-        check_swappable(self.model, {name: (m, adapter.parameters(m)) for name, (m, adapter) in self.layers.items()})
+        self.calibration = Calibration(_replayable(calibration), forward, sequences, self.team)
+        self.team.check(self.layers, ema)
         self.policy.check_layers(self.ranks)
         if self.optimizers:
             check_optimizers(self.layers, self.model, self.optimizers)
         if ema is not None:
             check_ema(ema, self.model, self.layers)
+        self.team.same("arguments of the Compressor", self._arguments())
         self.history: list[ReductionReport] = []
         self._step = self._attempts = self._calls = 0
         self._kept = dict.fromkeys(self.layers, 1.0)
@@ -121,13 +125,14 @@ class Compressor:
         Raises:
             CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.
         """
+        self.team.ready()
         self._step += 1
         self._calls += 1
         if not self.schedule.due(self._step):
             return None
         started = time.perf_counter()
         planned = self._plan()
-        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments)
+        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments, team=self.team)
         reason = f"attempt {self._attempts + 1} of {self.schedule.attempts}, {self.policy}, recipe {self.recipe.name}"
         report = finish(planned, self._step, reason, started)
         self._attempts += 1
@@ -135,6 +140,15 @@ class Compressor:
             self._kept[layer.name] *= 1 - layer.discarded
         self.history.append(report)
         return report
+
+    def rewrap(self) -> nn.Module:
+        """The model to train on: call it after every :meth:`step` of a DistributedDataParallel model.
+
+        Returns:
+            the same wrapper as before, or after a reduction a new DistributedDataParallel with the old one's options around
+            the same module; the old one raises when it is called.  Other models come back as they are.
+        """
+        return self.team.rewrap()
 
     def close(self) -> None:
         """Say goodbye at the end of training.
@@ -216,7 +230,17 @@ class Compressor:
 
     def _plan(self) -> Planned:
         candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
-        return make_plan(candidates, self.policy, keep=self._keep(), multiple_of=self.multiple_of, uniform=self.uniform)
+        options = {"multiple_of": self.multiple_of, "uniform": self.uniform, "team": self.team}
+        return make_plan(candidates, self.policy, keep=self._keep(), **options)
+
+    def _arguments(self) -> list[Any]:
+        """What must be the same on all processes that train the model together, JSON-ready."""
+        named = [
+            type(item).__qualname__ if type(item).__repr__ is object.__repr__ else repr(item)
+            for item in (self.policy, self.schedule)
+        ]
+        chosen = [*named, self.recipe.name, self.moments, self.multiple_of, self.uniform, self.ema is None, self.ranks]
+        return [*chosen, self.calibration.batches is None, self.calibration.sequences]
 
     def _keep(self) -> dict[str, float] | None:
         """Per layer, the fraction the next attempt must keep: an equal share of what is left of the budget."""

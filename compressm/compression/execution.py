@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressm.adapters import Adapter
+from compressm.compression._team import Team
 from compressm.compression.audit import Ema
 from compressm.compression.planning import Planned, describe_edits, with_new_kernels
 from compressm.compression.policies import Policy
@@ -48,12 +49,24 @@ RECIPES = {
 
 
 def execute(
-    model: nn.Module, planned: Planned, *, optimizers: Sequence[torch.optim.Optimizer], ema: Ema | None, moments: str
+    model: nn.Module,
+    planned: Planned,
+    *,
+    optimizers: Sequence[torch.optim.Optimizer],
+    ema: Ema | None,
+    moments: str,
+    team: Team | None = None,
 ) -> None:
-    """Carry a plan out: describe every edit, then apply all of them or none."""
-    edits = describe_edits(planned)
-    if edits:
-        apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
+    """Carry a plan out: describe every edit, then apply all of them or none, on all processes of the team."""
+
+    def apply(names: Sequence[str]) -> None:
+        part = replace(planned, reductions={name: planned.reductions[name] for name in names})
+        edits = describe_edits(part)
+        if edits:
+            apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
+
+    changing = {name: planned.layers[name] for name in planned.reductions}
+    (Team(model) if team is None else team).carry_out(apply, changing, optimizers, ema)
 
 
 def finish(planned: Planned, step: int, reason: str, started: float) -> ReductionReport:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from compressm.adapters import Adapter, Analysis, LayerEdit, find_layers, supported_layers
+from compressm.compression._team import Team
 from compressm.compression._workers import each
 from compressm.compression.calibration import collect
 from compressm.compression.policies import LayerSpectrum, Policy
@@ -19,7 +20,9 @@ WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
     "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FullyShardedDataParallel",
-    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "fully_shard",
+    "torch.distributed.fsdp.FSDPModule": "fully_shard",
+    "torch.distributed._composable.replicate_with_fsdp.ReplicateModule": "replicate",
+    "torch.distributed._composable.replicate.DDP": "replicate",
 }
 
 
@@ -30,12 +33,14 @@ class Calibration:
     Attributes:
         batches: iterable of batches, or None for data-free Gramians.
         forward: ``forward(model, batch) -> output``, or None.
-        sequences: at most so many sequences.
+        sequences: at most so many sequences, over all processes.
+        team: the processes that train the model together.
     """
 
     batches: Iterable[Any] | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     sequences: int = 64
+    team: Team = field(default_factory=Team)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,11 @@ class Planned:
     reductions: Mapping[str, Any]
 
 
-def plain_model(model: Any) -> nn.Module:
+def plain_model(model: Any, *, ddp: bool = False) -> nn.Module:
     """The module behind ``torch.compile``'s wrapper; refuses models wrapped for parallel training.
+
+    Args:
+        ddp: look into DistributedDataParallel as well, as for reading and saving.
 
     Raises:
         ArgumentError: not an nn.Module.
@@ -66,17 +74,31 @@ def plain_model(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise bad_argument("model", got=type(model).__name__, expected="a torch.nn.Module")
-    if type(model).__name__ == "OptimizedModule":
-        model = model._orig_mod
+    for wrapper, inner in (("OptimizedModule", "_orig_mod"), ("DistributedDataParallel", "module")) * 2:
+        if type(model).__name__ == wrapper and (ddp or inner == "_orig_mod"):
+            model = getattr(model, inner)
+    names = wrapper_names(model)
+    if names:
+        raise ModelError(
+            f"model: got a model wrapped in {', '.join(sorted(names))}, expected a plain one, because replaced parameters "
+            "would drop out of its gradient buckets. Compress the plain module first and wrap it afterwards, or give the "
+            "wrapped model (DistributedDataParallel or fully_shard) to a Compressor, on every process"
+        )
+    return model
+
+
+def wrapper_names(model: nn.Module) -> set[str]:
+    """Names of the wrappers for parallel training that a model has, outside or inside."""
+    found = set()
     for module in model.modules():
         for cls in type(module).__mro__:
             wrapper = WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
             if wrapper is not None:
-                raise ModelError(
-                    f"model: got a model wrapped in {wrapper}, expected a plain one, because replaced parameters would "
-                    "drop out of its gradient buckets. Compress the plain module first and wrap it afterwards"
-                )
-    return model
+                found.add(wrapper)
+                break
+    if not found and any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        found.add("DTensor (tensor parallelism)")
+    return found
 
 
 def compressible_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
@@ -105,14 +127,16 @@ def analyse(
     measured = {}
     if calibration.batches is not None:
         measured = collect(
-            model, layers, calibration.batches, forward=calibration.forward, sequences=calibration.sequences
-        )
+            model, layers, calibration.batches, forward=calibration.forward, sequences=calibration.sequences,
+            team=calibration.team,
+        )  # fmt: skip
 
     def candidate(name: str, layer: tuple[nn.Module, Adapter]) -> Candidate:
         module, adapter = layer
         return Candidate(module, adapter, adapter.rank(module), adapter.analyse(module, name, convention, measured.get(name)))
 
-    return each(candidate, layers)
+    with calibration.team.together("analysing the layers"):
+        return calibration.team.each(candidate, layers)
 
 
 def make_plan(
@@ -122,6 +146,7 @@ def make_plan(
     keep: Mapping[str, float] | None = None,
     multiple_of: int = 1,
     uniform: bool = False,
+    team: Team | None = None,
 ) -> Planned:
     """Choose ranks and reduce.
 
@@ -131,6 +156,7 @@ def make_plan(
         keep: per layer, the fraction that this attempt must keep of a shared budget; None: the policy's own.
         multiple_of: ranks are rounded up to a multiple of this.
         uniform: every layer keeps as many states as the one that needs most.
+        team: the processes that train the model together; rank 0 decides for all of them.
 
     Raises:
         NumericalError: a spectrum is all zero or not finite (names the layer).
@@ -139,17 +165,23 @@ def make_plan(
     def rank(name: str, item: Candidate) -> int:
         return _rank(policy, name, item, None if keep is None else keep.get(name), multiple_of)
 
-    ranks = each(rank, candidates)
+    team = Team() if team is None else team
+    with team.together("choosing the ranks"):
+        ranks = each(rank, candidates)
+    ranks = team.decide(ranks)
     if uniform:
         ranks = {name: min(candidates[name].rank, max(ranks.values())) for name in ranks}
 
     def reduced(name: str, item: Candidate) -> tuple[LayerReduction, Any | None]:
         return _reduced(name, item, ranks[name])
 
-    done = each(reduced, candidates)
+    with team.together("reducing the layers"):
+        done = each(reduced, candidates)
     layers = {name: (item.module, item.adapter) for name, item in candidates.items()}
     reductions = {name: reduction for name, (_, reduction) in done.items() if reduction is not None}
-    return Planned(ReductionPlan(tuple(record for record, _ in done.values())), layers, reductions)
+    team.same("ranks after the reduction", [[record.name, record.rank_after, record.method] for record, _ in done.values()])
+    records = team.decide([asdict(record) for record, _ in done.values()])
+    return Planned(ReductionPlan(tuple(map(LayerReduction.from_dict, records))), layers, reductions)
 
 
 def _rank(policy: Policy, name: str, item: Candidate, keep: float | None, multiple_of: int) -> int:

@@ -1,0 +1,250 @@
+"""Checkpoints of sharded models: a folder of safetensors files, each written by the process that holds the tensors.
+
+``torch.distributed.checkpoint`` writes and reads the tensors, in any number of processes; beside them lies ``compressm.json``
+with the ranks, so that loading can reshape the layers first.  No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+import compressm
+from compressm.adapters import Adapter
+from compressm.compression._team import ReplicatedTeam, Team
+from compressm.compression.audit import full_name
+from compressm.compression.codec import decode, encode
+from compressm.compression.compressor import Compressor
+from compressm.compression.distributed import team_of
+from compressm.compression.execution import as_optimizers
+from compressm.compression.planning import compressible_layers
+from compressm.compression.surgery import reshape
+from compressm.errors import CheckpointError, OptimizerError
+
+FORMAT = 1
+MANIFEST = "compressm.json"
+
+OptimizerArgument = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+Layers = Mapping[str, tuple[nn.Module, Adapter]]
+
+
+def save_sharded(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    optimizer: OptimizerArgument = None,
+    compressor: Compressor | None = None,
+    extra: Any = None,
+) -> Path:
+    """Write model, optimizer state and compressor; all processes call it, each writes what it holds.
+
+    The manifest is written last: a folder without it is no checkpoint.
+
+    Args:
+        folder: a new folder on a file system that all processes see.
+        model: sharded by ``fully_shard``, or DistributedDataParallel, or plain.
+        optimizer: one or several.
+        compressor: for resuming in mid-schedule.
+        extra: anything else, a tree of None, bool, int, float, str, list, tuple, dict and tensors, the same everywhere.
+
+    Raises:
+        CheckpointError: there is a checkpoint in the folder already, or it cannot be written.
+        OptimizerError: a parameter in a group is not the model's.
+    """
+    folder, optimizers = Path(folder), as_optimizers(optimizer)
+    team = team_of(model, optimizers)
+    layers = compressible_layers(team.model)
+    tensors: dict[str, Tensor] = {}
+    manifest = {
+        "format": FORMAT,
+        "compressm": compressm.__version__,
+        "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
+        "model": encode(_persistent(team.model), "model", tensors),
+        "optimizers": encode([_optimizer_state(o, team.model) for o in optimizers], "optimizers", tensors),
+        "compressor": encode(None if compressor is None else compressor.state_dict(), "compressor", tensors),
+        "extra": encode(extra, "extra", tensors),
+    }
+    odd = [name for name, value in tensors.items() if value.is_complex()]
+    if odd:
+        raise CheckpointError(f"{folder}: complex tensors {odd[:4]} cannot be stored in shards, expected real ones")
+    manifest["tensors"] = {n: [str(value.dtype).removeprefix("torch."), list(value.shape)] for n, value in tensors.items()}
+    with team.together("preparing the checkpoint's folder"):
+        if team.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise CheckpointError(f"{folder}: is not empty, expected a new folder for every sharded checkpoint")
+    with _about(folder):
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save({name: value.detach() for name, value in tensors.items()}, storage_writer=writer, process_group=_group(team))
+    with team.together("writing the checkpoint's manifest"):
+        if team.rank == 0:
+            _write_manifest(folder, manifest)
+    return folder
+
+
+def load_sharded(
+    folder: str | Path, model: nn.Module, *, optimizer: OptimizerArgument = None, compressor: Compressor | None = None
+) -> Any:
+    """Read a checkpoint of :func:`save_sharded` on any number of processes; all call it.  Returns ``extra``.
+
+    The model may be freshly built and sharded at full size: its layers are reshaped to the saved ranks first, inside FSDP's
+    groups and the optimizers' as well.  Load before wrapping in DistributedDataParallel.
+
+    Raises:
+        CheckpointError: no such checkpoint, from a newer version, not of this model, or not readable.  Nothing has changed,
+            unless files are damaged: then a part may have been read, and the message says so.
+        ArgumentError: the compressor has another recipe or other layers; nothing has changed.
+    """
+    folder, optimizers = Path(folder), as_optimizers(optimizer)
+    team = team_of(model, optimizers)
+    layers = compressible_layers(team.model)
+    with team.together("reading the checkpoint's manifest"):
+        manifest = _read_manifest(folder)
+        changing = _check(folder, manifest, team, layers, optimizers)
+        if compressor is not None and manifest["compressor"] is None:
+            raise CheckpointError(f"{folder}: holds no compressor state. Load it without compressor=, or save with one")
+
+    def apply(names: Sequence[str]) -> None:
+        reshape(team.model, {name: layers[name] for name in names}, {n: manifest["ranks"][n] for n in names}, optimizers)
+
+    team.carry_out(apply, {name: layers[name] for name in changing}, optimizers, None)
+    targets = _targets(manifest, team.model, optimizers)
+    with _about(folder, "; a part may have been read, load an earlier checkpoint"):
+        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=_group(team))
+    saved = decode(manifest["optimizers"], targets)
+    for item, state in zip(optimizers, saved, strict=False):
+        _load_optimizer(item, team.model, state)
+    progress, extra = decode(manifest["compressor"], targets), decode(manifest["extra"], targets)
+    if compressor is not None:
+        compressor.load_state_dict(progress)
+    team.at_rest()
+    return extra
+
+
+def _persistent(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise CheckpointError(f"model: extra state {foreign[:4]} is no tensor and cannot be stored. Pass it as extra=")
+    return dict(state)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Groups and state by parameter name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = [tuple(p.shape) for p in parameters if id(p) not in names]
+    if foreign:
+        raise OptimizerError(f"optimizer: holds parameters that are not the model's (shapes {foreign[:3]}), expected its own")
+    groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    return {"groups": groups, "state": {names[id(p)]: dict(optimizer.state[p]) for p in parameters if optimizer.state.get(p)}}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    numbers: dict[str, int] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            numbers[names[id(parameter)]] = len(numbers)
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in saved["groups"]]
+    optimizer.load_state_dict({"state": {numbers[name]: s for name, s in saved["state"].items()}, "param_groups": groups})
+
+
+def _check(folder: Path, manifest: Mapping[str, Any], team: Team, layers: Layers, optimizers: Sequence[Any]) -> list[str]:
+    """Compare the manifest with model and optimizers; returns the layers to reshape."""
+    ranks = manifest["ranks"]
+    if set(ranks) != set(layers):
+        raise CheckpointError(f"{folder}: state-space layers {sorted(ranks)}, expected {sorted(layers)}, as the model has")
+    changing = [name for name, (module, adapter) in layers.items() if adapter.rank(module) != ranks[name]]
+    if changing and isinstance(team, ReplicatedTeam):
+        raise CheckpointError(f"{folder}: has other ranks than the model. Load into the plain model and wrap it afterwards")
+    shapes = {f"model/{name}": list(value.shape) for name, value in _persistent(team.model).items()}
+    for name in changing:
+        module, adapter = layers[name]
+        blank = adapter.blank(module, ranks[name])
+        shapes |= {f"model/{full_name(name, key)}": list(value.shape) for key, value in blank.items()}
+    held = {name: shape for name, (_, shape) in manifest["tensors"].items() if name.startswith("model/")}
+    if held != shapes:
+        wrong = [name for name in sorted(held.keys() | shapes.keys()) if held.get(name) != shapes.get(name)]
+        raise CheckpointError(f"{folder}: does not fit the model: {wrong[:4]}. Build it as it was saved")
+    names = {id(parameter): name for name, parameter in team.model.named_parameters()}
+    now = [[[names.get(id(p)) for p in group["params"]] for group in o.param_groups] for o in optimizers]
+    saved = [[group["params"] for group in state["groups"]] for state in manifest["optimizers"]]
+    if optimizers and saved != now:
+        raise CheckpointError(f"{folder}: its optimizer groups hold other parameters, expected those of these optimizers")
+    return changing
+
+
+def _targets(manifest: Mapping[str, Any], model: nn.Module, optimizers: Sequence[Any]) -> dict[str, Tensor]:
+    """Tensors to read into: the model's own, and blank ones sharded like the parameters they belong to."""
+    own = {f"model/{name}": value.detach() for name, value in _persistent(model).items()}
+    parameters = dict(model.named_parameters())
+    like = {}
+    for number, state in enumerate(manifest["optimizers"]):
+        for name, entries in state["state"].items():
+            like |= {f"optimizers/{number}/state/{name}/{key}": parameters.get(name) for key in entries}
+    targets = {}
+    for name, (dtype, shape) in manifest["tensors"].items():
+        parameter = like.get(name)
+        if name in own:
+            targets[name] = own[name]
+        elif name.startswith("optimizers/") and not optimizers:
+            continue
+        elif parameter is not None and list(parameter.shape) == shape:
+            targets[name] = torch.zeros_like(parameter.detach(), dtype=getattr(torch, dtype))
+        else:
+            targets[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
+    return targets
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    temporary = folder / f".{MANIFEST}.tmp"
+    with open(temporary, "w") as file:
+        json.dump(manifest, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, expected a folder written by save_sharded") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: its {MANIFEST} is not readable as JSON ({error})") from error
+    keys = {"format", "ranks", "model", "optimizers", "compressor", "extra", "tensors"}
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int) or keys - manifest.keys():
+        raise CheckpointError(f"{folder}: its {MANIFEST} was not written by save_sharded")
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(f"{folder}: format {manifest['format']} is newer than {FORMAT}. Upgrade compressm")
+    for name, entry in manifest["tensors"].items():
+        dtype = getattr(torch, str(entry[0]), None) if isinstance(entry, list) and len(entry) == 2 else None
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{folder}: tensor {name!r} is described as {entry!r}, expected a dtype and a shape")
+    return manifest
+
+
+@contextmanager
+def _about(folder: Path, more: str = "") -> Iterator[None]:
+    """Errors of torch.distributed.checkpoint as ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is .*")
+            yield
+    except dcp.api.CheckpointException as error:
+        raise CheckpointError(f"{folder}: torch.distributed.checkpoint failed ({str(error)[:300]}){more}") from error
+
+
+def _group(team: Team) -> Any:
+    return getattr(team, "group", None)

@@ -1,0 +1,295 @@
+"""Checks of DistributedDataParallel, run by every process of a launch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cases
+import launch
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import compressm
+from compressm.errors import DataError, DistributedError, ModelError, OptimizerError
+
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+def matches_one_process(kind):
+    losses, model, optimizer, compressor = cases.train_together(kind, DDP)
+    expected, alone, alone_optimizer, reference = cases.train_alone(kind)
+    assert compressor.ranks == reference.ranks
+    assert all(report.changed for report in reference.history)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-10, atol=0)
+    cases.assert_same_run(model.module, optimizer, alone, alone_optimizer)
+    cases.assert_identical_everywhere(cases.fingerprint(model.module, optimizer))
+    state = compressor.state_dict()
+    for report in state["history"]:
+        del report["seconds"]
+    cases.assert_identical_everywhere(state)
+
+
+@check
+def lru_matches_one_process(folder):
+    matches_one_process("lru")
+
+
+@check
+def mamba_matches_one_process(folder):
+    matches_one_process("mamba")
+
+
+@check
+def a_rank_without_calibration_batches(folder):
+    mine = cases.batches(4, 4, seed=5) if dist.get_rank() == 0 else []
+    for kind in ("lru", "mamba"):
+        *_, model, optimizer, compressor = cases.train_together(kind, DDP, steps=3, calibration=mine)
+        assert compressor.history[0].changed
+        cases.assert_identical_everywhere(cases.fingerprint(model.module, optimizer))
+    with pytest.raises(DataError, match="on any rank"):
+        cases.train_together("lru", DDP, steps=3, calibration=[])
+
+
+@check
+def a_parameter_that_differs_raises_everywhere(folder):
+    model = DDP(cases.make("lru"))
+    optimizer = cases.adam(model)
+    for tokens in cases.batches(3, 4, seed=1):
+        cases.step(model, optimizer, tokens)
+    compressor = compressm.Compressor(model, optimizer, **cases.arguments(schedule=compressm.At([1])))
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.module.layers[1].nu_log[0] += 1e-9
+    before = cases.fingerprint(model.module, optimizer)
+    parameters = list(model.parameters())
+    with pytest.raises(DistributedError, match=r"layers\.1.*before the reduction: rank\(s\) 1 differ"):
+        compressor.step()
+    assert cases.fingerprint(model.module, optimizer) == before
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    cases.step(compressor.rewrap(), optimizer, tokens)
+
+
+@check
+def shapes_that_differ_after_surgery_raise_everywhere_and_are_undone(folder):
+    model = DDP(cases.make("mamba"))
+    optimizer = cases.adam(model)
+    for tokens in cases.batches(2, 4, seed=1):
+        cases.step(model, optimizer, tokens)
+    if dist.get_rank() == 1:  # a state that only one process has
+        del optimizer.state[model.module.layers[0].A_log]["exp_avg"]
+        optimizer.state[model.module.layers[0].A_log]["foreign"] = 1.0
+    before, parameters = [p.detach().clone() for p in model.parameters()], list(model.parameters())
+    compressor = compressm.Compressor(model, optimizer, **cases.arguments(schedule=compressm.At([1])))
+    with pytest.raises(DistributedError, match="shapes of the new parameters"):
+        compressor.step()
+    assert [layer.d_state for layer in model.module.layers] == [7, 6]
+    assert model.module.layers[0].x_proj.out_features == model.module.layers[0].x_proj.weight.shape[0]
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p in optimizer.state for p in model.parameters())
+    model(tokens)
+
+
+@check
+def a_failure_on_one_rank_raises_on_all(folder):
+    model = DDP(cases.make("lru"))
+    optimizer = cases.adam(model)
+
+    def forward(inner, tokens):
+        return inner(tokens) * (float("nan") if dist.get_rank() == 1 else 1.0)
+
+    def fails(inner, tokens):
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError("at home")
+        return inner(tokens)
+
+    calibration = cases.own(cases.batches(2, 2, seed=3))
+    options = cases.arguments(schedule=compressm.At([1]), calibration=calibration)
+    compressor = compressm.Compressor(model, optimizer, forward=fails, **options)
+    expected = (ZeroDivisionError, "at home") if dist.get_rank() == 1 else (DistributedError, "rank 1.*ZeroDivisionError")
+    with pytest.raises(expected[0], match=expected[1]):
+        compressor.step()
+    compressor = compressm.Compressor(model, optimizer, forward=forward, **options)
+    with pytest.raises(compressm.CompressmError, match="not finite"):
+        compressor.step()
+    assert compressor.rewrap() is model
+    model(torch.zeros(1, 4, dtype=torch.long))
+
+
+@check
+def arguments_that_differ_raise_everywhere(folder):
+    model = DDP(cases.make("lru"))
+    policy = compressm.FixedRank(3 + dist.get_rank())
+    with pytest.raises(DistributedError, match="arguments of the Compressor"):
+        compressm.Compressor(model, cases.adam(model), **cases.arguments(policy=policy))
+
+
+@check
+def rank_0_decides(folder):
+    class Odd(compressm.compression.Policy):
+        """Machines that round differently: one state more on rank 1."""
+
+        def rank(self, spectrum, multiple_of=1):
+            return 3 + dist.get_rank()
+
+    *_, model, optimizer, compressor = cases.train_together("lru", DDP, steps=4, policy=Odd())
+    assert set(compressor.ranks.values()) == {3}
+    cases.assert_identical_everywhere(cases.fingerprint(model.module, optimizer))
+
+
+@check
+def rounding_of_one_rank_is_overruled(folder):
+    from compressm.adapters.lru import LRUAdapter
+
+    class Rounds(LRUAdapter):
+        def edit(self, module, reduction):
+            edit = super().edit(module, reduction)
+            if dist.get_rank() == 1:
+                for value in edit.tensors.values():
+                    value.mul_(1 + 1e-15)
+            return edit
+
+    class Layer(compressm.layers.LRU):
+        pass
+
+    compressm.register_adapter(Layer, Rounds())
+    plain = cases.make("lru")
+    torch.manual_seed(3)
+    plain.layers[0] = Layer(6, 9).double()
+    model = DDP(plain)
+    optimizer = cases.adam(model)
+    compressor = compressm.Compressor(model, optimizer, **cases.arguments(schedule=compressm.At([1])))
+    cases.step(model, optimizer, cases.batches(1, 2, seed=1)[0])
+    assert compressor.step().changed
+    cases.assert_identical_everywhere(cases.fingerprint(plain, optimizer))
+
+
+@check
+def the_old_wrapper_raises(folder):
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    model = DDP(cases.make("lru"))
+    optimizer = cases.adam(model)
+    compressor = compressm.Compressor(model, optimizer, **cases.arguments(schedule=compressm.At([1])))
+    assert compressor.rewrap() is model
+    compressor.step()
+    with pytest.raises(ModelError, match=r"compressor\.rewrap\(\)"):
+        model(tokens)
+    with pytest.raises(ModelError, match=r"compressor\.rewrap\(\)"):
+        compressor.step()
+    assert compressor.step_count == 1
+    new = compressor.rewrap()
+    assert new is not model
+    assert new is compressor.rewrap()
+    assert new.module is model.module
+    with pytest.raises(ModelError, match=r"compressor\.rewrap\(\)"):
+        model(tokens)
+    del model
+    cases.step(new, optimizer, cases.batches(2, 2, seed=dist.get_rank())[0])
+    cases.assert_identical_everywhere([p.grad.numpy().tobytes() for p in new.parameters()])
+    compressor.step()
+
+
+@check
+def options_and_hooks_survive(folder):
+    chosen = {"find_unused_parameters": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 3.0}
+    model = DDP(cases.make("lru"), **chosen, process_group=dist.new_group([0, 1]))
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    model.broadcast_buffers = False
+    model.eval()
+    optimizer = cases.adam(model)
+    compressor = compressm.Compressor(model, optimizer, **cases.arguments(schedule=compressm.At([1])))
+    compressor.step()
+    new = compressor.rewrap()
+    assert all(getattr(new, name) == value for name, value in chosen.items() if name != "bucket_cap_mb")
+    assert new.bucket_bytes_cap == 3 << 20
+    assert new.process_group is model.process_group
+    assert not new.broadcast_buffers
+    assert not new.training
+    assert new._comm_hooks == [(default_hooks.allreduce_hook, None)]
+    assert DDP(cases.make("lru")).bucket_bytes_cap_default
+    static = DDP(cases.make("lru"), static_graph=True)
+    compressor = compressm.Compressor(static, cases.adam(static), **cases.arguments(schedule=compressm.At([1])))
+    compressor.step()
+    assert compressor.rewrap().static_graph
+    assert compressor.rewrap().bucket_bytes_cap_default
+
+
+@check
+def wrappers_that_cannot_be_built_again_are_refused(folder):
+    def refused(model, match, optimizer=None):
+        with pytest.raises((ModelError, OptimizerError), match=match):
+            compressm.Compressor(model, optimizer, **cases.arguments())
+
+    model = DDP(cases.make("lru"))
+    optimizer = cases.adam(model)
+    compressor = compressm.Compressor(model, optimizer, **cases.arguments(schedule=compressm.At([1])))
+    model.register_comm_hook(powerSGD_hook.PowerSGDState(None, 1), powerSGD_hook.powerSGD_hook)
+    with pytest.raises(ModelError, match="communication hook"):
+        compressor.step()  # nothing has been touched
+    assert compressor.ranks == {"layers.0": 9, "layers.1": 7}
+    refused(model, "communication hook")
+    model = DDP(cases.make("lru"))
+    model.register_forward_hook(lambda *_: None)
+    refused(model, "hooks on the wrapper")
+    refused(torch.compile(DDP(cases.make("lru"))), r"DistributedDataParallel\(torch.compile")
+    refused(nn.Sequential(DDP(cases.make("lru"))), "wrapped in DistributedDataParallel")
+    model = DDP(cases.make("lru"))
+    zero = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=1e-2)
+    refused(model, "ZeroRedundancyOptimizer", zero)
+    inside = DDP(torch.compile(cases.make("lru"), backend="eager"))
+    assert compressm.Compressor(inside, None, **cases.arguments()).ranks == {"layers.0": 9, "layers.1": 7}
+
+
+@check
+def averages_follow(folder):
+    model = DDP(cases.make("mamba"))
+    ema = torch.optim.swa_utils.AveragedModel(model.module)
+    optimizer = cases.adam(model)
+    calibration = cases.own(cases.batches(2, 2, seed=3))
+    options = cases.arguments(schedule=compressm.At([2]), calibration=calibration, ema=ema)
+    compressor = compressm.Compressor(model, optimizer, **options)
+    for tokens in cases.batches(3, 4, seed=dist.get_rank()):
+        cases.step(model, optimizer, tokens)
+        ema.update_parameters(model.module)
+        compressor.step()
+        model = compressor.rewrap()
+    assert ema.module.layers[0].d_state == model.module.layers[0].d_state < 7
+    cases.assert_identical_everywhere([p.detach().numpy().tobytes() for p in ema.parameters()])
+
+
+@check
+def rank_0_saves(folder):
+    _, model, optimizer, compressor = cases.train_together("mamba", DDP, steps=4)
+    if dist.get_rank() == 0:
+        compressm.save(folder / "c.safetensors", model, optimizer=optimizer, compressor=compressor)
+    dist.barrier()
+    fresh = cases.make("mamba")
+    again = cases.adam(fresh)
+    calibration = cases.own(cases.batches(4, 4, seed=5))
+    compressm.load(folder / "c.safetensors", fresh, optimizer=again)
+    fresh = DDP(fresh)
+    resumed = compressm.Compressor(fresh, again, **cases.arguments(calibration=calibration))
+    resumed.load_state_dict(compressor.state_dict())
+    assert cases.fingerprint(fresh.module, again) == cases.fingerprint(model.module, optimizer)
+    for tokens in cases.batches(cases.STEPS, 8, seed=1)[4:]:
+        tokens = tokens.chunk(2)[dist.get_rank()]
+        first, second = cases.step(model, optimizer, tokens), cases.step(fresh, again, tokens)
+        assert first == second
+        compressor.step(), resumed.step()
+        model, fresh = compressor.rewrap(), resumed.rewrap()
+    assert cases.fingerprint(fresh.module, again) == cases.fingerprint(model.module, optimizer)
+
+
+if __name__ == "__main__":
+    launch.main(CHECKS, Path(sys.argv[1]))
