@@ -27,6 +27,8 @@ _EXPORTS = {
     "inspect": "compressm.compression",
     "save": "compressm.compression",
     "load": "compressm.compression",
+    "save_sharded": "compressm.compression.sharded_checkpoint",
+    "load_sharded": "compressm.compression.sharded_checkpoint",
     "register_adapter": "compressm.adapters",
     "CompressmError": "compressm.errors",
 }
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
         load,
         save,
     )
+    from compressm.compression.sharded_checkpoint import load_sharded, save_sharded
     from compressm.control import DiagonalSystem, balance
     from compressm.errors import CompressmError
 

@@ -124,11 +124,16 @@ class ShardedTeam(ProcessTeam):
         super().__init__(model, whole, torch.device(meshes[0].device_type))
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self.at_a_time = self.decide(torch.get_num_threads())  # layers gathered; the same everywhere, threads need not be
 
     def at_rest(self) -> None:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def share(self, count: int) -> int:
+        """One at least: all processes take part in every forward pass."""
+        return max(1, super().share(count))
 
     def align(self, batches: list) -> list:
         """As many as the process with the fewest has: a forward pass gathers parameters, so all must take part in it."""
@@ -162,7 +167,7 @@ class ShardedTeam(ProcessTeam):
         """As many layers at a time are gathered as there are threads to work on them."""
         result: dict[str, Result] = {}
         rest = iter(layers.items())
-        while part := dict(islice(rest, max(1, torch.get_num_threads()))):
+        while part := dict(islice(rest, self.at_a_time)):
             with ExitStack() as stack:
                 for module, adapter in part.values():
                     stack.enter_context(_whole(module, adapter))

@@ -71,7 +71,7 @@ def save_sharded(
         "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
         "model": encode(_persistent(team.model), "model", tensors),
         "optimizers": encode([_optimizer_state(o, team.model) for o in optimizers], "optimizers", tensors),
-        "compressor": encode(None if compressor is None else compressor.state_dict(), "compressor", tensors),
+        "compressor": None if compressor is None else compressor.state_dict(),
         "extra": encode(extra, "extra", tensors),
     }
     odd = [name for name, value in tensors.items() if value.is_complex()]
@@ -111,8 +111,8 @@ def load_sharded(
     with team.together("reading the checkpoint's manifest"):
         manifest = _read_manifest(folder)
         changing = _check(folder, manifest, team, layers, optimizers)
-        if compressor is not None and manifest["compressor"] is None:
-            raise CheckpointError(f"{folder}: holds no compressor state. Load it without compressor=, or save with one")
+        if compressor is not None:
+            _check_progress(folder, manifest, compressor)
 
     def apply(names: Sequence[str]) -> None:
         reshape(team.model, {name: layers[name] for name in names}, {n: manifest["ranks"][n] for n in names}, optimizers)
@@ -121,12 +121,11 @@ def load_sharded(
     targets = _targets(manifest, team.model, optimizers)
     with _about(folder, "; a part may have been read, load an earlier checkpoint"):
         dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=_group(team))
-    saved = decode(manifest["optimizers"], targets)
-    for item, state in zip(optimizers, saved, strict=False):
-        _load_optimizer(item, team.model, state)
-    progress, extra = decode(manifest["compressor"], targets), decode(manifest["extra"], targets)
+    for item, saved in zip(optimizers, manifest["optimizers"], strict=False):
+        _load_optimizer(item, team.model, decode(saved, targets))
+    extra = decode(manifest["extra"], targets)
     if compressor is not None:
-        compressor.load_state_dict(progress)
+        compressor.load_state_dict(manifest["compressor"])
     team.at_rest()
     return extra
 
@@ -185,6 +184,15 @@ def _check(folder: Path, manifest: Mapping[str, Any], team: Team, layers: Layers
     return changing
 
 
+def _check_progress(folder: Path, manifest: Mapping[str, Any], compressor: Compressor) -> None:
+    progress = manifest["compressor"]
+    if progress is None:
+        raise CheckpointError(f"{folder}: holds no compressor state. Load it without compressor=, or save with one")
+    compressor.check_state_dict(progress)
+    if progress["ranks"] != manifest["ranks"]:
+        raise CheckpointError(f"{folder}: its compressor has ranks {progress['ranks']}, its model {manifest['ranks']}")
+
+
 def _targets(manifest: Mapping[str, Any], model: nn.Module, optimizers: Sequence[Any]) -> dict[str, Tensor]:
     """Tensors to read into: the model's own, and blank ones sharded like the parameters they belong to."""
     own = {f"model/{name}": value.detach() for name, value in _persistent(model).items()}
@@ -199,7 +207,7 @@ def _targets(manifest: Mapping[str, Any], model: nn.Module, optimizers: Sequence
         if name in own:
             targets[name] = own[name]
         elif name.startswith("optimizers/") and not optimizers:
-            continue
+            continue  # not read
         elif parameter is not None and list(parameter.shape) == shape:
             targets[name] = torch.zeros_like(parameter.detach(), dtype=getattr(torch, dtype))
         else:

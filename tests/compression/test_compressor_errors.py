@@ -73,9 +73,10 @@ def test_parallel_wrappers_are_refused(training, tmp_path):
         run = training()
         wrapped = nn.parallel.DistributedDataParallel(run.model)
         with pytest.raises(ModelError, match="wrapped in DistributedDataParallel, expected a plain one"):
-            compressm.Compressor(wrapped, run.optimizer, policy=compressm.FixedRank(3), schedule=compressm.At([1]))
+            compressm.compress(wrapped, compressm.FixedRank(3))
+        nested = nn.Sequential(wrapped)
         with pytest.raises(ModelError, match="DistributedDataParallel"):
-            compressm.compress(nn.Sequential(wrapped), compressm.FixedRank(3))
+            compressm.Compressor(nested, run.optimizer, policy=compressm.FixedRank(3), schedule=compressm.At([1]))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import cases
-import launch
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import compressm
 from compressm.errors import DataError, DistributedError, ModelError, OptimizerError
+from distributed import cases, launch
 
 CHECKS = []
 
@@ -28,16 +27,12 @@ def check(function):
 
 def matches_one_process(kind):
     losses, model, optimizer, compressor = cases.train_together(kind, DDP)
-    expected, alone, alone_optimizer, reference = cases.train_alone(kind)
+    *alone, reference = cases.train_alone(kind)
     assert compressor.ranks == reference.ranks
     assert all(report.changed for report in reference.history)
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-10, atol=0)
-    cases.assert_same_run(model.module, optimizer, alone, alone_optimizer)
+    cases.assert_same_run(losses, model.module, optimizer, *alone)
     cases.assert_identical_everywhere(cases.fingerprint(model.module, optimizer))
-    state = compressor.state_dict()
-    for report in state["history"]:
-        del report["seconds"]
-    cases.assert_identical_everywhere(state)
+    cases.assert_identical_everywhere(cases.progress(compressor))
 
 
 @check
@@ -48,6 +43,51 @@ def lru_matches_one_process(folder):
 @check
 def mamba_matches_one_process(folder):
     matches_one_process("mamba")
+
+
+class Sent:
+    """Bytes that Team hands to the collectives, by kind."""
+
+    def __init__(self, monkeypatch):
+        self.bytes = {"all_reduce": 0, "all_gather": 0, "broadcast": 0}
+        for name in self.bytes:
+            monkeypatch.setattr(dist, name, self._counting(name, getattr(dist, name)))
+
+    def _counting(self, name, function):
+        def counting(tensor, *args, **options):
+            tensors = tensor if isinstance(tensor, list) else [tensor]
+            self.bytes[name] += sum(item.numel() * item.element_size() for item in tensors)
+            return function(tensor, *args, **options)
+
+        return counting
+
+
+@check
+def bytes_are_those_of_the_formulas(folder):
+    """docs/scaling.md, all parameters float64 here."""
+    item, count, sequences, length, H, rank = 8, 8, 8, 12, 6, 3
+    for kind, orders in (("lru", (9, 7)), ("mamba", (7, 6))):
+        model = DDP(cases.make(kind))
+        optimizer = cases.adam(model)
+        cases.step(model, optimizer, cases.batches(1, 4, seed=1)[0])
+        calibration = cases.own(cases.batches(2, sequences // 2, seed=5))
+        options = cases.arguments(policy=compressm.FixedRank(rank), schedule=compressm.At([1]), calibration=calibration)
+        compressor = compressm.Compressor(model, optimizer, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            sent = Sent(patch)
+            compressor.step()
+        samples, D, R = sequences * length, H, 1
+        if kind == "lru":
+            reduced = sum(64 * N**2 + 2 * count for N in orders)
+            gathered = 0
+            broadcast = 2 * 3 * item * (3 * rank + 4 * rank * H)
+        else:
+            reduced = sum(16 * D * N for N in orders)
+            gathered = sum(4 * samples * (N**2 + N) for N in orders)
+            broadcast = 2 * 3 * item * (D * rank + (R + 2 * rank) * D)
+        assert sent.bytes["all_reduce"] == reduced + count  # and the number of sequences
+        assert sent.bytes["all_gather"] == gathered
+        assert sent.bytes["broadcast"] == broadcast
 
 
 @check

@@ -8,10 +8,16 @@ import os
 import subprocess
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 280
+
+
+def environment() -> dict[str, str]:
+    """One thread for every process, and this checkout."""
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 def run(script: str, folder: Path, processes: int = 2) -> dict[str, str]:
@@ -20,11 +26,10 @@ def run(script: str, folder: Path, processes: int = 2) -> dict[str, str]:
     Raises:
         AssertionError: the launch itself failed.
     """
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / script), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+        env=environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False,
     )  # fmt: skip
     files = sorted(folder.glob("result-*.json"))
     assert len(files) == processes, f"torchrun ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
@@ -37,11 +42,12 @@ def run(script: str, folder: Path, processes: int = 2) -> dict[str, str]:
 
 def main(checks: list, folder: Path) -> None:
     """In a process of torchrun: run every check with (folder,) and write down what happened."""
+    import pytest
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     file = folder / f"result-{dist.get_rank()}.json"
     results = {check.__name__: "did not end" for check in checks}
     for check in checks:
@@ -49,7 +55,7 @@ def main(checks: list, folder: Path) -> None:
         results[check.__name__] = ""
         try:
             check(folder)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             results[check.__name__] = traceback.format_exc()
         file.write_text(json.dumps(results))
         dist.barrier()
