@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import compressm
@@ -79,8 +79,8 @@ def other_ways_to_shard(folder):
     def hybrid(model):
         return by_layer(model, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("replica", "shard")))
 
-    matches_one_process("lru", fully_shard)
-    matches_one_process("mamba", hybrid)
+    matches_one_process("lru", hybrid)
+    matches_one_process("mamba", fully_shard)  # all in the root's group, which keeps parameters whole after a forward pass
     model = blocks_only(cases.make("mamba"))
     optimizer = cases.adam(model)
     calibration = cases.own(cases.batches(2, 2, seed=3))
@@ -125,6 +125,23 @@ def marks_and_frozen_parameters_stay(folder):
     assert model.layers[1].A_log.requires_grad
     assert model.layers[1].A_log._no_weight_decay
     cases.step(model, optimizer, cases.batches(1, 2, seed=1)[0])
+
+
+@check
+def mixed_precision(folder):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for kind in ("lru", "mamba"):
+        model = by_layer(cases.make(kind).float(), mp_policy=policy)
+        optimizer = cases.adam(model)
+        calibration = cases.own(cases.batches(2, 2, seed=3))
+        options = cases.arguments(schedule=compressm.At([2]), calibration=calibration)
+        compressor = compressm.Compressor(model, optimizer, **options)
+        for tokens in cases.batches(4, 4, seed=dist.get_rank()):
+            assert torch.isfinite(cases.step(model, optimizer, tokens))
+            compressor.step()
+        assert compressor.history[0].changed
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert_in_step(model, optimizer)
 
 
 @check
