@@ -75,6 +75,19 @@ def test_the_patched_scan_is_the_definition(package, assert_close):
 
 
 @needs_package
+def test_the_layer_runs_on_our_kernels(package, monkeypatch):
+    layer, calls = sys.modules["mamba_ssm.modules.mamba_simple"], []
+    assert layer.causal_conv1d_fn is compressm.kernels.causal_conv1d
+    assert layer.selective_state_update is compressm.kernels.selective_state_update
+    for name, function in (("mamba_inner_fn", mamba_inner_fn), ("causal_conv1d_update", layer.causal_conv1d_update)):
+        monkeypatch.setattr(layer, name, lambda *a, name=name, run=function, **k: calls.append(name) or run(*a, **k))
+    mixer, x = package.Mamba(8, d_state=5), torch.randn(2, 3, 8)
+    mixer(x)
+    mixer.step(x[:, :1], *mixer.allocate_inference_cache(2, 3))
+    assert calls == ["mamba_inner_fn", "causal_conv1d_update"]
+
+
+@needs_package
 def test_prompt_and_decode(pair, assert_close):
     theirs, _ = pair
     x = torch.randn(2, 12, 8)
