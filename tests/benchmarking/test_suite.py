@@ -13,7 +13,7 @@ import compressm
 from compressm.benchmarking.results import Run
 
 ROOT = Path(compressm.__file__).parents[1]
-CHOSEN = "selective_state_update_B16_D512_N12 and (compressm or reference or ssm)"
+CHOSEN = "selective_state_update_B16_D512_N12_forward and (compressm or reference or ssm)"
 
 
 def bench(out, *arguments):
