@@ -45,19 +45,21 @@ class Budget:
 
     Attributes:
         seconds: for one contender's samples, their warm-up calls not counted.
-        fewest: rounds of a contender that fits; one that takes longer than ``seconds`` a call has one round.
+        fewest: rounds of a contender however slow, but for ``once_above``.
         most: rounds of any contender.
+        once_above: seconds of one call above which it has a single round.
         longest: seconds of one call above which a contender is left out.
     """
 
     seconds: float = 1.0
     fewest: int = 3
     most: int = 25
+    once_above: float = 3.5
     longest: float = 20.0
 
     def rounds(self, one_call: float) -> int:
         """Rounds of a contender that takes ``one_call`` seconds."""
-        if one_call > self.seconds:
+        if one_call > self.once_above:
             return 1
         return max(self.fewest, int(min(self.most, self.seconds / max(one_call, SHORTEST_SAMPLE))))
 
