@@ -1,39 +1,49 @@
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
-
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# What is installed: the package, what its tests need, what its benchmarks compare with.
+PACKAGE := $(VENV)/.package
+TESTS := $(VENV)/.tests
 PEERS := $(VENV)/.peers
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,min,rounds --benchmark-sort=name
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint bench bench-gpu report clean
 
-demo: $(STAMP)
+demo: $(PACKAGE)
 	$(BIN)/compressm train digits --out runs/digits
 
-test: $(STAMP)
+test: $(TESTS)
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)
+lint: $(TESTS)
 	$(BIN)/ruff check .
 
 # ARGS chooses a part or changes a run: make bench ARGS="-k selective_scan", ARGS="--bench-resume", ARGS="--bench-seconds 5"
 bench: $(PEERS)
 	$(BENCH) $(ARGS)
+	$(MAKE) report
 
 bench-gpu: $(PEERS)
 	$(BENCH) --bench-device cuda $(ARGS)
+	$(MAKE) report
 
-$(PEERS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,peers]'
+report: $(PACKAGE)
+	$(BIN)/python -m compressm.benchmarking.report benchmarks/results/*.json --out benchmarks/REPORT.md
+
+$(PEERS): $(TESTS)
+	$(INSTALL) -e '.[test,peers]'
 	touch $@
 
-$(STAMP): pyproject.toml constraints.txt
+$(TESTS): $(PACKAGE)
+	$(INSTALL) -e '.[test]'
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(INSTALL) --no-build-isolation --no-deps mamba-ssm  # its Python part
+	touch $@
+
+$(PACKAGE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("compressm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt --no-build-isolation --no-deps mamba-ssm  # its Python part, for the tests of the integration
+	$(INSTALL) -e .
 	touch $@
 
 clean:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from compressm.compression.optimizer_state import unwrapped
 from compressm.compression.schedules import Schedule, ScheduleWarning
 
 RHYTHM = 8  # so many optimizer steps in a row, each with the same fault
@@ -32,7 +33,7 @@ class Cadence:
         self.told: set[str] = set()
         self.restart(0)
         own = weakref.ref(self)
-        self.handles = [o.register_step_post_hook(_counter(own, index)) for index, o in enumerate(optimizers)]
+        self.handles = [unwrapped(o).register_step_post_hook(_counter(own, index)) for index, o in enumerate(optimizers)]
 
     def restart(self, step: int) -> None:
         """Count anew from a Compressor at ``step``."""

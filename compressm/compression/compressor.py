@@ -18,6 +18,7 @@ from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish, log
 from compressm.compression.guard import Guard, Rollback, check_progress
 from compressm.compression.moments import check_moments
+from compressm.compression.optimizer_state import masters_of
 from compressm.compression.planning import (
     Calibration,
     Candidate,
@@ -125,6 +126,9 @@ class Compressor:
         if ema is not None:
             check_ema(ema, self.model, self.layers)
         self.history: list[ReductionReport | GuardReport] = []
+        if guard is not None and masters_of(self.optimizers):
+            remedy = "Use float32 parameters with autocast, or an optimizer that keeps the copies in its state"
+            raise bad_argument("guard", got="a Rollback with attached master copies", expected="None", remedy=remedy)
         self.guard = None if guard is None else Guard(check_kind(guard, Rollback, "guard"), self.schedule, self.team)
         self.registered: dict[str, Any] = {}
         self._step = self._attempts = self._reduced = 0

@@ -65,8 +65,15 @@ def register_optimizer_state(target: str | type, kinds: Mapping[str, str]) -> No
     _TABLES[target] = dict(kinds)
 
 
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself behind wrappers (accelerate's) that have one as ``optimizer``; they lack its hooks."""
+    while isinstance(inner := vars(optimizer).get("optimizer"), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Key of per-parameter state to its kind, for an optimizer or a wrapper (accelerate's) with one as ``optimizer``."""
+    """Key of per-parameter state to its kind, for an optimizer or a wrapper with one as ``optimizer``."""
     inner = vars(optimizer).get("optimizer")
     kinds: dict[str, str] = state_kinds(inner) if isinstance(inner, torch.optim.Optimizer) else {}
     for cls in reversed(type(optimizer).__mro__):
