@@ -134,7 +134,7 @@ class ShardedTeam(ProcessTeam):
     def check_guard(self) -> None:
         raise ModelError(
             "guard: got a Rollback for a model under fully_shard, whose shards it cannot put aside, expected None. Keep a "
-            "checkpoint from before the reduction (compressm.compression.save_sharded) to go back to"
+            "checkpoint from before the reduction (compressm.save_sharded) to go back to"
         )
 
     def share(self, count: int) -> int:
