@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from compressm.benchmarking.results import Ceilings, Counts, Resource
+from compressm.benchmarking.results import Ceilings, Counts, Resource, Result
 
 REPEATS = 7
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # larger than the caches
@@ -84,6 +84,17 @@ def limit_of(counts: Counts, ceilings: Ceilings) -> tuple[float | None, Resource
     }
     binding = max(needed, key=needed.__getitem__)
     return (needed[binding], binding) if needed[binding] > 0 else (None, None)
+
+
+def higher(one: Ceilings, other: Ceilings) -> Ceilings:
+    """The larger of each: a ceiling measured in a slow moment of the machine is none."""
+    return Ceilings(**{name: max(value, getattr(other, name)) for name, value in one.model_dump().items()})
+
+
+def limited_by(result: Result, ceilings: Ceilings) -> Result:
+    """A result with its limit by other ceilings."""
+    limit, resource = limit_of(result.counts, ceilings)
+    return result.model_copy(update={"limit_ms": limit, "limit_by": resource})
 
 
 def synchronizer(device: torch.device | str) -> Callable[[], None]:

@@ -9,7 +9,7 @@ import torch
 
 from compressm.benchmarking import counts, limits
 from compressm.benchmarking.limits import limit_of, measure_ceilings
-from compressm.benchmarking.results import Ceilings, Counts
+from compressm.benchmarking.results import Ceilings, Counts, Milliseconds, Result
 
 CEILINGS = Ceilings(copy_gb_per_s=10.0, matmul_gflop_per_s=100.0, exp_g_per_s=1.0)
 
@@ -19,6 +19,18 @@ def test_the_slowest_resource_is_the_limit():
     assert limit_of(Counts(bytes=0, flops=10**9, exponentials=10**6), CEILINGS) == (10.0, "flops")
     assert limit_of(Counts(bytes=1, flops=1, exponentials=3 * 10**6), CEILINGS) == (3.0, "exponentials")
     assert limit_of(Counts(bytes=0, flops=0, exponentials=0), CEILINGS) == (None, None)
+
+
+def test_the_highest_ceilings_count_for_all_results():
+    slow = CEILINGS.model_copy(update={"copy_gb_per_s": 5.0, "exp_g_per_s": 2.0})
+    best = limits.higher(CEILINGS, slow)
+    assert best == Ceilings(copy_gb_per_s=10.0, matmul_gflop_per_s=100.0, exp_g_per_s=2.0)
+    times = Milliseconds(median=4.0, low=4.0, high=4.0, minimum=4.0, rounds=1)
+    result = Result(
+        group="g", op="lru", level="layer", shape={}, dtype="float32", passes="forward", contender="compressm", error=0.0,
+        milliseconds=times, counts=Counts(bytes=10**7, flops=0, exponentials=0), limit_ms=2.0, limit_by="bytes",
+    )  # fmt: skip
+    assert limits.limited_by(result, best).share_of_limit == 0.25
 
 
 def test_ceilings_of_this_machine(monkeypatch):
