@@ -197,6 +197,9 @@ def check(state: Any, parts: Parts) -> None:
 
 
 def _check_names(state: Any, parts: Parts) -> None:
+    for tree, keys in ((state, (*SECTIONS, "homes")), (state["model"], ("parameters", "buffers", "extra"))):
+        if missing := set(keys) - tree.keys():
+            raise bad_argument("snapshot", got=f"nothing under {sorted(missing)}", expected="a Compressor's state")
     ranks = state["ranks"]
     if set(ranks) != set(parts.layers) or not all(type(rank) is int and 1 <= rank <= 1 << 20 for rank in ranks.values()):
         raise bad_argument("snapshot", got=f"ranks {ranks}", expected=f"those of layers {sorted(parts.layers)}")

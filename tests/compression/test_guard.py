@@ -396,6 +396,11 @@ def test_a_state_on_probation_is_checked(whole):
         guard = {**state["guard"], "probation": {**state["guard"]["probation"], "snapshot": {**snapshot, **change}}}
         with pytest.raises(ArgumentError, match=match):
             fresh.load_state_dict({**state, "guard": guard})
+    for key in snapshot:
+        cut = {name: value for name, value in snapshot.items() if name != key}
+        guard = {**state["guard"], "probation": {**state["guard"]["probation"], "snapshot": cut}}
+        with pytest.raises(ArgumentError, match="snapshot"):
+            fresh.load_state_dict({**state, "guard": guard})
     for bad in (3, {}, {**state["guard"], "best": "x"}, {**state["guard"], "probation": 7}):
         with pytest.raises(ArgumentError, match="state_dict guard"):
             fresh.load_state_dict({**state, "guard": bad})
