@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -96,8 +95,3 @@ def retire(ddp: DistributedDataParallel) -> None:
         )
 
     ddp.register_forward_pre_hook(refuse)
-
-
-def is_ddp(module: nn.Module) -> bool:
-    """Whether a module is wrapped for data parallel training."""
-    return isinstance(module, torch.nn.parallel.DistributedDataParallel)

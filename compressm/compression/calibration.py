@@ -70,21 +70,10 @@ def collect(
             return adapter.meter(module, name, total, rows_per_state, seed)
 
         meters = team.each(meter, layers)
-        # First of all hooks: those of a sharding wrapper take the layer's parameters away.
-        handles = [
-            module.register_forward_hook(meters[name].observe, with_kwargs=True, prepend=True)
-            for name, (module, _) in layers.items()
-        ]
         try:
             with team.together("running the calibration batches"):
-                for index, (batch, _) in enumerate(taken):
-                    number = seed + index * team.size + team.rank
-                    for item in meters.values():
-                        item.begin(number)
-                    _probe(model, batch, forward or default_forward, meters, number)
+                _run(model, layers, [batch for batch, _ in taken], forward or default_forward, meters, seed, team)
         finally:
-            for handle in handles:
-                handle.remove()
             team.at_rest()
     if team.size > 1:
         for item in meters.values():
@@ -96,6 +85,32 @@ def collect(
             "state-space layer to run. Pass forward=lambda model, batch: ... that runs the whole model"
         )
     return {name: meter.result(name) for name, meter in meters.items()}
+
+
+def _run(
+    model: nn.Module,
+    layers: Layers,
+    batches: list[Any],
+    forward: Forward,
+    meters: Mapping[str, Meter],
+    seed: int,
+    team: Team,
+) -> None:
+    """All batches of this process, with the meters attached."""
+    # First of all hooks: those of a sharding wrapper take the layer's parameters away.
+    handles = [
+        module.register_forward_hook(meters[name].observe, with_kwargs=True, prepend=True)
+        for name, (module, _) in layers.items()
+    ]
+    try:
+        for index, batch in enumerate(batches):
+            number = seed + index * team.size + team.rank
+            for meter in meters.values():
+                meter.begin(number)
+            _probe(model, batch, forward, meters, number)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _probe(model: nn.Module, batch: Any, forward: Forward, meters: Mapping[str, Meter], seed: int) -> None:
