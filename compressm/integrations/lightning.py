@@ -69,6 +69,8 @@ class CompressionCallback(Callback):
         schedule = as_schedule(self.schedule, trainer.estimated_stepping_batches)
         saved = self.state_dict() if trainer.global_step > 0 else {}
         self.compressor = Compressor(pl_module, trainer.optimizers, policy=self.policy, schedule=schedule, **self.options)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self.compressor.register(**{f"scheduler {index}": item for index, item in enumerate(schedulers)})
         if trainer.global_step > 0:
             # A run that goes on without a saved state was not compressed so far: only its steps count.
             steps = trainer.global_step // len(trainer.optimizers)

@@ -64,7 +64,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None,
-        **_: Any,
+        lr_scheduler: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         self._attach(args, model, optimizer)
         schedule = as_schedule(self.schedule, state.max_steps)
@@ -73,6 +73,8 @@ class CompressionCallback(TrainerCallback, ExportableState):
         saved = entry["attributes"]["compressor"]
         options = {"uniform": _has_one_state_size(model)} | self.options
         self.compressor = Compressor(model, self._optimizer, policy=self.policy, schedule=schedule, **options)
+        if lr_scheduler is not None:
+            self.compressor.register(scheduler=lr_scheduler)
         if state.global_step > 0:
             # A run that goes on without a saved state was not compressed so far: only its steps count.
             self.compressor.load_state_dict(saved or self.compressor.state_dict() | {"step": state.global_step})

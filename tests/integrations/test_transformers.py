@@ -285,7 +285,6 @@ class TestTrainer:
         assert late.compressor.step_count == 10
         assert [report.step for report in late.compressor.history] == [8]
 
-    @pytest.mark.skipif(not hasattr(compressm, "Rollback"), reason="there is no guard")
     @pytest.mark.parametrize("tolerance", [0.0, 10.0])
     def test_checkpoints_wait_for_the_guard(self, tmp_path, tolerance):
         worse = iter(range(1, 100))
