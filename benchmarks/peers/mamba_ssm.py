@@ -10,14 +10,17 @@ from compressm.benchmarking.cases import Case
 from compressm.benchmarking.layer_problems import mamba_with, torch_convolution
 from compressm.benchmarking.op_problems import in_place
 from compressm.benchmarking.problems import Contender, Problem
+from compressm.integrations.mamba_ssm import EXTENSION, stand_in_for_the_extension
 from peers.base import Peer, quadratic_backward
 
 
 def _kernel_built() -> bool:
-    return importlib.util.find_spec("selective_scan_cuda") is not None
+    spec = importlib.util.find_spec(EXTENSION)
+    return spec is not None and spec.origin is not None
 
 
 def _scan(device: torch.device):
+    stand_in_for_the_extension()
     from mamba_ssm.ops import selective_scan_interface as interface
 
     return interface.selective_scan_fn if device.type == "cuda" and _kernel_built() else interface.selective_scan_ref

@@ -33,7 +33,7 @@ def patch() -> None:
     Raises:
         DependencyError: mamba_ssm, or a package that it imports, is not installed.
     """
-    _stand_in_for_the_extension()
+    stand_in_for_the_extension()
     try:
         interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
         layer = importlib.import_module("mamba_ssm.modules.mamba_simple")
@@ -108,7 +108,7 @@ def _update_convolution(
     return causal_conv1d_update(x, conv_state, weight, bias, activation=activation)
 
 
-def _stand_in_for_the_extension() -> None:
+def stand_in_for_the_extension() -> None:
     """mamba_ssm imports its CUDA extension unconditionally: where there is none, a module of that name that refuses calls."""
     if EXTENSION in sys.modules or importlib.util.find_spec(EXTENSION) is not None:
         return
