@@ -27,7 +27,7 @@ app = typer.Typer(
 
 BENCH_OPS = (
     "lti_scan", "selective_scan", "causal_conv1d", "selective_state_update", "lru", "mamba",
-    "smnist", "scifar", "mamba-lm", "balanced_truncation", "attempt",
+    "smnist", "scifar", "mamba-lm", "balanced_truncation", "attempt", "rollback", "waiting",
 )  # fmt: skip
 Preset = Annotated[str, typer.Argument(help="One of: " + ", ".join(PRESETS), show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Output folder of compressm train.", show_default=False)]
@@ -128,7 +128,7 @@ def bench(
     states: Annotated[str | None, typer.Option(help="Numbers of states to compare, such as 128,12.")] = None,
     width: Annotated[int | None, typer.Option(help="Taps of causal_conv1d.")] = None,
     blocks: Annotated[int | None, typer.Option(help="Blocks of a training step's model.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers of an attempt.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of an attempt, a rollback or a wait.")] = None,
     rank: Annotated[int | None, typer.Option(help="States that balanced_truncation leaves.")] = None,
     passes: Annotated[str | None, typer.Option("--pass", help="forward or forward+backward.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,

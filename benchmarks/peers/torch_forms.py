@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressm.benchmarking.guard_problems import DISK, SAVE
 from compressm.benchmarking.op_problems import COMPILED, CONV1D, REFERENCE
 from compressm.benchmarking.problems import Contender, Problem
 from compressm.benchmarking.running import Make
@@ -25,4 +26,6 @@ PEERS = [
         dict.fromkeys(("lti_scan", "selective_scan", "causal_conv1d"), built_in(COMPILED)),  # more would compile for minutes
     ),
     Peer(CONV1D, "torch", "torch", {"causal_conv1d": built_in(CONV1D)}),
+    Peer(DISK, "torch", "torch", {"rollback": built_in(DISK)}),
+    Peer(SAVE, "torch", "torch", {"rollback": built_in(SAVE)}),
 ]  # fmt: skip

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from compressm.benchmarking import layer_problems, op_problems, reduction_problems, step_problems
+from compressm.benchmarking import guard_problems, layer_problems, op_problems, reduction_problems, step_problems
 from compressm.benchmarking.problems import Op, Problem
 from compressm.benchmarking.results import Level, Pass
 from compressm.errors import ConfigError, bad_argument
 
-OPS: dict[str, Op] = {**op_problems.OPS, **layer_problems.OPS, **step_problems.OPS, **reduction_problems.OPS}
+OPS: dict[str, Op] = {**op_problems.OPS, **layer_problems.OPS, **step_problems.OPS, **reduction_problems.OPS, **guard_problems.OPS}
 LETTERS = {"batch": "B", "channels": "D", "length": "L", "states": "N", "width": "W", "rank": "R"}  # others: the name itself
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INPUT_DTYPES = ("float32", "bfloat16", "float16")  # of ops and layers
@@ -162,8 +162,8 @@ def _reductions(gpu: bool, device: str) -> list[Family]:
         case("balanced_truncation", {"channels": h, "states": n, "rank": r}, "step", device=device)
         for h, n, r in ((8, 256, 28), (512, 384, 93))
     ]
-    whole = case("attempt", OPS["attempt"].sizes, "step", device=device)
-    return [Family("balanced_truncation", tuple(truncations)), Family("attempt", (whole,))]
+    whole = [Family(op, (case(op, OPS[op].sizes, "step", device=device),)) for op in ("attempt", "rollback", "waiting")]
+    return [Family("balanced_truncation", tuple(truncations)), *whole]
 
 
 def _curves(gpu: bool, device: str) -> list[Family]:

@@ -88,14 +88,20 @@ class Stack(nn.Module):
         return x
 
 
-def attempt(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
-    """``Compressor.step`` on a stack of LRU layers, data-free: from reading the layers to the audit of the optimizer."""
-    layers, channels, states = (sizes[name] for name in ("layers", "channels", "states"))
-    model = Stack(layers, channels, states).to(device)
+def trained_stack(sizes: Mapping[str, int], device: torch.device) -> tuple[Stack, torch.optim.Optimizer]:
+    """A stack whose optimizer has moments."""
+    model = Stack(sizes["layers"], sizes["channels"], sizes["states"]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    model(torch.randn(2, 64, channels, device=device)).square().mean().backward()
+    model(torch.randn(2, 64, sizes["channels"], device=device)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
+    return model, optimizer
+
+
+def attempt(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
+    """``Compressor.step`` on a stack of LRU layers, data-free: from reading the layers to the audit of the optimizer."""
+    layers = sizes["layers"]
+    model, optimizer = trained_stack(sizes, device)
     oracle = {"ranks": torch.tensor([_complex_rank(lru) for lru in model.lrus], dtype=torch.float64)}
     problem = Problem("step", torch.float32, device, {}, None, oracle, NOT_COUNTED, dict(sizes))
 

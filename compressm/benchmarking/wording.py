@@ -25,6 +25,8 @@ OP_NAMES = {
     "mamba-lm": "Mamba language model",
     "balanced_truncation": "Balanced truncation of one system",
     "attempt": "Reduction of a stack of LRU layers, optimizer included",
+    "rollback": "Model and optimizer of such a stack put aside and back, as the guard does",
+    "waiting": "`Compressor.step()` under a guard with nothing due, 1,000 times",
 }
 LETTERS = {"batch": "B", "channels": "D", "length": "L", "states": "N", "groups": "G", "width": "W", "rank": "R"}
 RESOURCES = {"bytes": "memory", "flops": "arithmetic", "exponentials": "exponentials"}
