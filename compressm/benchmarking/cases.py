@@ -17,7 +17,8 @@ from compressm.benchmarking.problems import Op, Problem
 from compressm.benchmarking.results import Level, Pass
 from compressm.errors import ConfigError, bad_argument
 
-OPS: dict[str, Op] = {**op_problems.OPS, **layer_problems.OPS, **step_problems.OPS, **reduction_problems.OPS, **guard_problems.OPS}
+_PROBLEMS = (op_problems, layer_problems, step_problems, reduction_problems, guard_problems)
+OPS: dict[str, Op] = {name: op for module in _PROBLEMS for name, op in module.OPS.items()}
 LETTERS = {"batch": "B", "channels": "D", "length": "L", "states": "N", "width": "W", "rank": "R"}  # others: the name itself
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INPUT_DTYPES = ("float32", "bfloat16", "float16")  # of ops and layers
