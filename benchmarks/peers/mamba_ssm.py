@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import sys
 
 import torch
 
@@ -20,10 +22,24 @@ def _kernel_built() -> bool:
 
 
 def _scan(device: torch.device):
-    stand_in_for_the_extension()
-    from mamba_ssm.ops import selective_scan_interface as interface
+    if device.type != "cuda" or not _kernel_built():
+        return _loop()
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    return interface.selective_scan_fn if device.type == "cuda" and _kernel_built() else interface.selective_scan_ref
+    return selective_scan_fn
+
+
+@functools.cache
+def _loop():
+    """The reference loop; where the kernels were not built the package is forgotten again, or transformers would call them."""
+    built = _kernel_built()
+    stand_in_for_the_extension()
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
+
+    if not built:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("mamba_ssm", EXTENSION)]:
+            del sys.modules[name]
+    return selective_scan_ref
 
 
 def needs_kernel(case: Case) -> str | None:

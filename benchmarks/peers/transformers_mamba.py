@@ -64,7 +64,6 @@ def selective_state_update(problem: Problem) -> Contender:
 
 
 
-
 PEERS = [
     Peer(
         "transformers MambaMixer", "transformers", "transformers",
