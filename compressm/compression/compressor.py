@@ -365,6 +365,8 @@ class Compressor:
         check_progress(state, self.layers)
         if (saved := state.get("guard")) is None:
             return
+        if not isinstance(saved, Mapping) or "probation" not in saved:
+            raise bad_argument("state_dict guard", got=f"{saved!r:.80}", expected="what Compressor.state_dict() returned")
         if self.guard is not None:
             if (progress := self.guard.check(saved, self._parts())) is not None:
                 check_progress(progress, self.layers)

@@ -341,7 +341,8 @@ def check_progress(progress: Any, layers: Collection[str]) -> None:
     kept = progress.get("kept") if isinstance(progress, Mapping) else None
     fine = isinstance(kept, Mapping) and set(kept) == set(layers) and all(map(_number, kept.values()))
     counts = [progress.get("step"), progress.get("attempts"), progress.get("reduced", 0)] if fine else [None]
-    if not all(type(count) is int and count >= 0 for count in counts):
+    remembered = isinstance(progress.get("memory") if fine else None, Mapping | None)
+    if not remembered or not all(type(count) is int and count >= 0 for count in counts):
         raise bad_argument("state_dict", got=repr(progress)[:80], expected="what Compressor.state_dict() returned")
 
 

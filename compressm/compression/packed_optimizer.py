@@ -77,7 +77,8 @@ def check_optimizer_state(
     for name, entries in state.items():
         if name not in numbers or not isinstance(entries, Mapping):
             raise CheckpointError(f"optimizer state of {name!r:.80}, expected a parameter of this optimizer")
-        if lost := sorted((needed | ({"max_exp_avg_sq"} if name in amsgrad else set())) - entries.keys()):
+        held = {key for key, value in entries.items() if value is not None or key == "momentum_buffer"}  # SGD's begins as None
+        if lost := sorted((needed | ({"max_exp_avg_sq"} if name in amsgrad else set())) - held):
             raise CheckpointError(f"optimizer state of {name!r} has no {', '.join(lost)}")
         for key, value in entries.items():
             _check_entry(f"optimizer state {key!s:.80} of {name!r}", key, value, parameters[name])

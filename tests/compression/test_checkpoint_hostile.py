@@ -164,6 +164,9 @@ MANIFESTS = [
     (setting("compressor", "history", 0, "layers", 0, "spectrum", to=["a"]), "history: expected .*spectrum"),
     (setting("compressor", "history", 0, "layers", to=3), "history: expected"),
     (setting("compressor", "ranks", "mixer", to=3), "expected the same|ranks"),
+    (setting("compressor", "guard", to=3), "state_dict guard"),
+    (setting("compressor", "guard", to={"best": None}), "state_dict guard"),
+    (setting("compressor", "memory", to="abc"), "state_dict: "),
     (setting("compressor", to=None), "holds no compressor state"),
     (setting("rng", to=None), "holds tensors that its manifest"),
     (setting("rng", "numpy", "position", to=100_000), "random states: that of numpy is malformed"),
@@ -186,6 +189,28 @@ def test_manifests_that_lie(refused, harness, edit, match):
 def test_manifests_that_json_would_not_write(refused, harness, entry, match):
     parts = Parts(harness.data)
     refused(parts.build(json.dumps(parts.manifest).replace('"format": 1', entry, 1)), match)
+
+
+def test_maxima_that_are_none(refused, harness):
+    """amsgrad compares them in the next step."""
+
+    def edit(parts):
+        (optimizer,) = parts.manifest["optimizers"]
+        entries = optimizer["state"]["head.bias"]
+        del parts.tensors[entries["max_exp_avg_sq"]["!tensor"]]
+        entries["max_exp_avg_sq"] = None
+
+    refused(change(harness, edit), "has no max_exp_avg_sq")
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_moments_that_are_missing_or_narrow(refused, harness, key):
+    def missing(parts):
+        (optimizer,) = parts.manifest["optimizers"]
+        del parts.tensors[optimizer["state"]["head.bias"].pop(key)["!tensor"]]
+
+    refused(change(harness, missing), f"has no {key}")
+    refused(change(harness, replacing(f"optimizers/0/state/head.bias/{key}", lambda v: v.half().long())), "int64")
 
 
 def replacing(name, value):
