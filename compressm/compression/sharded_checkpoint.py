@@ -7,7 +7,6 @@ with the ranks, so that loading can reshape the layers first.  No pickle.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +20,14 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 import compressm
 from compressm.adapters import Adapter
+from compressm.compression._files import write_atomically
 from compressm.compression._team import ReplicatedTeam, Team
 from compressm.compression.audit import full_name
 from compressm.compression.codec import decode, encode
 from compressm.compression.compressor import Compressor
 from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers
+from compressm.compression.manifest import persistent
 from compressm.compression.planning import compressible_layers
 from compressm.compression.surgery import reshape
 from compressm.errors import CheckpointError, OptimizerError
@@ -69,7 +70,7 @@ def save_sharded(
         "format": FORMAT,
         "compressm": compressm.__version__,
         "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
-        "model": encode(_persistent(team.model), "model", tensors),
+        "model": encode(persistent(team.model), "model", tensors),
         "optimizers": encode([_optimizer_state(o, team.model) for o in optimizers], "optimizers", tensors),
         "compressor": None if compressor is None else compressor.state_dict(),
         "extra": encode(extra, "extra", tensors),
@@ -88,7 +89,7 @@ def save_sharded(
         dcp.save({name: value.detach() for name, value in tensors.items()}, storage_writer=writer, process_group=_group(team))
     with team.together("writing the checkpoint's manifest"):
         if team.rank == 0:
-            _write_manifest(folder, manifest)
+            write_atomically(folder / MANIFEST, json.dumps(manifest).encode())
     return folder
 
 
@@ -130,14 +131,6 @@ def load_sharded(
     return extra
 
 
-def _persistent(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict()
-    foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if foreign:
-        raise CheckpointError(f"model: extra state {foreign[:4]} is no tensor and cannot be stored. Pass it as extra=")
-    return dict(state)
-
-
 def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Groups and state by parameter name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -167,7 +160,7 @@ def _check(folder: Path, manifest: Mapping[str, Any], team: Team, layers: Layers
     changing = [name for name, (module, adapter) in layers.items() if adapter.rank(module) != ranks[name]]
     if changing and isinstance(team, ReplicatedTeam):
         raise CheckpointError(f"{folder}: has other ranks than the model. Load into the plain model and wrap it afterwards")
-    shapes = {f"model/{name}": list(value.shape) for name, value in _persistent(team.model).items()}
+    shapes = {f"model/{name}": list(value.shape) for name, value in persistent(team.model).items()}
     for name in changing:
         module, adapter = layers[name]
         blank = adapter.blank(module, ranks[name])
@@ -195,7 +188,7 @@ def _check_progress(folder: Path, manifest: Mapping[str, Any], compressor: Compr
 
 def _targets(manifest: Mapping[str, Any], model: nn.Module, optimizers: Sequence[Any]) -> dict[str, Tensor]:
     """Tensors to read into: the model's own, and blank ones sharded like the parameters they belong to."""
-    own = {f"model/{name}": value.detach() for name, value in _persistent(model).items()}
+    own = {f"model/{name}": value.detach() for name, value in persistent(model).items()}
     parameters = dict(model.named_parameters())
     like = {}
     for number, state in enumerate(manifest["optimizers"]):
@@ -213,15 +206,6 @@ def _targets(manifest: Mapping[str, Any], model: nn.Module, optimizers: Sequence
         else:
             targets[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
     return targets
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    temporary = folder / f".{MANIFEST}.tmp"
-    with open(temporary, "w") as file:
-        json.dump(manifest, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
