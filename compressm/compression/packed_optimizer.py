@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -72,6 +73,7 @@ def check_optimizer_state(
     ]
     for index, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         _check_group(f"optimizer group {index}", group, own)
+        _check_ranges(f"optimizer group {index}", group, type(optimizer))
     amsgrad = {name for group in groups if group.get("amsgrad") for name in group["params"]}
     needed = next((keys for classes, keys in NEEDED if isinstance(optimizer, classes)), frozenset())
     for name, entries in state.items():
@@ -170,6 +172,17 @@ def _check_group(where: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -
     for key in saved.keys() & own.keys() - {"params"}:
         if not _alike(saved[key], own[key]):
             raise CheckpointError(f"{where}: {key} is {saved[key]!r:.80}, expected one like {own[key]!r:.80}")
+
+
+def _check_ranges(where: str, group: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> None:
+    """What the constructor of one of torch's optimizers refuses would only fail in a later step, if at all."""
+    if not kind.__module__.startswith("torch."):
+        return
+    accepted = inspect.signature(kind.__init__).parameters.keys() - {"params", *IMPLEMENTATION}
+    try:
+        kind([nn.Parameter(torch.zeros(1, 1))], **{key: value for key, value in group.items() if key in accepted})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: {kind.__name__} does not take its hyperparameters ({error})") from error
 
 
 def _alike(value: Any, own: Any) -> bool:
