@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -53,17 +55,18 @@ def rollback(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device:
         return Contender(Timed(run), answers)
 
     def save() -> Contender:
-        folder = tempfile.TemporaryDirectory()  # lives as long as the functions that hold it
+        folder = Path(tempfile.mkdtemp())
 
         def run() -> None:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, Path(folder.name) / "state.pt")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "state.pt")
 
         def answers() -> Answers:
             run()
-            loaded = torch.load(Path(folder.name) / "state.pt")
+            loaded = torch.load(folder / "state.pt")
             moments = [value for entry in loaded["optimizer"]["state"].values() for value in entry.values()]
             return {"state": _joined([*loaded["model"].values(), *moments])}
 
+        weakref.finalize(run, shutil.rmtree, folder)
         return Contender(Timed(run), answers)
 
     problem.built_in["compressm"] = lambda: undo(IN_MEMORY)
