@@ -7,13 +7,12 @@ the computation moves and multiplies at the least, and the ceilings that the sam
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compressm.compression._files import write_atomically
 from compressm.errors import DataError
 
 FORMAT = 1
@@ -184,17 +183,8 @@ class Run(_Part):
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        write_atomically(path, text.encode())
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}). Free space or choose another file") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

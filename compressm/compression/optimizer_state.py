@@ -67,7 +67,7 @@ def register_optimizer_state(target: str | type, kinds: Mapping[str, str]) -> No
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer itself behind wrappers (accelerate's) that have one as ``optimizer``; they lack its hooks."""
-    while isinstance(inner := vars(optimizer).get("optimizer"), torch.optim.Optimizer):
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 import compressm
+from compressm.compression._files import write_atomically
 from compressm.errors import CheckpointError, ConfigError
 from compressm.experiments.models import count_parameters
 from compressm.experiments.report_data import FORMAT
@@ -201,19 +201,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: it cannot be written; the old one is untouched.
     """
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(text + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        write_atomically(path, f"{text}\n".encode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}). Free space or choose another --out") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _initial_states(name: str, settings: Settings, finished: Sequence[TrainingRun]) -> list[int]:

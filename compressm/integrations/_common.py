@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from compressm.compression import Schedule
 from compressm.errors import bad_argument
@@ -23,10 +22,3 @@ def as_schedule(schedule: ScheduleArgument, total_steps: float) -> Schedule:
         remedy = "Limit the training, or pass a schedule with steps of its own, such as compressm.At([1000])"
         raise bad_argument("schedule", got="a training without end", expected="a number of optimizer steps", remedy=remedy)
     return schedule(int(total_steps))
-
-
-def plain_optimizer(optimizer: Any) -> Any:
-    """The optimizer behind accelerate's wrapper; anything else as it is."""
-    while type(optimizer).__name__ == "AcceleratedOptimizer":
-        optimizer = optimizer.optimizer
-    return optimizer

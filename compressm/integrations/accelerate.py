@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from compressm.compression import Compressor
+from compressm.compression.optimizer_state import unwrapped
 from compressm.compression.planning import plain_model
-from compressm.integrations._common import plain_optimizer
 from compressm.integrations.resizing import resize_on_load
 
 __all__ = ["prepare"]
@@ -53,7 +53,7 @@ def prepare(
     """
     plain = plain_model(model)
     several = isinstance(optimizer, list | tuple)
-    optimizers = [plain_optimizer(item) for item in (optimizer if several else [optimizer])]
+    optimizers = [unwrapped(item) for item in (optimizer if several else [optimizer])]
     compressor = Compressor(plain, optimizers, **options)
     accelerator.register_for_checkpointing(compressor)
     resize_on_load(plain, lambda: optimizers)

@@ -13,9 +13,10 @@ from transformers.trainer_callback import ExportableState
 import compressm
 from compressm.compression import Compressor, Policy
 from compressm.compression.codec import encode
+from compressm.compression.optimizer_state import unwrapped
 from compressm.compression.planning import compressible_layers
 from compressm.errors import ModelError, bad_argument
-from compressm.integrations._common import ScheduleArgument, as_schedule, plain_optimizer
+from compressm.integrations._common import ScheduleArgument, as_schedule
 from compressm.integrations._mamba_mixer import AcceleratedMambaMixer, accelerate_
 from compressm.integrations.resizing import resize_on_load
 
@@ -117,7 +118,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
             remedy = "Drop it, or train with compressm.Compressor in a loop of your own and store with compressm.save"
             expected = f"True: {type(model.config).__name__} has one state_size for all layers"
             raise bad_argument("uniform", got="False", expected=expected, remedy=remedy)
-        self._optimizer = plain_optimizer(optimizer)
+        self._optimizer = unwrapped(optimizer)
         if self._model is not model:
             if self._resizing is not None:
                 self._resizing.remove()
