@@ -12,7 +12,6 @@ import pytest
 from experiments.cli_cases import run, spawn, timeless
 
 import compressm
-from compressm.compression import checkpoint
 from compressm.errors import CheckpointError, CompressmError, ConfigError
 
 QUICK = ["--steps", "20", "--batch-size", "16"]
@@ -139,17 +138,24 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path):
     assert run("--version").output == f"compressm {compressm.__version__}\n"
 
 
-def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize(
+    ("name", "kept", "again"), [("command.json", [], []), ("compressed.safetensors", ["command.json"], ["--resume"])]
+)
+def test_a_full_disk_stops_the_run_and_keeps_what_is_whole(tmp_path, monkeypatch, name, kept, again):
+    replace = os.replace
+
+    def full(source, target):
+        if target.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", full)
-        with pytest.raises(CheckpointError, match=r"compressed\.safetensors: cannot be written \(No space left"):
+        patch.setattr(os, "replace", full)
+        with pytest.raises(CheckpointError, match=rf"{name}: cannot be written \(No space left"):
             run("train", "digits", "--out", out, *QUICK, *SETTINGS)
-    assert [path.name for path in out.iterdir()] == ["command.json"]
-    assert run("train", "digits", "--out", out, "--resume").exit_code == 0
+    assert [path.name for path in out.iterdir()] == kept
+    assert run("train", "digits", "--out", out, *(again or (*QUICK, *SETTINGS))).exit_code == 0
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
