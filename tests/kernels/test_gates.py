@@ -83,7 +83,7 @@ def test_reference_is_the_composition(assert_close, training):
     inputs = random_inputs(2, 9, 5)
     results = evaluate(inputs, torch.float64, "reference", 0.3, training=training)
     torch.manual_seed(5)
-    masks = [_gates_ref.keep_mask(torch.randint(2**63 - 1, ()), 0.3, 90).view(2, 9, 5) / 0.7 for _ in range(2)]
+    masks = [_gates_ref.keep_mask(torch.randint(2**63 - 1, ()), 0.3, 90).view(2, 9, 5).double() / 0.7 for _ in range(2)]
     masks = masks if training else [1, 1]
     a, b = inputs["pre"].chunk(2, -1)
     assert_close(results["gelu"], F.gelu(inputs["x"]) * masks[0])
@@ -145,12 +145,13 @@ def test_gelu_is_exact_to_float32():
     x = torch.linspace(-9, 9, 400_001).requires_grad_()
     wide = x.detach().double().requires_grad_()
     out, exact = gelu_dropout(x, 0.0, backend="cpp"), F.gelu(wide)
-    assert float((out.double() - exact).abs().max()) < 3e-7
-    inner = wide.detach().abs() < 1
-    erf = (2 * out.detach().double() / wide.detach() - 1)[inner & (wide != 0)]
-    assert float((erf - torch.erf(wide.detach()[inner & (wide != 0)] / math.sqrt(2))).abs().max()) < 3e-7
     (grad,), (expected,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(exact.sum(), wide)
+    out, exact, wide = out.detach().double(), exact.detach(), wide.detach()
+    assert float((out - exact).abs().max()) < 3e-7
     assert float((grad.double() - expected).abs().max()) < 3e-7
+    erf = -1 - 2 * out / wide.abs()  # of -|x| / sqrt(2), where x is negative
+    error = (erf - torch.erf(-wide.abs() / math.sqrt(2)))[wide < 0]
+    assert float(error.abs().max()) < 2e-7
 
 
 def test_extremes():
@@ -172,7 +173,7 @@ def test_generator_gives_the_published_words():
     words = [(0, 0, 0, 0), (2**32 - 1,) * 4, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
     expected = [(0x9D1C5EC6, 0x8BD50731), (0xFD36D048, 0x2D17272C), (0xBA3E4725, 0xF27D669E)]  # Random123's kat_vectors
     for (c0, c1, k0, k1), answer in zip(words, expected, strict=True):
-        counter, key = (torch.tensor([low, high], dtype=torch.uint32).view(torch.int64)[0] for low, high in ((c0, c1), (k0, k1)))
+        counter, key = torch.tensor([c0, c1, k0, k1], dtype=torch.uint32).view(torch.int64)
         assert tuple(map(int, _gates_ref.threefry(key, counter))) == answer
 
 
@@ -191,7 +192,7 @@ def test_masks_are_independent_over_elements_and_seeds():
     bound = 5 * 0.25 / math.sqrt(n)
     for lag in (1, 2, 3, 4, 8, 15, 16, 17, 32, 48, 63, 64, 65, 1024, 4096):
         assert abs(float((mask[lag:] * mask[:-lag]).sum())) / n < bound, lag
-    for seed in (1, 2, 3, 2**40):
+    for seed in (1, 2, 3, 2**31):
         assert abs(float((mask * (kept((n,), 0.5, seed) - 0.5)).mean())) < bound, seed
     counts = mask.view(-1, 64).sum(1)
     assert abs(float(counts.var()) - 16) < 5 * 16 * math.sqrt(2 / len(counts))
