@@ -6,6 +6,7 @@
 
 #if defined(__x86_64__)
 #include "isa_avx512.inc"
+#include "vector.inc"
 #include "causal_conv1d_kernels.inc"
 #include "isa_end.inc"
 #endif

@@ -7,19 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from compressm.kernels import gelu_dropout, glu_dropout_add
 from compressm.layers import LRU
-
-
-class Dropout(nn.Dropout):
-    """Dropout that on CPU spends 16 random bits on an element, where torch's spends most of the time; p to within 2^-16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x, in training with every element zero with probability p and divided by 1 - p otherwise."""
-        if not self.training or self.p in (0.0, 1.0) or x.device.type != "cpu":
-            return super().forward(x)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
-        return x * kept.to(x.dtype).div_(1 - self.p)
 
 
 class SequenceBlock(nn.Module):
@@ -37,13 +26,13 @@ class SequenceBlock(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.lru = LRU(d_model, d_state, r_min=r_min, r_max=r_max, max_phase=max_phase)
         self.glu = nn.Linear(d_model, 2 * d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, L, H) -> (batch, L, H)."""
-        y = self.dropout(nn.functional.gelu(self.lru(self.norm(x))))
-        value, gate = self.glu(y).chunk(2, dim=-1)
-        return x + self.dropout(value * torch.sigmoid(gate))
+        p, training = self.dropout.p, self.dropout.training
+        y = gelu_dropout(self.lru(self.norm(x)), p, training)
+        return glu_dropout_add(self.glu(y), x, p, training)
 
 
 class Classifier(nn.Module):

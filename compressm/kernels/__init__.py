@@ -3,6 +3,7 @@
 from compressm.kernels._plan import KernelPlan
 from compressm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from compressm.kernels.diagonal_scan import diagonal_scan
+from compressm.kernels.gates import gelu_dropout, glu_dropout_add
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.planning import plan
@@ -15,6 +16,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "diagonal_scan",
+    "gelu_dropout",
+    "glu_dropout_add",
     "gramians",
     "gramians_many",
     "lti_scan",

@@ -1,0 +1,169 @@
+"""The pointwise parts of a residual block, each with its dropout in one pass: GELU, and the gated linear unit added to x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressm.errors import bad_argument
+from compressm.kernels import _cpp, _gates_cpu, _gates_ref
+from compressm.kernels._dispatch import Candidate, choose
+
+
+def gelu_dropout(x: Tensor, p: float, training: bool = True, *, backend: str | None = None) -> Tensor:
+    """dropout(gelu(x)) with the exact GELU, x P(Z < x) for a standard normal Z.
+
+    On a CPU the mask is a function of one seed and of the element's index: nothing but x and the seed is kept for the
+    backward.  The seed is drawn from torch's default generator, which ``torch.manual_seed`` governs; a call that drops
+    nothing draws none.
+
+    Args:
+        x: any shape, float32, bfloat16 or float16 (float64 on the reference); read in place where it is contiguous.
+        p: probability, elementwise, that an element is zero; on a CPU to within 2^-17.  The others are divided by 1 - p.
+        training: False drops nothing.
+        backend: ``"cpp"`` or ``"reference"``; None chooses.  Both draw the same masks on a CPU; on other devices the
+            reference is torch's own GELU and dropout.
+
+    Returns:
+        x's shape and dtype; computed in float32 by the C++ kernels.  Differentiable.
+
+    Raises:
+        ArgumentError: x is not a real floating-point tensor, or p not a probability.
+        BackendError: the named backend cannot run.
+    """
+    _check_tensor("x", x)
+    p = _probability(p, training)
+    chosen = _launch("gelu_dropout", x.device.type, x.dtype, backend)
+    seed = _draw_seed(x, p)
+    if chosen == "reference":
+        return _gates_ref.gelu_dropout(x, seed, p)
+    return gelu_dropout_op(x.float(), seed, p).to(x.dtype)
+
+
+def glu_dropout_add(
+    pre: Tensor, residual: Tensor, p: float, training: bool = True, *, backend: str | None = None
+) -> Tensor:
+    """residual + dropout(a sigmoid(b)), where a and b are the halves of ``pre``.
+
+    Args:
+        pre: (..., 2H), [a | b]; float32, bfloat16 or float16 (float64 on the reference); read in place where it is contiguous.
+        residual: (..., H).
+        p, training, backend: as in :func:`gelu_dropout`.
+
+    Returns:
+        (..., H) in the dtype to which torch promotes the two.  Differentiable; the backward keeps ``pre`` and the seed.
+
+    Raises:
+        ArgumentError: a tensor is not real floating point, shapes or devices do not fit, or p is not a probability.
+        BackendError: the named backend cannot run.
+    """
+    _check_tensor("pre", pre)
+    _check_tensor("residual", residual)
+    if pre.dim() == 0 or pre.shape[-1] % 2:
+        raise bad_argument("pre", got=f"shape {tuple(pre.shape)}", expected="(..., 2H), two halves")
+    shape = (*pre.shape[:-1], pre.shape[-1] // 2)
+    if tuple(residual.shape) != shape:
+        raise bad_argument("residual", got=f"shape {tuple(residual.shape)}", expected=f"shape {shape}, that of half of pre")
+    if residual.device != pre.device:
+        raise bad_argument("residual", got=f"device {residual.device}", expected=f"{pre.device}, where pre is")
+    p = _probability(p, training)
+    dtype = torch.promote_types(pre.dtype, residual.dtype)
+    chosen = _launch("glu_dropout_add", pre.device.type, dtype, backend)
+    seed = _draw_seed(pre, p)
+    if chosen == "reference":
+        return _gates_ref.glu_dropout_add(pre, residual, seed, p)
+    return glu_dropout_add_op(pre.float(), residual.float(), seed, p).to(dtype)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise bad_argument(name, got=str(tensor.dtype), expected="a real floating-point tensor")
+
+
+def _probability(p: float, training: bool) -> float:
+    """p of this call, 0 where it drops nothing."""
+    if not 0 <= p <= 1:
+        raise bad_argument("p", got=p, expected="a probability, 0 to 1")
+    return float(p) if training else 0.0
+
+
+def _draw_seed(like: Tensor, p: float) -> Tensor | None:
+    """The key of a mask: 63 bits from torch's default generator.  None where the kernels make no mask."""
+    return torch.randint(2**63 - 1, ()) if p > 0 and like.device.type == "cpu" else None
+
+
+@torch.compiler.assume_constant_result
+def _launch(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
+    """The backend that runs; torch.compile takes it as a constant while it traces."""
+    candidates = (Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None))
+    return choose(op, candidates, backend)
+
+
+@torch.library.custom_op("compressm::gelu_dropout", mutates_args=())
+def gelu_dropout_op(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """gelu_dropout by the C++ kernels, float32; seed () int64, None for p = 0."""
+    return _gates_cpu.gelu_dropout(x, seed, p)
+
+
+@gelu_dropout_op.register_fake
+def _(x, seed, p):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("compressm::gelu_dropout_backward", mutates_args=())
+def gelu_dropout_backward_op(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """Gradient of x."""
+    return _gates_cpu.gelu_dropout_backward(grad_out, x, seed, p)
+
+
+@gelu_dropout_backward_op.register_fake
+def _(grad_out, x, seed, p):
+    return x.new_empty(x.shape)
+
+
+def _gelu_setup_context(ctx, inputs, output):
+    x, seed, ctx.p = inputs
+    ctx.save_for_backward(x, seed)
+
+
+def _gelu_backward(ctx, grad_out):
+    return gelu_dropout_backward_op(grad_out, *ctx.saved_tensors, ctx.p), None, None
+
+
+gelu_dropout_op.register_autograd(_gelu_backward, setup_context=_gelu_setup_context)
+
+
+@torch.library.custom_op("compressm::glu_dropout_add", mutates_args=())
+def glu_dropout_add_op(pre: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """glu_dropout_add by the C++ kernels, float32; seed () int64, None for p = 0."""
+    return _gates_cpu.glu_dropout_add(pre, residual, seed, p)
+
+
+@glu_dropout_add_op.register_fake
+def _(pre, residual, seed, p):
+    return residual.new_empty(residual.shape)
+
+
+@torch.library.custom_op("compressm::glu_dropout_add_backward", mutates_args=())
+def glu_dropout_add_backward_op(grad_out: Tensor, pre: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """Gradient of pre; that of residual is grad_out."""
+    return _gates_cpu.glu_dropout_add_backward(grad_out, pre, seed, p)
+
+
+@glu_dropout_add_backward_op.register_fake
+def _(grad_out, pre, seed, p):
+    return pre.new_empty(pre.shape)
+
+
+def _glu_setup_context(ctx, inputs, output):
+    pre, _residual, seed, ctx.p = inputs
+    ctx.save_for_backward(pre, seed)
+
+
+def _glu_backward(ctx, grad_out):
+    pre, seed = ctx.saved_tensors
+    grad_pre = glu_dropout_add_backward_op(grad_out, pre, seed, ctx.p) if ctx.needs_input_grad[0] else None
+    return grad_pre, grad_out, None, None
+
+
+glu_dropout_add_op.register_autograd(_glu_backward, setup_context=_glu_setup_context)

@@ -1,0 +1,123 @@
+// GELU and the gated linear unit with dropout on CPU, forward and backward.
+//
+// Tensors are contiguous; threads take whole blocks of a mask, so that results do not depend on their number.
+#include "gates.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "diagonal_scan.h"
+
+namespace compressm {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kBlocksPerTask = 128;
+
+const GateKernels& gate_kernels() {
+#if defined(__x86_64__)
+  const std::string name = scan_kernels().name;
+  if (name == "avx512") return avx512::gate_kernels;
+  if (name == "avx2") return avx2::gate_kernels;
+#endif
+  return portable::gate_kernels;
+}
+
+void check(const Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape && t.is_contiguous(), name,
+              ": expected a contiguous float32 CPU tensor of shape ", shape);
+}
+
+Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
+  TORCH_CHECK(p >= 0 && p <= 1, "p: expected a probability, got ", p);
+  TORCH_CHECK(seed.has_value() || p == 0, "seed: expected a tensor where p is not 0");
+  if (!seed.has_value()) return {0, 0, 1.0f};
+  TORCH_CHECK(seed->device().is_cpu() && seed->scalar_type() == at::kLong && seed->numel() == 1,
+              "seed: expected one int64 on the CPU");
+  return {static_cast<std::uint64_t>(*seed->const_data_ptr<int64_t>()),
+          static_cast<std::int32_t>(std::lrint(p * 65536)), p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f};
+}
+
+// Calls body(begin, end) for ranges of `count` elements that begin at a block.
+template <typename Body>
+void for_each_range(int64_t count, const Body& body) {
+  at::parallel_for(0, (count + kMaskBlock - 1) / kMaskBlock, kBlocksPerTask, [&](int64_t begin, int64_t end) {
+    body(begin * kMaskBlock, std::min(end * kMaskBlock, count));
+  });
+}
+
+// x, out of any shape.
+Tensor gelu(const Tensor& x, const std::optional<Tensor>& seed, double p) {
+  check(x, "x", x.sizes());
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor out = at::empty(x.sizes(), x.options());
+  const float* in = x.const_data_ptr<float>();
+  float* y = out.data_ptr<float>();
+  for_each_range(x.numel(), [&](int64_t begin, int64_t end) { gate_kernels().gelu(in, y, begin, end, dropout); });
+  return out;
+}
+
+Tensor gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& seed, double p) {
+  check(x, "x", x.sizes());
+  check(grad, "grad", x.sizes());
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor grad_x = at::empty(x.sizes(), x.options());
+  const float *g = grad.const_data_ptr<float>(), *in = x.const_data_ptr<float>();
+  float* out = grad_x.data_ptr<float>();
+  for_each_range(x.numel(),
+                 [&](int64_t begin, int64_t end) { gate_kernels().gelu_backward(g, in, out, begin, end, dropout); });
+  return grad_x;
+}
+
+// The shape (..., H) of what a gate makes of pre (..., 2H).
+std::vector<int64_t> gated_shape(const Tensor& pre) {
+  TORCH_CHECK(pre.dim() > 0 && pre.size(-1) % 2 == 0, "pre: expected (..., 2H), got ", pre.sizes());
+  std::vector<int64_t> shape = pre.sizes().vec();
+  shape.back() /= 2;
+  return shape;
+}
+
+// pre (..., 2H), residual and out (..., H).
+Tensor glu(const Tensor& pre, const Tensor& residual, const std::optional<Tensor>& seed, double p) {
+  check(pre, "pre", pre.sizes());
+  check(residual, "residual", gated_shape(pre));
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor out = at::empty(residual.sizes(), residual.options());
+  const float *in = pre.const_data_ptr<float>(), *rest = residual.const_data_ptr<float>();
+  float* y = out.data_ptr<float>();
+  for_each_range(out.numel(), [&](int64_t begin, int64_t end) {
+    gate_kernels().glu(in, rest, y, out.size(-1), begin, end, dropout);
+  });
+  return out;
+}
+
+Tensor glu_backward(const Tensor& grad, const Tensor& pre, const std::optional<Tensor>& seed, double p) {
+  check(pre, "pre", pre.sizes());
+  check(grad, "grad", gated_shape(pre));
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor grad_pre = at::empty(pre.sizes(), pre.options());
+  const float *g = grad.const_data_ptr<float>(), *in = pre.const_data_ptr<float>();
+  float* out = grad_pre.data_ptr<float>();
+  for_each_range(grad.numel(), [&](int64_t begin, int64_t end) {
+    gate_kernels().glu_backward(g, in, out, grad.size(-1), begin, end, dropout);
+  });
+  return grad_pre;
+}
+
+}  // namespace
+}  // namespace compressm
+
+TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
+  m.def("gelu_dropout(Tensor x, Tensor? seed, float p) -> Tensor", &compressm::gelu);
+  m.def("gelu_dropout_backward(Tensor grad, Tensor x, Tensor? seed, float p) -> Tensor", &compressm::gelu_backward);
+  m.def("glu_dropout_add(Tensor pre, Tensor residual, Tensor? seed, float p) -> Tensor", &compressm::glu);
+  m.def("glu_dropout_add_backward(Tensor grad, Tensor pre, Tensor? seed, float p) -> Tensor", &compressm::glu_backward);
+}

@@ -1,0 +1,10 @@
+// The gates compiled for portable.
+#include "gates.h"
+
+#include <cstring>
+
+#define COMPRESSM_ISA portable
+#define COMPRESSM_ISA_NAME "portable"
+#define COMPRESSM_WIDTH 4
+#include "vector.inc"
+#include "gates_kernels.inc"
