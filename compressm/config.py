@@ -30,11 +30,16 @@ class Config:
 
 def current() -> Config:
     """Read the environment; raises ConfigError on a value that is not allowed."""
-    backend = os.environ.get("COMPRESSM_BACKEND") or None
-    if backend is not None and backend not in BACKENDS:
-        raise ConfigError(f"COMPRESSM_BACKEND: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     disable = os.environ.get("COMPRESSM_DISABLE_CPP", "0")
     if disable not in ("0", "1", ""):
         raise ConfigError(f"COMPRESSM_DISABLE_CPP: expected 0 or 1, got {disable!r}")
     folder = os.environ.get("COMPRESSM_BUILD_DIR")
-    return Config(backend, Path(folder) if folder else None, disable != "1")
+    return Config(backend(), Path(folder) if folder else None, disable != "1")
+
+
+def backend() -> str | None:
+    """``current().backend`` alone, which every call of an op looks up."""
+    name = os.environ.get("COMPRESSM_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ConfigError(f"COMPRESSM_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name

@@ -47,7 +47,7 @@ def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None)
     """
     explicit = backend
     if explicit is None:
-        preferred = config.current().backend
+        preferred = config.backend()
         explicit = preferred if any(candidate.name == preferred for candidate in candidates) else None
     if explicit is not None:
         for candidate in candidates:

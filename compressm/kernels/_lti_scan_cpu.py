@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from compressm.kernels import _cpp
+from compressm.kernels._custom_op import custom_op
 
 
-@torch.library.custom_op("compressm::lti_core", mutates_args=())
+@custom_op("compressm::lti_core")
 def lti_core(
     u: Tensor,
     log_decay: Tensor,
@@ -48,7 +49,7 @@ def _(u, log_decay, phase, w_in, w_out, feed, initial_state, shifted, store, row
     return u.new_empty((batch, length, w_out.shape[0])), u.new_empty((batch, n2)), u.new_empty((batch, saved, n2))
 
 
-@torch.library.custom_op("compressm::lti_core_backward", mutates_args=())
+@custom_op("compressm::lti_core_backward")
 def lti_core_backward(
     grad_y: Tensor,
     grad_last: Tensor | None,
@@ -97,7 +98,7 @@ def _backward(ctx, grad_y, grad_last, _grad_saved):
         grad_y = u.new_zeros((*u.shape[:2], w_out.shape[0]))
     grads = lti_core_backward(
         grad_y.contiguous(), grad_last, u, log_decay, phase, w_in, w_out, feed, initial_state, saved, *ctx.settings,
-        need_u=ctx.needs_input_grad[0],
+        ctx.needs_input_grad[0],
     )  # fmt: skip
     grad_u, grad_decay, grad_phase, grad_in, grad_out, grad_feed, grad_state = grads
     return (
@@ -114,4 +115,4 @@ def _backward(ctx, grad_y, grad_last, _grad_saved):
     )
 
 
-lti_core.register_autograd(_backward, setup_context=_setup_context)
+lti_core.register_autograd(_backward, _setup_context)

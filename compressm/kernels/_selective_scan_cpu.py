@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def why_not(device: str, dtype: torch.dtype, constant: bool) -> str | None:
     return _cpp.why_not_for(device, dtype)
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(batch: int, channels: int, length: int, states: int) -> KernelPlan:
     """The plan for an input (batch, channels, length); the kernels have one form for all shapes."""
     return KernelPlan("selective_scan", "cpp", "scan", (("steps", STEPS),), "vectors of channels, a tile of steps at a time")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _causal_conv1d_cpu, _causal_conv1d_ref, _cpp
+from compressm.kernels._custom_op import custom_op
 from compressm.kernels._dispatch import choose, compiled_first
 
 MAX_WIDTH = 8
@@ -55,7 +56,8 @@ def causal_conv1d(
     else:
         weight, bias, state = (None if t is None else t.float() for t in (weight, bias, initial_state))
         inputs = x.float() if chosen == "cpp" else x
-        out = causal_conv1d_op(inputs, weight, bias, state, activation == "silu", chosen).to(x.dtype)
+        out = causal_conv1d_op(inputs, weight, bias, state, activation == "silu", chosen)
+        out = out if out.dtype == x.dtype else out.to(x.dtype)
     return (out, _last_inputs(x, initial_state, weight.shape[1] - 1)) if return_last_state else out
 
 
@@ -124,7 +126,7 @@ def _backend(name: str):
     return _causal_conv1d_triton
 
 
-@torch.library.custom_op("compressm::causal_conv1d", mutates_args=())
+@custom_op("compressm::causal_conv1d")
 def causal_conv1d_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, backend: str
 ) -> Tensor:
@@ -137,7 +139,7 @@ def _(x, weight, bias, initial_state, silu, backend):
     return _backend(backend).empty_like_output(x)
 
 
-@torch.library.custom_op("compressm::causal_conv1d_backward", mutates_args=())
+@custom_op("compressm::causal_conv1d_backward")
 def causal_conv1d_backward_op(
     grad_out: Tensor,
     x: Tensor,
@@ -173,7 +175,7 @@ def _backward(ctx, grad_out):
     return (*(None if t is None else grad for t, grad in zip(tensors, grads, strict=True)), None, None)
 
 
-causal_conv1d_op.register_autograd(_backward, setup_context=_setup_context)
+causal_conv1d_op.register_autograd(_backward, _setup_context)
 
 
 def _check_activation(activation: str | None) -> None:
@@ -190,7 +192,7 @@ def _check_tensor(name: str, tensor: Tensor, x: Tensor, axes: int, shape: str) -
 
 def _check_shape(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
     _check_tensor(name, tensor, x, len(shape), str(shape))
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"shape {shape}")
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _lti_scan_ref
+from compressm.kernels._custom_op import custom_op
 from compressm.kernels._dispatch import choose, compiled_first
 
 
@@ -49,7 +50,7 @@ def diagonal_scan(
             raise bad_argument(name, got=f"shape {tuple(tensor.shape)} on {tensor.device}", expected=expected)
     if initial_state is not None and initial_state.shape != (x.shape[0], x.shape[2]):
         raise bad_argument("initial_state", got=tuple(initial_state.shape), expected=(x.shape[0], x.shape[2]))
-    chosen = choose_backend(x.device.type, x.dtype, backend)
+    chosen = _launch(x.device.type, x.dtype, backend)
     if chosen == "reference":
         return _lti_scan_ref.diagonal_scan(x, log_decay, phase, initial_state, reverse)
     if chosen == "cpp":
@@ -72,7 +73,13 @@ def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
     return _lti_scan_triton.why_not(device, dtype)
 
 
-@torch.library.custom_op("compressm::diagonal_scan", mutates_args=())
+@torch.compiler.assume_constant_result
+def _launch(device: str, dtype: torch.dtype, backend: str | None) -> str:
+    """The backend that runs; torch.compile takes it as a constant while it traces."""
+    return choose_backend(device, dtype, backend)
+
+
+@custom_op("compressm::diagonal_scan")
 def scan_op(
     x: Tensor, log_decay: Tensor, phase: Tensor, initial_state: Tensor | None, reverse: bool, backend: str
 ) -> Tensor:
@@ -89,7 +96,7 @@ def _(x, log_decay, phase, initial_state, reverse, backend):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("compressm::diagonal_scan_backward", mutates_args=())
+@custom_op("compressm::diagonal_scan_backward")
 def scan_backward_op(
     grad_h: Tensor,
     h: Tensor,
@@ -133,4 +140,4 @@ def _backward(ctx, grad_h):
     return grad_x, grad_decay, grad_phase, grad_state, None, None
 
 
-scan_op.register_autograd(_backward, setup_context=_setup_context)
+scan_op.register_autograd(_backward, _setup_context)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _selective_scan_cpu, _selective_scan_ref
+from compressm.kernels._custom_op import custom_op
 from compressm.kernels._dispatch import choose, compiled_first
 from compressm.kernels._plan import KernelPlan
 
@@ -75,22 +76,26 @@ def selective_scan(
         )
     else:
         io = torch.float32 if chosen == "cpp" else io
-        u_io, delta, B, C, z = (None if t is None else t.to(io) for t in (u, delta, B, C, z))
-        A, D, delta_bias, initial_state = (None if t is None else t.float() for t in (A, D, delta_bias, initial_state))
+        u_io, delta, B, C, z = (_cast(t, io) for t in (u, delta, B, C, z))
+        A, D, delta_bias, initial_state = (_cast(t, torch.float32) for t in (A, D, delta_bias, initial_state))
         out, last, *_ = selective_scan_op(
             u_io, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, torch.is_grad_enabled(), chosen
         )
-        out = out.to(u.dtype)
+        out = _cast(out, u.dtype)
     return (out, last) if return_last_state else out
 
 
 def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that inputs of different precision promote to."""
-    dtypes = [t.dtype for t in tensors if t is not None]
-    common = dtypes[0]
-    for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
+    common = None
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != common:
+            common = tensor.dtype if common is None else torch.promote_types(common, tensor.dtype)
     return common
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def choose_backend(device: str, dtype: torch.dtype, constant: bool, backend: str | None) -> str:
@@ -142,7 +147,7 @@ def _launch(*shapes_and_backend) -> str:
     return plan_for_shapes(*shapes_and_backend).backend
 
 
-@torch.library.custom_op("compressm::selective_scan", mutates_args=())
+@custom_op("compressm::selective_scan")
 def selective_scan_op(
     u: Tensor,
     delta: Tensor,
@@ -192,7 +197,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_soft
     )
 
 
-@torch.library.custom_op("compressm::selective_scan_backward", mutates_args=())
+@custom_op("compressm::selective_scan_backward")
 def selective_scan_backward_op(
     grad_out: Tensor,
     grad_last: Tensor | None,
@@ -241,7 +246,7 @@ def _backward(ctx, grad_out, grad_last, _grad_checkpoints, _grad_y):
     return (*grads, None, None, None, None)
 
 
-selective_scan_op.register_autograd(_backward, setup_context=_setup_context)
+selective_scan_op.register_autograd(_backward, _setup_context)
 
 
 def _check(
@@ -270,31 +275,33 @@ def _check(
             if groups == 0 or channels % groups:
                 raise bad_argument(name, got=f"{groups} groups", expected=f"a number of groups that divides D = {channels}")
         shape = (batch, groups, states, length) if tensor.dim() == 4 else (channels, states)
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             expected = f"(batch, N, L), (batch, G, N, L) or (D, N) with batch {batch}, D {channels}, N {states}, L {length}"
             if groups is not None:
                 expected += f", G {groups}"
             raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=expected)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    shapes = {
-        "delta": (delta, (batch, channels, length)),
-        "D": (D, (channels,)),
-        "z": (z, (batch, channels, length)),
-        "delta_bias": (delta_bias, (channels,)),
-        "initial_state": (initial_state, (sequences, channels, states)),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+    for name, tensor, shape in (
+        ("delta", delta, (batch, channels, length)),
+        ("D", D, (channels,)),
+        ("z", z, (batch, channels, length)),
+        ("delta_bias", delta_bias, (channels,)),
+        ("initial_state", initial_state, (sequences, channels, states)),
+    ):
+        if tensor is not None and tensor.shape != shape:
             raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"shape {shape}")
-    tensors = {name: tensor for name, (tensor, _) in shapes.items()} | {"A": A, "B": B, "C": C}
-    for name, tensor in tensors.items():
+    device = u.device
+    for name, tensor in (
+        ("delta", delta), ("D", D), ("z", z), ("delta_bias", delta_bias), ("initial_state", initial_state),
+        ("A", A), ("B", B), ("C", C),
+    ):  # fmt: skip
         if tensor is not None and not tensor.is_floating_point():
             raise bad_argument(name, got=str(tensor.dtype), expected="a real floating point tensor")
-        if tensor is not None and tensor.device != u.device:
-            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{u.device}, where u is")
+        if tensor is not None and tensor.device != device:
+            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{device}, where u is")
     if cu_seqlens is not None:
-        _check_packing(cu_seqlens, batch, u.device)
-    if u.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_packing(cu_seqlens, batch, device)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(A, cu_seqlens, length)
 
 

@@ -285,10 +285,10 @@ def test_custom_op_is_well_formed(packed, channels_last):
     arguments = [t.float().requires_grad_() for t in inputs.values()]
     bounds = torch.tensor([0, 3, 3, 70]) if packed else None
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
-    torch.library.opcheck(selective_scan_op, (*arguments, bounds, True, True, "cpp"), test_utils=tests)
+    torch.library.opcheck(selective_scan_op.op, (*arguments, bounds, True, True, "cpp"), test_utils=tests)
     arguments = [t.detach() for t in arguments]
     arguments[6] = None
-    torch.library.opcheck(selective_scan_op, (*arguments, bounds, True, False, "cpp"), test_utils=tests)
+    torch.library.opcheck(selective_scan_op.op, (*arguments, bounds, True, False, "cpp"), test_utils=tests)
 
 
 def test_decode_op_is_well_formed():

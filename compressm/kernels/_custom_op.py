@@ -1,0 +1,70 @@
+"""Custom ops that cost little in eager mode.
+
+``torch.library.custom_op`` sends every call through the dispatcher and back into Python, several times where a gradient is
+asked for: some 100 microseconds that a small model waits for.  An op of this module is such an op, and all that traces or
+transforms a program sees it as one; a plain eager call goes to the same kernel, and the same backward, directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})  # types of arguments that hide nothing
+
+
+class CustomOp:
+    """A functional custom op; call it like its kernel.
+
+    Args:
+        name: ``"namespace::name"``.
+        kernel: what it computes; annotated, returns new tensors.
+
+    Attributes:
+        op: the op as ``torch.library`` knows it.
+    """
+
+    def __init__(self, name: str, kernel: Callable) -> None:
+        self.op = torch.library.custom_op(name, kernel, mutates_args=())
+        self._name = name.partition("::")[2]
+        self._kernel = kernel
+        self._function: type[torch.autograd.Function] | None = None
+
+    def register_fake(self, fake: Callable) -> Callable:
+        """Decorator: the function that makes outputs of the right shape, dtype and strides, uncomputed."""
+        return self.op.register_fake(fake)
+
+    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
+        """The formula of the gradient, as ``torch.library.register_autograd`` takes it, positional arguments only."""
+        self.op.register_autograd(backward, setup_context=setup_context)
+        kernel = self._kernel
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = kernel(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self._name, (torch.autograd.Function,), methods)
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _observed() or not _PLAIN.issuperset(map(type, args)):
+            return self.op(*args)
+        if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+            return self._kernel(*args)
+        return self.op(*args) if self._function is None else self._function.apply(*args)
+
+
+def custom_op(name: str) -> Callable[[Callable], CustomOp]:
+    """Decorator: makes a kernel the :class:`CustomOp` ``name``."""
+    return lambda kernel: CustomOp(name, kernel)
+
+
+def _observed() -> bool:
+    """Whether something expects to meet the op: a dispatch mode (tracing, fake tensors), torch.func, torch.jit.trace."""
+    return bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    )

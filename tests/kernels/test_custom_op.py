@@ -1,0 +1,217 @@
+"""Custom ops in eager mode go straight to their kernel; whatever traces or transforms a program still meets one op."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from compressm.kernels import causal_conv1d, selective_scan
+from compressm.kernels._custom_op import CustomOp
+from compressm.kernels._lti_scan_cpu import lti_core
+from compressm.kernels.diagonal_scan import diagonal_scan
+
+B, D, L, N = 2, 6, 40, 4
+
+
+def scan(u, delta, A, mix_in, mix_out, skip, z, bias):
+    return selective_scan(u, delta, A, mix_in, mix_out, skip, z, bias, delta_softplus=True, backend="cpp")
+
+
+def core(u, log_decay, phase, w_in, w_out, feed):
+    return lti_core(u, log_decay, phase, w_in, w_out, feed, None, False, True, 32)[0]
+
+
+conv = partial(causal_conv1d, activation="silu", backend="cpp")
+diagonal = partial(diagonal_scan, backend="cpp")
+CALLS = {
+    "selective_scan": (scan, [(B, D, L), (B, D, L), (D, N), (B, N, L), (B, N, L), (D,), (B, D, L), (D,)]),
+    "causal_conv1d": (conv, [(B, D, L), (D, 4), (D,)]),
+    "lti_core": (core, [(B, L, D), (N,), (N,), (2 * N, D), (D, 2 * N), (D,)]),
+    "diagonal_scan": (diagonal, [(B, L, 2 * N), (N,), (N,)]),
+}
+DECAYS = {"selective_scan": 2, "lti_core": 1, "diagonal_scan": 1}  # the argument that must not be positive
+
+
+@pytest.fixture(params=CALLS)
+def call(request):
+    """(name, function, leaf tensors) of an op."""
+    function, shapes = CALLS[request.param]
+    leaves = [torch.randn(shape) for shape in shapes]
+    if request.param in DECAYS:
+        leaves[DECAYS[request.param]] = -leaves[DECAYS[request.param]].abs()
+    return request.param, function, [leaf.requires_grad_() for leaf in leaves]
+
+
+class Seen(TorchDispatchMode):
+    """Counts our ops that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "compressm":
+            self.ops[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(function, leaves) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+
+def test_eager_mode_goes_straight_to_the_kernel(call):
+    name, function, leaves = call
+    with torch.profiler.profile() as recorded:
+        out = function(*leaves)
+        torch.autograd.grad(out.sum(), leaves)
+        with torch.no_grad():
+            function(*leaves)
+    assert not [event.key for event in recorded.key_averages() if event.key.startswith("compressm::")]
+    assert out.grad_fn.name() == f"{name}Backward"
+    nodes, seen = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    assert [n for n in seen if n.name().startswith(name)] == [out.grad_fn]
+    assert {n.name() for n in seen} <= {f"{name}Backward", "torch::autograd::AccumulateGrad", "UnsqueezeBackward0"}
+
+
+def test_the_gradient_is_that_of_the_op(call):
+    name, function, leaves = call
+    direct = gradients(function, leaves)
+    with Seen() as seen:
+        by_op = gradients(function, leaves)
+    assert seen.ops == {name: 1, f"{name}_backward": 1}
+    assert all(torch.equal(a, b) for a, b in zip(direct, by_op, strict=True))
+
+
+def test_one_argument_at_a_time(call):
+    _, function, leaves = call
+    expected = gradients(function, leaves)
+    for i, grad in enumerate(expected):
+        some = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
+        (alone,) = torch.autograd.grad(function(*some).square().sum(), some[i])
+        assert torch.equal(alone, grad)
+
+
+def test_used_twice(call):
+    _, function, leaves = call
+    expected = gradients(function, leaves)
+    both = torch.autograd.grad(function(*leaves).square().sum() + function(*leaves).square().sum(), leaves)
+    for a, b in zip(both, expected, strict=True):
+        torch.testing.assert_close(a, 2 * b)
+
+
+def test_a_second_derivative_is_refused(call):
+    _, function, leaves = call
+    first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(sum(grad.sum() for grad in first), leaves)
+
+
+def test_compiles_into_one_node(call):
+    name, function, leaves = call
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    out = torch.compile(function, fullgraph=True, backend=backend)(*leaves)
+    assert torch.equal(out, function(*leaves))
+    (graph,) = graphs
+    targets = [str(node.target) for node in graph.graph.nodes if "compressm" in str(node.target)]
+    assert targets == [f"compressm.{name}.default"]
+    actual = gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), leaves)
+    for a, b in zip(actual, gradients(function, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_in_the_backward(call, reentrant):
+    _, function, leaves = call
+    expected = gradients(function, leaves)
+    checkpoint(function, *leaves, use_reentrant=reentrant).square().sum().backward()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
+
+
+def test_hooks_on_saved_tensors(call):
+    _, function, leaves = call
+    expected, packed = gradients(function, leaves), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t.clone(), lambda t: t):
+        out = function(*leaves)
+    assert len(packed) >= len(leaves)
+    actual = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_changed_argument_is_noticed(call):
+    _, function, leaves = call
+    changed = leaves[1] * 1
+    out = function(leaves[0], changed, *leaves[2:])
+    changed.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.sum(), leaves)
+
+
+def test_fake_tensors(call):
+    name, function, leaves = call
+    if name == "selective_scan":
+        pytest.skip("it looks at the values of A")
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(leaf) for leaf in leaves]
+        out = function(*fakes)
+        grads = torch.autograd.grad(out.sum(), fakes)
+    assert out.shape == function(*leaves).shape
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+
+
+def test_traced_into_one_node(call):
+    name, function, leaves = call
+    if name == "selective_scan":
+        pytest.skip("it looks at the values of A")
+    graph = make_fx(function)(*(leaf.detach() for leaf in leaves))
+    assert [str(n.target) for n in graph.graph.nodes if "compressm" in str(n.target)] == [f"compressm.{name}.default"]
+
+
+def test_vectorized(call):
+    _, function, leaves = call
+    first = leaves[0].detach()
+    rest = [leaf.detach() for leaf in leaves[1:]]
+    both = torch.func.vmap(lambda u: function(u, *rest))(torch.stack([first, 2 * first]))
+    assert torch.equal(both, torch.stack([function(first, *rest), function(2 * first, *rest)]))
+
+
+def test_a_kernel_meets_no_wrapped_tensor():
+    def double(x: Tensor) -> Tensor:
+        return torch.from_numpy(2 * x.detach().numpy())  # a wrapped tensor has no memory
+
+    op = CustomOp("compressm_tests::double", double)
+    x = torch.randn(3, 2)
+    assert torch.equal(torch.func.vmap(op)(x), 2 * x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_jit_traces_one_node():
+    function, shapes = CALLS["causal_conv1d"]
+    traced = torch.jit.trace(lambda x, w, b: function(x, w, b), tuple(torch.randn(shape) for shape in shapes))
+    assert [node.kind() for node in traced.graph.nodes() if "compressm" in node.kind()] == ["compressm::causal_conv1d"]
+
+
+def test_under_autocast_and_in_inference_mode(call):
+    _, function, leaves = call
+    expected = function(*leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(function(*leaves), expected)
+    with torch.inference_mode():
+        assert torch.equal(function(*leaves), expected)
