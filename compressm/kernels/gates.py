@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _gates_cpu, _gates_ref
+from compressm.kernels._custom_op import custom_op
 from compressm.kernels._dispatch import Candidate, choose
 
 
@@ -99,7 +100,7 @@ def _launch(op: str, device: str, dtype: torch.dtype, backend: str | None) -> st
     return choose(op, candidates, backend)
 
 
-@torch.library.custom_op("compressm::gelu_dropout", mutates_args=())
+@custom_op("compressm::gelu_dropout")
 def gelu_dropout_op(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """gelu_dropout by the C++ kernels, float32; seed () int64, None for p = 0."""
     return _gates_cpu.gelu_dropout(x, seed, p)
@@ -110,7 +111,7 @@ def _(x, seed, p):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("compressm::gelu_dropout_backward", mutates_args=())
+@custom_op("compressm::gelu_dropout_backward")
 def gelu_dropout_backward_op(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Gradient of x."""
     return _gates_cpu.gelu_dropout_backward(grad_out, x, seed, p)
@@ -130,10 +131,10 @@ def _gelu_backward(ctx, grad_out):
     return gelu_dropout_backward_op(grad_out, *ctx.saved_tensors, ctx.p), None, None
 
 
-gelu_dropout_op.register_autograd(_gelu_backward, setup_context=_gelu_setup_context)
+gelu_dropout_op.register_autograd(_gelu_backward, _gelu_setup_context)
 
 
-@torch.library.custom_op("compressm::glu_dropout_add", mutates_args=())
+@custom_op("compressm::glu_dropout_add")
 def glu_dropout_add_op(pre: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """glu_dropout_add by the C++ kernels, float32; seed () int64, None for p = 0."""
     return _gates_cpu.glu_dropout_add(pre, residual, seed, p)
@@ -144,7 +145,7 @@ def _(pre, residual, seed, p):
     return residual.new_empty(residual.shape)
 
 
-@torch.library.custom_op("compressm::glu_dropout_add_backward", mutates_args=())
+@custom_op("compressm::glu_dropout_add_backward")
 def glu_dropout_add_backward_op(grad_out: Tensor, pre: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Gradient of pre; that of residual is grad_out."""
     return _gates_cpu.glu_dropout_add_backward(grad_out, pre, seed, p)
@@ -166,4 +167,4 @@ def _glu_backward(ctx, grad_out):
     return grad_pre, grad_out, None, None
 
 
-glu_dropout_add_op.register_autograd(_glu_backward, setup_context=_glu_setup_context)
+glu_dropout_add_op.register_autograd(_glu_backward, _glu_setup_context)
