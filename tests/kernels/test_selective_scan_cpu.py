@@ -215,6 +215,13 @@ def test_slow_modes_keep_their_gain(assert_close):
     compare(inputs, assert_close)
 
 
+def test_exponents_in_and_out_of_range(assert_close):
+    inputs = random_inputs(2, 40, 70, 7, without=["z"])
+    inputs["delta"] += torch.linspace(-3, 40, 40, dtype=torch.float64)[:, None]  # dt A from about -0.1 to -1e4
+    inputs["A"] = -torch.logspace(0, 2.4, 7, dtype=torch.float64).expand(40, 7).clone()
+    compare(inputs, assert_close)
+
+
 def test_states_and_inputs_that_vanish_cost_no_more():
     inputs = {k: v if v is None else v.float() for k, v in random_inputs(1, 16, 64, 4, without=["z"]).items()}
     inputs["u"] = torch.zeros_like(inputs["u"])
