@@ -49,7 +49,6 @@ ACCESS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "autocast dtype": (lambda: torch.get_autocast_dtype("cpu"), lambda v: torch.set_autocast_dtype("cpu", v)),
     "cudnn benchmark": _flag(torch.backends.cudnn, "benchmark"),
     "cudnn deterministic": _flag(torch.backends.cudnn, "deterministic"),
-    "opt_einsum": _flag(torch.backends.opt_einsum, "enabled"),
 }
 
 

@@ -22,7 +22,6 @@ CHANGES = {
     "autocast dtype": lambda: torch.set_autocast_dtype("cpu", torch.float16),
     "cudnn benchmark": lambda: setattr(torch.backends.cudnn, "benchmark", True),
     "cudnn deterministic": lambda: setattr(torch.backends.cudnn, "deterministic", True),
-    "opt_einsum": lambda: setattr(torch.backends.opt_einsum, "enabled", False),
 }
 
 

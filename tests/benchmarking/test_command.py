@@ -97,6 +97,15 @@ def test_a_wrong_answer_has_no_time_and_an_exit_code(monkeypatch, tmp_path):
     assert len(Run.load(path).failed) == 2
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C reaches Python even where the shell started it in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_it_ends_quietly(monkeypatch, tmp_path):
     right = op_problems.Problem.contender
 
