@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import global_state
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose own functions are decorated then
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, which poisoned_memory asks for
 
+AT_START = global_state.read()
 DATA = Path(__file__).parent / "data"
 
 # Largest relative error (2-norm of the difference over 2-norm of the oracle) by dtype; nothing loosens it.
@@ -49,10 +51,20 @@ def assert_close():
 def poisoned_memory():
     """Memory that a kernel allocates and does not write holds NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True)
+def as_found():
+    """A test leaves the process as the first one found it, so that no result depends on which tests ran before."""
+    yield
+    changed = global_state.restore(AT_START)
+    assert not changed, "the test leaves state behind: " + "; ".join(changed)
 
 
 @pytest.fixture(autouse=True)
