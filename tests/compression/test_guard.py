@@ -391,6 +391,9 @@ def test_a_state_on_probation_is_checked(whole):
         ({"model": None}, "snapshot"),
         ({"homes": {"a": "nowhere"}}, "snapshot"),
         ({"progress": {"step": 1}}, "Compressor.state_dict"),
+        ({"random": {}}, "random states: malformed"),
+        ({"random": {**snapshot["random"], "torch": torch.zeros(3)}}, "torch does not take that of cpu"),
+        ({"random": {**snapshot["random"], "numpy": {**snapshot["random"]["numpy"], "position": 625}}}, "numpy is malformed"),
     ]
     for change, match in changes:
         guard = {**state["guard"], "probation": {**state["guard"]["probation"], "snapshot": {**snapshot, **change}}}
@@ -407,6 +410,27 @@ def test_a_state_on_probation_is_checked(whole):
     assert fresh.step_count == 0
     fresh.load_state_dict(state)
     assert same(fresh.state_dict(), state)
+
+
+def test_random_states_as_the_libraries_give_them_come_back(whole):
+    """Files hold tuples of Python and numpy where they were written so; on another number of GPUs, these keep theirs."""
+    one = whole()
+    compressor = one.guarded(compressm.Rollback(Script(1.0, 1.0, 2.0), recovery=2, failures=1))
+    one.steps(compressor, 3)
+    state = compressor.state_dict()
+    saved = dict(state["guard"]["probation"]["snapshot"]["random"])
+    random.seed(3)
+    np.random.seed(4)  # noqa: NPY002
+    np.random.normal()  # noqa: NPY002
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    saved |= {"python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest)}
+    saved["cuda"] = [torch.get_rng_state()] * (torch.cuda.device_count() + 1)
+    expected = [random.random(), random.gauss(), np.random.normal(), np.random.random()]  # noqa: NPY002
+    state["guard"]["probation"]["snapshot"]["random"] = saved
+    compressor.load_state_dict(state)
+    reports = one.steps(compressor, 2)
+    assert reports[-1].outcome == "rolled back"
+    assert [random.random(), random.gauss(), np.random.normal(), np.random.random()] == expected  # noqa: NPY002
 
 
 def test_objects_that_were_not_registered_in_time(whole):
