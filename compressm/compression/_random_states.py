@@ -25,7 +25,7 @@ def capture(model: nn.Module) -> dict[str, Any]:
         "numpy": {
             "words": torch.from_numpy(key.astype(np.int64)), "position": int(position), "gauss": [int(has_gauss), float(cached)]
         },
-        "python": {"words": torch.tensor(words[:-1]), "position": words[-1], "gauss": gauss},
+        "python": {"words": torch.tensor(words[:-1], device="cpu"), "position": words[-1], "gauss": gauss},
     }  # fmt: skip
 
 
@@ -53,6 +53,24 @@ def check(state: Any, model: nn.Module) -> None:
         raise CheckpointError("random states: that of numpy is malformed")
     if state["python"]["gauss"] is not None and type(state["python"]["gauss"]) is not float:
         raise CheckpointError("random states: that of python is malformed")
+
+
+def adopted(state: Any, model: nn.Module) -> Any:
+    """A state from another machine, or with tuples as Python and numpy give them, in the form that :func:`check` judges.
+
+    Where the model is on another number of GPUs now, their generators stay as they are.
+    """
+    if not isinstance(state, Mapping):
+        return state
+    state, devices = dict(state), _devices(model)
+    if isinstance(state.get("cuda"), list) and len(state["cuda"]) != len(devices):
+        state["cuda"] = [torch.cuda.get_rng_state(device) for device in devices]
+    if isinstance(part := state.get("python"), tuple) and len(part) == 3:
+        *words, position = part[1]
+        state["python"] = {"words": torch.tensor(words, device="cpu"), "position": position, "gauss": part[2]}
+    if isinstance(part := state.get("numpy"), tuple) and len(part) == 5:
+        state["numpy"] = {"words": part[1], "position": part[2], "gauss": list(part[3:])}
+    return state
 
 
 def restore(state: Mapping[str, Any], model: nn.Module) -> None:

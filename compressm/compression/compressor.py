@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from compressm.compression._batches import replayable
-from compressm.compression._types import fits
 from compressm.compression.audit import Ema, check_ema, check_optimizers
 from compressm.compression.cadence import Cadence
 from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish, log
-from compressm.compression.guard import Guard, Rollback, check_progress
+from compressm.compression.guard import Guard, Rollback
 from compressm.compression.moments import check_moments
 from compressm.compression.optimizer_state import masters_of
 from compressm.compression.planning import (
@@ -30,16 +29,12 @@ from compressm.compression.planning import (
     raised,
 )
 from compressm.compression.policies import Policy, check_multiple
+from compressm.compression.progress import STATE_FORMAT, check_progress, check_state
 from compressm.compression.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
 from compressm.compression.schedules import Look, Schedule, ScheduleWarning
 from compressm.compression.snapshot import Parts, check_registrable
 from compressm.errors import CompressmError, bad_argument
 
-STATE_FORMAT = 1
-STATE_TYPES = {
-    "format": int, "recipe": str, "step": int, "attempts": int, "kept": dict[str, float], "ranks": dict[str, int],
-    "history": list[dict],
-}  # fmt: skip
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -283,13 +278,8 @@ class Compressor:
                 f"Compressor.step() was never called, expected one call after every optimizer.step() "
                 f"(first reduction due at step {self.schedule.steps[0]}). The model has not been compressed"
             )
-        if self.guard is not None and (now := self.guard.probation) is not None:
-            warnings.warn(
-                f"training ended at step {self._step}, but the reduction of step {now.began} would only have been validated at "
-                f"step {now.until}; shorten the guard's recovery, or train while compressor.step_count < total_steps",
-                ScheduleWarning,
-                stacklevel=2,
-            )
+        if self.guard is not None:
+            self.guard.warn_unvalidated(self._step)
         missed = [self._step + 1] * self._waiting + [step for step in self.schedule.steps if step > self._step]
         if (self.guard is not None and self.guard.stopped) or (self.schedule.adaptive and self._reduced):
             return
@@ -344,29 +334,9 @@ class Compressor:
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ArgumentError unless ``state`` fits this compressor's recipe and layers (ranks may differ)."""
-        if not isinstance(state, Mapping) or (missing := sorted(STATE_TYPES.keys() - state.keys())):
-            got = f"without {', '.join(missing)}" if isinstance(state, Mapping) else type(state).__name__
-            raise bad_argument("state_dict", got=got, expected="what Compressor.state_dict() returned")
-        for key, hint in STATE_TYPES.items():
-            if not fits(state[key], hint):
-                raise bad_argument(f"state_dict {key}", got=f"{state[key]!r:.80}", expected=f"a value of type {hint}")
-        if min(state["step"], state["attempts"]) < 0 or not all(0 < kept <= 1 for kept in state["kept"].values()):
-            got = f"step {state['step']}, attempts {state['attempts']}, kept {state['kept']}"
-            raise bad_argument("state_dict", got=got, expected="counts, and fractions in (0, 1]")
-        if state["format"] != STATE_FORMAT:
-            raise bad_argument("state_dict format", got=state["format"], expected=str(STATE_FORMAT))
-        if state["recipe"] != self.recipe.name:
-            raise bad_argument("recipe", got=self.recipe.name, expected=f"{state['recipe']!r}, as in the saved run")
-        if set(state["kept"]) != set(self.layers) or set(state["ranks"]) != set(self.layers):
-            got, expected = f"layers {sorted(state['ranks'])}", f"layers {sorted(self.layers)}"
-            raise bad_argument("state_dict", got=got, expected=expected)
-        for report in state["history"]:
-            report_from_dict(report)
-        check_progress(state, self.layers)
+        check_state(state, self.recipe.name, self.layers)
         if (saved := state.get("guard")) is None:
             return
-        if not isinstance(saved, Mapping) or "probation" not in saved:
-            raise bad_argument("state_dict guard", got=f"{saved!r:.80}", expected="what Compressor.state_dict() returned")
         if self.guard is not None:
             if (progress := self.guard.check(saved, self._parts())) is not None:
                 check_progress(progress, self.layers)

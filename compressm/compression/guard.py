@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from compressm.compression._team import Team
 from compressm.compression._undisturbed import undisturbed
 from compressm.compression.planning import Planned
+from compressm.compression.progress import is_number
 from compressm.compression.report import GuardReport
 from compressm.compression.schedules import Schedule, ScheduleWarning
 from compressm.compression.snapshot import Parts, Snapshot, check
@@ -81,7 +82,7 @@ class Rollback:
             raise bad_argument("mode", got=repr(self.mode), expected='"min" or "max"')
         for name in ("tolerance", "jump"):
             value = getattr(self, name)
-            if not (name == "jump" and value is None) and not (_number(value) and 0 <= value < math.inf):
+            if not (name == "jump" and value is None) and not (is_number(value) and 0 <= value < math.inf):
                 raise bad_argument(name, got=repr(value), expected="a number, at least 0")
         fraction = isinstance(self.recovery, float) and 0 < self.recovery < 1
         steps = type(self.recovery) is int and self.recovery >= 1
@@ -199,31 +200,61 @@ class Guard:
             NumericalError: the metric is not finite before the reduction; nothing has changed.
         """
         self._warn_unregistered(parts)
-        started, rule = time.perf_counter(), self.rule
+        started, rule, step = time.perf_counter(), self.rule, progress["step"]
+        reference = self._reference(parts, untouched=not progress["reduced"])
+        snapshot = Snapshot.take(parts, progress, rule.disk_bytes, rule.folder)
+        done, value, tried = self._try(parts, planned, snapshot, reference, execute, gentler)
+        words = "" if rule.jump is None else f"metric {reference:.5g} before the cut, right after it {', '.join(tried)}"
+        if done is not None:
+            self.probation = Probation(step, step + self.window, snapshot)
+            return done, words
+        words += f", allowed is {rule.jump:g} worse"
+        return GuardReport(step, time.perf_counter() - started, "refused", words, parts.ranks, value, reference, step)
+
+    def _reference(self, parts: Parts, *, untouched: bool) -> float:
+        """What the metric right after a cut is compared with; of a model without reductions, ``best`` hears of it too."""
+        rule = self.rule
         before = self._measure(parts, rule.evaluate, "evaluate")
-        quick, name = (rule.evaluate, "evaluate") if rule.quick is None else (rule.quick, "quick")
-        reference = before if rule.quick is None or rule.jump is None else self._measure(parts, quick, name)
+        reference = before if rule.quick is None or rule.jump is None else self._measure(parts, rule.quick, "quick")
         for value in (before, reference):
             if not math.isfinite(value):
                 raise NumericalError(
                     f"guard: the metric is {value} before the reduction, expected a finite number to compare with. Has "
                     "training diverged?"
                 )
-        if not progress["reduced"]:
+        if untouched:
             self.best = before if self.best is None else rule.better(self.best, before)
-        snapshot = Snapshot.take(parts, progress, rule.disk_bytes, rule.folder)
-        tried: list[str] = []
-        cut = passed = False
+        return reference
+
+    def _try(
+        self,
+        parts: Parts,
+        planned: Planned | None,
+        snapshot: Snapshot,
+        reference: float,
+        execute: Callable[[Planned], None],
+        gentler: Callable[[Planned], Planned | None],
+    ) -> tuple[Planned | None, float, list[str]]:
+        """Cut by a plan, then by gentler ones, until the metric allows it.
+
+        Returns:
+            the plan that is in force, or None with everything put back and the snapshot closed; the last value of the metric;
+            words on every cut.
+        """
+        rule, tried = self.rule, []
+        quick, name = (rule.evaluate, "evaluate") if rule.quick is None else (rule.quick, "quick")
+        value, cut, passed = reference, False, False
         try:
-            while not passed and planned is not None and len(tried) <= rule.tries:
+            while planned is not None and len(tried) <= rule.tries:
                 execute(planned)
                 cut = True
                 value = reference if rule.jump is None else self._measure(parts, quick, name)
-                passed = rule.jump is None or rule.passes(value, reference, rule.jump)
                 tried.append(f"{value:.5g} with {'/'.join(map(str, planned.plan.ranks.values()))} states")
-                if not passed:
-                    snapshot.restore(parts)
-                    cut, planned = False, gentler(planned)
+                passed = rule.jump is None or rule.passes(value, reference, rule.jump)
+                if passed:
+                    return planned, value, tried
+                snapshot.restore(parts)
+                cut, planned = False, gentler(planned)
         except BaseException:
             if cut:
                 snapshot.restore(parts)
@@ -231,13 +262,7 @@ class Guard:
         finally:
             if not passed:
                 snapshot.close()
-        words = "" if rule.jump is None else f"metric {reference:.5g} before the cut, right after it {', '.join(tried)}"
-        step = progress["step"]
-        if passed:
-            self.probation = Probation(step, step + self.window, snapshot)
-            return planned, words
-        words += f", allowed is {rule.jump:g} worse"
-        return GuardReport(step, time.perf_counter() - started, "refused", words, parts.ranks, value, reference, step)
+        return None, value, tried
 
     def validate(self, parts: Parts, step: int, more: Callable[[], int | None]) -> tuple[GuardReport, Any]:
         """Judge the reduction on probation; puts everything back if it fails.
@@ -277,6 +302,16 @@ class Guard:
         seconds = time.perf_counter() - started
         return GuardReport(step, seconds, outcome, reason, parts.ranks, value, self.best, resumed), progress
 
+    def warn_unvalidated(self, step: int) -> None:
+        """Warn, in the name of the caller's caller, if training ends at a step with a reduction on probation."""
+        if (now := self.probation) is not None:
+            warnings.warn(
+                f"training ended at step {step}, but the reduction of step {now.began} would only have been validated at "
+                f"step {now.until}; shorten the guard's recovery, or train while compressor.step_count < total_steps",
+                ScheduleWarning,
+                stacklevel=3,
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """A JSON tree; with a reduction on probation it holds the tensors that were put aside as well."""
         probation = None
@@ -291,10 +326,10 @@ class Guard:
             the Compressor's progress that a rollback would go back to, or None.
         """
         fine = isinstance(state, Mapping) and {"best", "failures", "probation"} <= state.keys()
-        fine = fine and _number(state["failures"]) and (state["best"] is None or _number(state["best"]))
+        fine = fine and is_number(state["failures"]) and (state["best"] is None or is_number(state["best"]))
         probation = state["probation"] if fine else None
         if fine and probation is not None:
-            fine = isinstance(probation, Mapping) and _number(probation.get("began")) and _number(probation.get("until"))
+            fine = isinstance(probation, Mapping) and is_number(probation.get("began")) and is_number(probation.get("until"))
         if not fine:
             raise bad_argument("state_dict guard", got=repr(state)[:80], expected="what Compressor.state_dict() returned")
         if probation is None:
@@ -334,17 +369,3 @@ class Guard:
                 ScheduleWarning,
                 stacklevel=5,
             )
-
-
-def check_progress(progress: Any, layers: Collection[str]) -> None:
-    """Raise ArgumentError unless ``progress`` is what a Compressor of these layers says of itself."""
-    kept = progress.get("kept") if isinstance(progress, Mapping) else None
-    fine = isinstance(kept, Mapping) and set(kept) == set(layers) and all(map(_number, kept.values()))
-    counts = [progress.get("step"), progress.get("attempts"), progress.get("reduced", 0)] if fine else [None]
-    remembered = isinstance(progress.get("memory") if fine else None, Mapping | None)
-    if not remembered or not all(type(count) is int and count >= 0 for count in counts):
-        raise bad_argument("state_dict", got=repr(progress)[:80], expected="what Compressor.state_dict() returned")
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -23,6 +23,22 @@ NEEDED: tuple[tuple[tuple[type, ...], frozenset[str]], ...] = (
 )
 
 
+def named_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """Names of the parameters in every group of an optimizer.
+
+    Raises:
+        OptimizerError: a parameter in a group is not the model's.
+    """
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        foreign = [tuple(p.shape) for p in group["params"] if id(p) not in known]
+        if foreign:
+            raise OptimizerError(
+                f"optimizer: group {index} holds parameters that are not the model's (shapes {foreign[:3]}), expected its own"
+            )
+    return [[known[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """``optimizer.state_dict()`` with parameter names for numbers: {"groups", "state", "more"}.
 
@@ -30,7 +46,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
         OptimizerError: a parameter in a group is not the model's.
         CheckpointError: there is state of something that is no parameter, which would be lost.
     """
-    names = _names(optimizer, model)
+    names = [name for group in named_groups(optimizer, model) for name in group]
     packed = optimizer.state_dict()
     state = {}
     for number, entries in packed["state"].items():
@@ -56,9 +72,7 @@ def check_optimizer_state(
     Raises:
         CheckpointError: it does not fit.
     """
-    names = _names(optimizer, model)
-    numbers = {name: number for number, name in enumerate(names)}
-    now = [[names[number] for number in group["params"]] for group in _numbered(optimizer)]
+    now = named_groups(optimizer, model)
     if not isinstance(saved, Mapping) or saved.keys() != {"groups", "state", "more"}:
         raise CheckpointError("optimizer state is malformed")
     groups, state, more = saved["groups"], saved["state"], saved["more"]
@@ -67,28 +81,31 @@ def check_optimizer_state(
         raise CheckpointError("its optimizer groups hold other parameters, expected those of this optimizer")
     if not isinstance(state, Mapping) or not isinstance(more, Mapping) or {"state", "param_groups"} & more.keys():
         raise CheckpointError("optimizer state is malformed")
-    groups = [
-        {**group, **{key: own[key] for key in IMPLEMENTATION if key in own}}
-        for group, own in zip(groups, optimizer.param_groups, strict=True)
-    ]
     for index, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         _check_group(f"optimizer group {index}", group, own)
         _check_ranges(f"optimizer group {index}", group, type(optimizer))
     amsgrad = {name for group in groups if group.get("amsgrad") for name in group["params"]}
     needed = next((keys for classes, keys in NEEDED if isinstance(optimizer, classes)), frozenset())
     for name, entries in state.items():
-        if name not in numbers or not isinstance(entries, Mapping):
+        if not any(name in group for group in now) or not isinstance(entries, Mapping):
             raise CheckpointError(f"optimizer state of {name!r:.80}, expected a parameter of this optimizer")
         held = {key for key, value in entries.items() if value is not None or key == "momentum_buffer"}  # SGD's begins as None
         if lost := sorted((needed | ({"max_exp_avg_sq"} if name in amsgrad else set())) - held):
             raise CheckpointError(f"optimizer state of {name!r} has no {', '.join(lost)}")
         for key, value in entries.items():
             _check_entry(f"optimizer state {key!s:.80} of {name!r}", key, value, parameters[name])
-    return {
-        **more,
-        "state": {numbers[name]: dict(entries) for name, entries in state.items()},
-        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
-    }
+    return {**more, **numbered(optimizer, model, saved)}
+
+
+def numbered(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """State and groups from :func:`pack_optimizer` with numbers for names, every group computing as the optimizer's own."""
+    names = [name for group in named_groups(optimizer, model) for name in group]
+    numbers = {name: number for number, name in enumerate(names)}
+    groups = [
+        {**group, **{key: own[key] for key in IMPLEMENTATION if key in own}, "params": [numbers[n] for n in group["params"]]}
+        for group, own in zip(saved["groups"], optimizer.param_groups, strict=True)
+    ]
+    return {"state": {numbers[name]: dict(entries) for name, entries in saved["state"].items()}, "param_groups": groups}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, ready: Mapping[str, Any], exact: set[int]) -> None:
@@ -146,30 +163,9 @@ def keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return undo
 
 
-def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Names of the optimizer's parameters, in its order."""
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
-    for index, group in enumerate(optimizer.param_groups):
-        foreign = [tuple(p.shape) for p in group["params"] if id(p) not in known]
-        if foreign:
-            raise OptimizerError(
-                f"optimizer: group {index} holds parameters that are not the model's (shapes {foreign[:3]}), expected its own"
-            )
-    return [known[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _numbered(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Groups that number their parameters as in ``state_dict``."""
-    first, result = 0, []
-    for group in optimizer.param_groups:
-        result.append({"params": range(first, first + len(group["params"]))})
-        first += len(group["params"])
-    return result
-
-
 def _check_group(where: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Hyperparameters must be of the kind that the optimizer has; others, such as a scheduler's ``initial_lr``, are kept."""
-    for key in saved.keys() & own.keys() - {"params"}:
+    for key in saved.keys() & own.keys() - {"params", *IMPLEMENTATION}:
         if not _alike(saved[key], own[key]):
             raise CheckpointError(f"{where}: {key} is {saved[key]!r:.80}, expected one like {own[key]!r:.80}")
 

@@ -28,9 +28,10 @@ from compressm.compression.compressor import Compressor
 from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers
 from compressm.compression.manifest import persistent
+from compressm.compression.packed_optimizer import load_optimizer_state, named_groups, numbered, pack_optimizer
 from compressm.compression.planning import compressible_layers
 from compressm.compression.surgery import reshape
-from compressm.errors import CheckpointError, OptimizerError
+from compressm.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "compressm.json"
@@ -59,7 +60,8 @@ def save_sharded(
         extra: anything else, a tree of None, bool, int, float, str, list, tuple, dict and tensors, the same everywhere.
 
     Raises:
-        CheckpointError: there is a checkpoint in the folder already, or it cannot be written.
+        CheckpointError: there is a checkpoint in the folder already, it cannot be written, or an optimizer has state of
+            something that is no parameter.
         OptimizerError: a parameter in a group is not the model's.
     """
     folder, optimizers = Path(folder), as_optimizers(optimizer)
@@ -71,7 +73,7 @@ def save_sharded(
         "compressm": compressm.__version__,
         "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
         "model": encode(persistent(team.model), "model", tensors),
-        "optimizers": encode([_optimizer_state(o, team.model) for o in optimizers], "optimizers", tensors),
+        "optimizers": encode([_pack_optimizer(o, team.model) for o in optimizers], "optimizers", tensors),
         "compressor": None if compressor is None else compressor.state_dict(),
         "extra": encode(extra, "extra", tensors),
     }
@@ -104,7 +106,8 @@ def load_sharded(
     Raises:
         CheckpointError: no such checkpoint, from a newer version, not of this model, or not readable.  Nothing has changed,
             unless files are damaged: then a part may have been read, and the message says so.
-        ArgumentError: the compressor has another recipe or other layers; nothing has changed.
+        ArgumentError, OptimizerError: the compressor has another recipe or other layers, or a parameter in an optimizer's group
+            is not the model's; nothing has changed.
     """
     folder, optimizers = Path(folder), as_optimizers(optimizer)
     team = team_of(model, optimizers)
@@ -123,7 +126,7 @@ def load_sharded(
     with _about(folder, "; a part may have been read, load an earlier checkpoint"):
         dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=_group(team))
     for item, saved in zip(optimizers, manifest["optimizers"], strict=False):
-        _load_optimizer(item, team.model, decode(saved, targets))
+        _load_optimizer(item, team.model, decode(saved, targets), manifest)
     extra = decode(manifest["extra"], targets)
     if compressor is not None:
         compressor.load_state_dict(manifest["compressor"])
@@ -131,25 +134,19 @@ def load_sharded(
     return extra
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+def _pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """Groups and state by parameter name."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    foreign = [tuple(p.shape) for p in parameters if id(p) not in names]
-    if foreign:
-        raise OptimizerError(f"optimizer: holds parameters that are not the model's (shapes {foreign[:3]}), expected its own")
-    groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
-    return {"groups": groups, "state": {names[id(p)]: dict(optimizer.state[p]) for p in parameters if optimizer.state.get(p)}}
+    packed = pack_optimizer(optimizer, model)
+    if more := packed.pop("more"):
+        raise CheckpointError(f"{type(optimizer).__name__}: its state_dict has {sorted(more)}, which shards do not hold")
+    return packed
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    numbers: dict[str, int] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            numbers[names[id(parameter)]] = len(numbers)
-    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in saved["groups"]]
-    optimizer.load_state_dict({"state": {numbers[name]: s for name, s in saved["state"].items()}, "param_groups": groups})
+def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Any, manifest: Mapping[str, Any]) -> None:
+    names = [name for group in named_groups(optimizer, model) for name in group]
+    dtypes = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
+    exact = {number for number, name in enumerate(names) if manifest["tensors"][f"model/{name}"][0] == dtypes[name]}
+    load_optimizer_state(optimizer, numbered(optimizer, model, saved), exact)
 
 
 def _check(folder: Path, manifest: Mapping[str, Any], team: Team, layers: Layers, optimizers: Sequence[Any]) -> list[str]:
@@ -169,8 +166,7 @@ def _check(folder: Path, manifest: Mapping[str, Any], team: Team, layers: Layers
     if held != shapes:
         wrong = [name for name in sorted(held.keys() | shapes.keys()) if held.get(name) != shapes.get(name)]
         raise CheckpointError(f"{folder}: does not fit the model: {wrong[:4]}. Build it as it was saved")
-    names = {id(parameter): name for name, parameter in team.model.named_parameters()}
-    now = [[[names.get(id(p)) for p in group["params"]] for group in o.param_groups] for o in optimizers]
+    now = [named_groups(optimizer, team.model) for optimizer in optimizers]
     saved = [[group["params"] for group in state["groups"]] for state in manifest["optimizers"]]
     if optimizers and saved != now:
         raise CheckpointError(f"{folder}: its optimizer groups hold other parameters, expected those of these optimizers")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter
 from compressm.adapters.base import holder, parameter_at
+from compressm.compression import _random_states
 from compressm.compression.audit import Ema, Optimizers, ema_layer, full_name
 from compressm.compression.shelf import Shelf
 from compressm.compression.surgery import reshape
-from compressm.errors import ArgumentError, bad_argument
+from compressm.errors import ArgumentError, CheckpointError, bad_argument
 
 Getter = Callable[[str], Tensor]
 SECTIONS = ("ranks", "model", "optimizers", "ema", "registered", "random", "progress")
@@ -94,7 +93,7 @@ class Snapshot:
             "optimizers": [_optimizer_state(optimizer, parts.model) for optimizer in parts.optimizers],
             "ema": _module_state(parts.ema) if isinstance(parts.ema, nn.Module) else parts.ema,
             "registered": {name: _registered_state(item) for name, item in parts.registered.items()},
-            "random": _random_state(),
+            "random": _random_states.capture(parts.model),
             "progress": progress,
         }
         return cls(tree, disk_bytes, folder)
@@ -133,7 +132,7 @@ class Snapshot:
         Raises:
             ArgumentError: model, optimizers or registered objects are others than they were; nothing has changed.
         """
-        check(self._state(lambda name: torch.empty(self._shapes[name], device="meta")), parts)
+        _check_layout(self._state(lambda name: torch.empty(self._shapes[name], device="meta")), parts)
         reshape(parts.model, parts.layers, self.ranks, parts.optimizers)
         get = self._tensors.__getitem__
         with torch.no_grad():
@@ -154,7 +153,7 @@ class Snapshot:
                 _fill_optimizer(optimizer, _join(self._tree["optimizers"][index], self._fresh(devices)), parts.model)
         for name, item in parts.registered.items():
             _fill_registered(item, _join(self._tree["registered"][name], self._fresh(devices)))
-        _set_random(_join(self._tree["random"], get))
+        _random_states.restore(_random_states.adopted(_join(self._tree["random"], get), parts.model), parts.model)
         return _join(self._tree["progress"], get)
 
     def _fresh(self, devices: list[torch.device]) -> Getter:
@@ -188,6 +187,15 @@ def check_registrable(name: str, item: Any) -> None:
 
 def check(state: Any, parts: Parts) -> None:
     """Raise ArgumentError unless a snapshot's state fits model, optimizers, EMA and registered objects."""
+    _check_layout(state, parts)
+    try:
+        _random_states.check(_random_states.adopted(state["random"], parts.model), parts.model)
+    except (CheckpointError, TypeError, ValueError, RuntimeError) as error:
+        raise bad_argument("snapshot", got=str(error), expected="a Compressor's state") from error
+
+
+def _check_layout(state: Any, parts: Parts) -> None:
+    """All but the values of tensors."""
     try:
         _check_names(state, parts)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -350,19 +358,3 @@ def _fill_registered(item: Any, state: Any) -> None:
     else:
         item.load_state_dict(state)
 
-
-def _random_state() -> dict[str, Any]:
-    """Of Python, numpy and torch, with every GPU that is in use."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    numpy = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": list(cuda)}
-
-
-def _set_random(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

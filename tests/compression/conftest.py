@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from compression.guard_cases import Whole
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from compressm.layers import LRU
 
@@ -61,6 +65,23 @@ def training():
         run = Training(model, optimizer(model.parameters(), **({"lr": 1e-2} | options)))
         run.step(steps)
         return run
+
+    return build
+
+
+@pytest.fixture
+def whole(training):
+    """whole(optimizer class, EMA: "module", "dict" or None, **options of training)."""
+
+    def build(optimizer=torch.optim.AdamW, ema=None, **options):
+        run = training(optimizer, **options)
+        run.model.register_buffer("volatile", torch.zeros(2, dtype=torch.float64), persistent=False)
+        averaged = {"module": AveragedModel, "dict": lambda m: copy.deepcopy(dict(m.named_parameters()))}.get(ema)
+        if averaged is not None:
+            averaged = averaged(run.model)
+            if isinstance(averaged, dict):
+                averaged = {name: p.detach() for name, p in averaged.items()}
+        return Whole(run, averaged)
 
     return build
 
