@@ -12,10 +12,10 @@
 #include <array>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "causal_conv1d.h"
 #include "diagonal_scan.h"
+#include "partial_sums.h"
 
 namespace compressm {
 namespace {
@@ -56,22 +56,6 @@ void check_width(int64_t width) {
 int64_t round_up(int64_t n) { return (n + kVector - 1) / kVector * kVector; }
 
 int64_t stretches_of(int64_t length) { return (length + kStretch - 1) / kStretch; }
-
-// Sum over the first axis of (partials, n), in order.
-Tensor sum_partials(const Tensor& partials) {
-  const int64_t count = partials.size(0), n = partials.numel() / std::max<int64_t>(count, 1);
-  Tensor total = at::empty({n}, partials.options());
-  const float* in = partials.const_data_ptr<float>();
-  float* out = total.data_ptr<float>();
-  at::parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
-    std::vector<double> sums(end - begin, 0.0);
-    for (int64_t p = 0; p < count; ++p) {
-      for (int64_t j = begin; j < end; ++j) sums[j - begin] += in[p * n + j];
-    }
-    std::copy(sums.begin(), sums.end(), out + begin);
-  });
-  return total;
-}
 
 // A task of the channel form: the steps [start, stop) of the channels [channel, channel + channels) of one sequence.
 struct Task {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compressm.layers import Mamba
+from compressm.layers import Mamba, RMSNorm
 
 BYTES = 256
 EXPAND = 2  # inner channels of a Mamba layer per channel of the model
@@ -24,7 +24,7 @@ class MambaBlock(nn.Module):
 
     def __init__(self, d_model: int, d_state: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = RMSNorm(d_model, eps=1e-5)
         self.mamba = Mamba(d_model, d_state, expand=EXPAND)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(BYTES, d_model)
         self.blocks = nn.ModuleList(MambaBlock(d_model, n) for n in d_states)
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = RMSNorm(d_model, eps=1e-5)
         nn.init.normal_(self.embedding.weight, std=0.02)
         with torch.no_grad():
             for block in self.blocks:

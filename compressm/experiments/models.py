@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.kernels import gelu_dropout, glu_dropout_add
-from compressm.layers import LRU
+from compressm.layers import LRU, LayerNorm
 
 
 class SequenceBlock(nn.Module):
@@ -23,7 +23,7 @@ class SequenceBlock(nn.Module):
 
     def __init__(self, d_model: int, d_state: int, dropout: float, r_min: float, r_max: float, max_phase: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = LayerNorm(d_model)
         self.lru = LRU(d_model, d_state, r_min=r_min, r_max=r_max, max_phase=max_phase)
         self.glu = nn.Linear(d_model, 2 * d_model)
         self.dropout = nn.Dropout(dropout)
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
         self.register_buffer("std", std.clone())
         self.encoder = nn.Linear(channels, d_model)
         self.blocks = nn.ModuleList(SequenceBlock(d_model, n, dropout, r_min, r_max, max_phase) for n in d_states)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = LayerNorm(d_model)
         self.decoder = nn.Linear(d_model, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gates import gelu_dropout, glu_dropout_add
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
+from compressm.kernels.norms import layer_norm, rms_norm
 from compressm.kernels.planning import plan
 from compressm.kernels.selective_scan import selective_scan
 from compressm.kernels.selective_state_update import selective_state_update
@@ -20,9 +21,11 @@ __all__ = [
     "glu_dropout_add",
     "gramians",
     "gramians_many",
+    "layer_norm",
     "lti_scan",
     "lti_scan_planar",
     "plan",
+    "rms_norm",
     "selective_scan",
     "selective_state_update",
 ]

@@ -1,6 +1,7 @@
-"""Drop-in state-space layers, plain ``nn.Module``s."""
+"""Drop-in state-space layers and norms, plain ``nn.Module``s."""
 
 from compressm.layers.lru import LRU
 from compressm.layers.mamba import Mamba
+from compressm.layers.norms import LayerNorm, RMSNorm
 
-__all__ = ["LRU", "Mamba"]
+__all__ = ["LRU", "LayerNorm", "Mamba", "RMSNorm"]

@@ -1,0 +1,117 @@
+"""Layer and RMS normalisation over the last axis, fast on CPU where rows are short."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressm.errors import bad_argument
+from compressm.kernels import _cpp, _norms_cpu, _norms_ref
+from compressm.kernels._custom_op import custom_op
+from compressm.kernels._dispatch import Candidate, choose
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, backend: str | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, as ``torch.nn.functional.layer_norm``.
+
+    The backward computes mean and variance again, so that only x and weight are kept for it.
+
+    Args:
+        x: (..., H), float32, bfloat16 or float16 (float64 on the reference); any strides.
+        weight: (H,), any real dtype.
+        bias: (H,), or None.
+        eps: added to the variance.
+        backend: ``"cpp"`` or ``"reference"``, which is torch's own; None chooses.
+
+    Returns:
+        (..., H) in x's dtype.  x, weight and bias are differentiable.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit.
+        BackendError: the named backend cannot run.
+    """
+    _check_rows(x)
+    _check_channels("weight", weight, x)
+    if bias is not None:
+        _check_channels("bias", bias, x)
+    return _normalise("layer_norm", x, weight, bias, eps, True, backend)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
+    """x / sqrt(mean square + eps) * weight over the last axis, as ``torch.nn.functional.rms_norm``.
+
+    Arguments, result and errors as in :func:`layer_norm`.
+    """
+    _check_rows(x)
+    _check_channels("weight", weight, x)
+    return _normalise("rms_norm", x, weight, None, eps, False, backend)
+
+
+def _normalise(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, backend: str | None
+) -> Tensor:
+    chosen = _launch(op, x.device.type, x.dtype, backend)
+    if chosen == "reference" or x.numel() == 0:
+        return _norms_ref.norm(x, weight, bias, eps, centred)
+    bias = None if bias is None else bias.float()
+    return norm_op(x.float(), weight.float(), bias, float(eps), centred).to(x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _launch(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
+    """The backend that runs; torch.compile takes it as a constant while it traces."""
+    candidates = (Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None))
+    return choose(op, candidates, backend)
+
+
+@custom_op("compressm::norm")
+def norm_op(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
+    """A layer norm, or an RMS norm unless ``centred``, by the C++ kernels; x (..., H), weight and bias (H,) are float32."""
+    return _norms_cpu.forward(x, weight, bias, eps, centred)
+
+
+@norm_op.register_fake
+def _(x, weight, bias, eps, centred):
+    return x.new_empty(x.shape)
+
+
+@custom_op("compressm::norm_backward")
+def norm_backward_op(
+    grad_out: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x, weight, bias); the last is empty unless ``centred``."""
+    return _norms_cpu.backward(grad_out, x, weight, eps, centred)
+
+
+@norm_backward_op.register_fake
+def _(grad_out, x, weight, eps, centred):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if centred else (0,))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.eps, ctx.centred = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad_out):
+    grad_x, grad_weight, grad_bias = norm_backward_op(grad_out, *ctx.saved_tensors, ctx.eps, ctx.centred)
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
+
+
+norm_op.register_autograd(_backward, _setup_context)
+
+
+def _check_rows(x: Tensor) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise bad_argument("x", got=f"{tuple(x.shape)} of {x.dtype}", expected="a real tensor (..., H)")
+
+
+def _check_channels(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tuple(tensor.shape) != (x.shape[-1],) or not tensor.is_floating_point():
+        expected = f"a real tensor ({x.shape[-1]},), as x has {x.shape[-1]} channels"
+        raise bad_argument(name, got=f"{tuple(tensor.shape)} of {tensor.dtype}", expected=expected)
+    if tensor.device != x.device:
+        raise bad_argument(name, got=f"device {tensor.device}", expected=f"{x.device}, where x is")

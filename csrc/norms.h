@@ -1,0 +1,44 @@
+// Layer and RMS normalisation of dense rows of floats: out = (x - mean) / sqrt(variance + eps) * weight + bias.
+//
+// With `centred`, mean and variance are the row's; without, the mean counts as 0 and the variance is the mean square.
+// Narrow rows are taken several at a time, a row to a lane; of a wide row each channel is a lane.  The kernels are compiled
+// once per instruction set (norms_*.cpp include norms_kernels.inc under different target pragmas); the set is the one that
+// scan_kernels() names.
+#pragma once
+
+#include <cstdint>
+
+namespace compressm {
+
+struct Norm {
+  const float *weight, *bias;  // (length)
+  std::int64_t length;         // of a row
+  float eps;
+  bool centred;
+};
+
+struct NormKernels {
+  const char* name;
+
+  // x, out (rows, length).
+  void (*forward)(const Norm& norm, const float* x, float* out, std::int64_t rows);
+
+  // Its adjoint; grad: dL/dout.  grad_x (rows, length), grad_weight (length) and, with `centred`, grad_bias (length) are
+  // written, the last two with the sums over these rows.
+  void (*backward)(const Norm& norm, const float* x, const float* grad, float* grad_x, float* grad_weight,
+                   float* grad_bias, std::int64_t rows);
+};
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const NormKernels norm_kernels;
+}
+namespace avx2 {
+extern const NormKernels norm_kernels;
+}
+#endif
+namespace portable {
+extern const NormKernels norm_kernels;
+}
+
+}  // namespace compressm

@@ -1,0 +1,15 @@
+// The normalisation kernels compiled for avx512.
+#include "norms.h"
+
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "isa_avx512.inc"
+#include "vector.inc"
+#include "transpose.inc"
+#include "norms_kernels.inc"
+#include "isa_end.inc"
+#endif

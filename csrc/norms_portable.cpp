@@ -1,0 +1,12 @@
+// The normalisation kernels compiled for portable.
+#include "norms.h"
+
+#include <cstring>
+#include <type_traits>
+
+#define COMPRESSM_ISA portable
+#define COMPRESSM_ISA_NAME "portable"
+#define COMPRESSM_WIDTH 4
+#include "vector.inc"
+#include "transpose.inc"
+#include "norms_kernels.inc"
