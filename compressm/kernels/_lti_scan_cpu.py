@@ -1,4 +1,4 @@
-"""The C++ backend of the LTI scan as torch custom ops (``csrc/lti_scan.cpp``)."""
+"""The C++ backend of the LTI scan as torch custom ops (``csrc/lti_scan.cpp``, ``csrc/lti_tables.cpp``)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressm.kernels import _cpp
 from compressm.kernels._custom_op import custom_op
+from compressm.kernels._lti_scan_block import BlockTables
 
 
 @custom_op("compressm::lti_core")
@@ -116,3 +117,65 @@ def _backward(ctx, grad_y, grad_last, _grad_saved):
 
 
 lti_core.register_autograd(_backward, _setup_context)
+
+
+def block_tables(
+    log_decay: Tensor, phase: Tensor, w_in: Tensor, w_out: Tensor, D: Tensor | None, tau: int
+) -> BlockTables:
+    """As :func:`compressm.kernels._lti_scan_block.block_tables`, in one op; all float32."""
+    D = None if D is None else D.contiguous()
+    operands = (log_decay.contiguous(), phase.contiguous(), w_in.contiguous(), w_out.contiguous(), D)
+    return BlockTables(tau * log_decay, tau * phase, *lti_tables(*operands, tau))
+
+
+@custom_op("compressm::lti_tables")
+def lti_tables(
+    log_decay: Tensor, phase: Tensor, w_in: Tensor, w_out: Tensor, D: Tensor | None, tau: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w_in (2N, tau H), w_out (tau H_out, 2N) and feed (tau H_out, tau H) of the tau-blocked system."""
+    return _cpp.library().lti_tables(log_decay, phase, w_in, w_out, D, tau)
+
+
+@lti_tables.register_fake
+def _(log_decay, phase, w_in, w_out, D, tau):
+    (n2, channels), outputs = w_in.shape, w_out.shape[0]
+    shapes = (n2, tau * channels), (tau * outputs, n2), (tau * outputs, tau * channels)
+    return tuple(w_in.new_empty(shape) for shape in shapes)
+
+
+@custom_op("compressm::lti_tables_backward")
+def lti_tables_backward(
+    grad_table_in: Tensor,
+    grad_table_out: Tensor,
+    grad_feed: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    table_out: Tensor,
+    tau: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (log_decay, phase, w_in, w_out, D); D's is empty where there cannot be one."""
+    return _cpp.library().lti_tables_backward(
+        grad_table_in, grad_table_out, grad_feed, log_decay, phase, w_in, w_out, table_out, tau
+    )
+
+
+@lti_tables_backward.register_fake
+def _(grad_table_in, grad_table_out, grad_feed, log_decay, phase, w_in, w_out, table_out, tau):
+    grad_D = w_in.new_empty((w_in.shape[1] if w_in.shape[1] == w_out.shape[0] else 0,))
+    return (*(torch.empty_like(t) for t in (log_decay, phase, w_in, w_out)), grad_D)
+
+
+def _tables_setup_context(ctx, inputs, output):
+    log_decay, phase, w_in, w_out, D, ctx.tau = inputs
+    ctx.has_D = D is not None
+    ctx.save_for_backward(log_decay, phase, w_in, w_out, output[1])
+
+
+def _tables_backward(ctx, *grads):
+    *grads, grad_D = lti_tables_backward(*(grad.contiguous() for grad in grads), *ctx.saved_tensors, ctx.tau)
+    return *grads, grad_D if ctx.has_D else None, None
+
+
+lti_tables.register_autograd(_tables_backward, _tables_setup_context)

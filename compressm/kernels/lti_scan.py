@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _lti_scan_ref
-from compressm.kernels._lti_scan_block import block_tables
-from compressm.kernels._lti_scan_cpu import lti_core
+from compressm.kernels import _lti_scan_block, _lti_scan_cpu, _lti_scan_ref
 from compressm.kernels._lti_scan_plan import plan_lti_scan
 from compressm.kernels._plan import KernelPlan
 from compressm.kernels.diagonal_scan import choose_backend, scan_op
@@ -138,7 +136,8 @@ def _run(
     if head:
         y, start = _core(u[:, :head], operands, start, backend, rows, store, shifted=False)
         parts.append(y)
-    blocked = Operands(*block_tables(*operands, tau))
+    tables = _lti_scan_cpu.block_tables if backend == "cpp" else _lti_scan_block.block_tables
+    blocked = Operands(*tables(*operands, tau))
     body = u[:, head:].reshape(batch, -1, tau * channels)
     y, last = _core(body, blocked, start, backend, rows, store, shifted=True)
     parts.append(y.reshape(batch, length - head, operands.w_out.shape[0]))
@@ -152,7 +151,7 @@ def _core(
     log_decay, phase, w_in, w_out, feed = operands
     if backend == "cpp":
         store = store and torch.is_grad_enabled()
-        y, last, _ = lti_core(u.contiguous(), log_decay, phase, w_in, w_out, feed, start, shifted, store, rows)
+        y, last, _ = _lti_scan_cpu.lti_core(u.contiguous(), log_decay, phase, w_in, w_out, feed, start, shifted, store, rows)
         return y, last
     x = u @ w_in.T
     if backend == "triton":

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _cpp, diagonal_scan, lti_scan, lti_scan_planar, plan
+from compressm.kernels import _cpp, _lti_scan_cpu, diagonal_scan, lti_scan, lti_scan_planar, plan
 from compressm.kernels import _lti_scan_ref as reference
 from compressm.kernels._lti_scan_block import block_tables, toeplitz
 from compressm.kernels.lti_scan import Operands, _run
@@ -174,6 +174,25 @@ def test_block_tables_and_toeplitz():
     assert tables.feed.shape == (8, 8)
 
 
+@pytest.mark.parametrize("tau", [1, 2, 7])
+@pytest.mark.parametrize(("channels", "outputs", "feedthrough"), [(3, 3, True), (3, 3, False), (5, 2, False), (1, 4, False)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_block_tables_in_cpp(assert_close, channels, outputs, feedthrough, tau):
+    _, log_decay, phase, b_re, b_im, _, _, D, _ = random_inputs(1, 1, channels, 13)
+    inputs = [log_decay, phase, torch.cat([b_re, b_im]), torch.randn(outputs, 26).double(), D if feedthrough else None]
+
+    def run(tables, dtype):
+        leaves = [None if t is None else t.detach().to(dtype, copy=True).requires_grad_() for t in inputs]
+        results = tables(*leaves, tau)
+        draw = torch.Generator().manual_seed(3)
+        loss = sum((torch.randn(t.shape, generator=draw).to(dtype) * t).sum() for t in results)
+        return [*results, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
+
+    oracle = run(block_tables, torch.float64)
+    for k, (actual, expected) in enumerate(zip(run(_lti_scan_cpu.block_tables, torch.float32), oracle, strict=True)):
+        assert_close(actual.detach().double(), expected.detach(), str(k), torch.float32)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("initial", [False, True])
 def test_diagonal_scan(assert_close, reverse, initial):
@@ -288,6 +307,8 @@ def test_custom_ops_are_well_formed():
     x = torch.randn(2, 7, 8, requires_grad=True)
     scan_args = (x, log_decay, phase, None, True, "cpp")
     torch.library.opcheck(torch.ops.compressm.diagonal_scan.default, scan_args, test_utils=tests)
+    tables_args = (log_decay, phase, args[3], args[4], torch.randn(3, requires_grad=True), 3)
+    torch.library.opcheck(torch.ops.compressm.lti_tables.default, tables_args, test_utils=tests)
 
 
 @pytest.mark.slow
