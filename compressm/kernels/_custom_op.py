@@ -7,6 +7,7 @@ transforms a program sees it as one; a plain eager call goes to the same kernel,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,20 +18,22 @@ _PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})  #
 
 
 class CustomOp:
-    """A functional custom op; call it like its kernel.
+    """A custom op; call it like its kernel.
 
     Args:
         name: ``"namespace::name"``.
         kernel: what it computes; annotated, returns new tensors.
+        mutates: names of the arguments that it writes to.  With any, no gradient passes through the op.
 
     Attributes:
         op: the op as ``torch.library`` knows it.
     """
 
-    def __init__(self, name: str, kernel: Callable) -> None:
-        self.op = torch.library.custom_op(name, kernel, mutates_args=())
+    def __init__(self, name: str, kernel: Callable, mutates: tuple[str, ...] = ()) -> None:
+        self.op = torch.library.custom_op(name, kernel, mutates_args=mutates)
         self._name = name.partition("::")[2]
         self._kernel = kernel
+        self._written = [k for k, argument in enumerate(inspect.signature(kernel).parameters) if argument in mutates]
         self._function: type[torch.autograd.Function] | None = None
 
     def register_fake(self, fake: Callable) -> Callable:
@@ -54,13 +57,16 @@ class CustomOp:
         if torch.compiler.is_compiling() or _observed() or not _PLAIN.issuperset(map(type, args)):
             return self.op(*args)
         if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+            for k in self._written:
+                if not args[k].is_inference():
+                    torch.autograd.graph.increment_version(args[k])
             return self._kernel(*args)
         return self.op(*args) if self._function is None else self._function.apply(*args)
 
 
-def custom_op(name: str) -> Callable[[Callable], CustomOp]:
+def custom_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], CustomOp]:
     """Decorator: makes a kernel the :class:`CustomOp` ``name``."""
-    return lambda kernel: CustomOp(name, kernel)
+    return lambda kernel: CustomOp(name, kernel, mutates)
 
 
 def _observed() -> bool:

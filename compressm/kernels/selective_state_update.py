@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _selective_scan_cpu, _selective_scan_ref
+from compressm.kernels._custom_op import custom_op
 from compressm.kernels._dispatch import choose, compiled_first
 
 
@@ -84,7 +85,7 @@ def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
     return _selective_state_update_triton.why_not(device, dtype)
 
 
-@torch.library.custom_op("compressm::selective_state_update", mutates_args=("state",))
+@custom_op("compressm::selective_state_update", mutates=("state",))
 def selective_state_update_op(
     state: Tensor,
     x: Tensor,

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from compressm.kernels import causal_conv1d, selective_scan
+from compressm.kernels import causal_conv1d, selective_scan, selective_state_update
 from compressm.kernels._custom_op import CustomOp
 from compressm.kernels._lti_scan_cpu import lti_core
 from compressm.kernels.diagonal_scan import diagonal_scan
@@ -215,3 +215,38 @@ def test_under_autocast_and_in_inference_mode(call):
         assert torch.equal(function(*leaves), expected)
     with torch.inference_mode():
         assert torch.equal(function(*leaves), expected)
+
+
+@pytest.fixture
+def decode():
+    """(state, a function of it that decodes one token with everything float32)."""
+    x, dt, z = torch.randn(3, B, D).unbind(0)
+    A, mix_in, mix_out = -torch.rand(D, N), *torch.randn(2, B, N).unbind(0)
+    return torch.randn(B, D, N), lambda state: selective_state_update(state, x, dt, A, mix_in, mix_out, z=z, backend="cpp")
+
+
+def test_a_writing_op_goes_straight_to_its_kernel_and_is_noticed(decode):
+    state, call = decode
+    factor = torch.randn(B, D, N, requires_grad=True)
+    saved = (factor * state).sum()
+    with torch.profiler.profile() as recorded:
+        call(state)
+    assert not [event.key for event in recorded.key_averages() if event.key.startswith("compressm::")]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+def test_a_writing_op_is_one_op_where_it_is_seen(decode):
+    state, call = decode
+    copies = [state.clone() for _ in range(4)]
+    expected = call(copies[0])
+    with Seen() as seen:
+        assert torch.equal(call(copies[1]), expected)
+    assert seen.ops == {"selective_state_update": 1}
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(copies[2]), expected)
+    with torch.inference_mode():
+        copies[3] = state.clone()  # an inference tensor
+        assert torch.equal(call(copies[3]), expected)
+    assert not torch.equal(copies[0], state)
+    for copy in copies[1:]:
+        assert torch.equal(copy, copies[0])
