@@ -11,9 +11,11 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "diagonal_scan.h"
+#include "partial_sums.h"
 
 namespace compressm {
 namespace {
@@ -21,6 +23,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kBlocksPerTask = 128;
+constexpr int64_t kRowsPerTask = 1024;  // a multiple of kMaskBlock
 
 const GateKernels& gate_kernels() {
 #if defined(__x86_64__)
@@ -112,6 +115,71 @@ Tensor glu_backward(const Tensor& grad, const Tensor& pre, const std::optional<T
   return grad_pre;
 }
 
+struct NarrowLayer {
+  GatedLinear layer;
+  int64_t rows;
+  NarrowLayer(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+    TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, "expected x (..., K) and weight (2H, K)");
+    const int64_t inputs = x.size(-1), channels = weight.size(0) / 2;
+    TORCH_CHECK(inputs > 0 && channels > 0 && inputs <= kNarrow && channels <= kNarrow, "expected 1 to ", kNarrow,
+                " inputs and channels, got ", inputs, " and ", channels);
+    check(x, "x", x.sizes());
+    check(weight, "weight", {2 * channels, inputs});
+    check(bias, "bias", {2 * channels});
+    layer = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), inputs, channels};
+    rows = x.numel() / inputs;
+  }
+  int64_t tasks() const { return (rows + kRowsPerTask - 1) / kRowsPerTask; }
+  // Calls body(task, first row, end) for every task.
+  template <typename Body>
+  void for_each_task(const Body& body) const {
+    at::parallel_for(0, tasks(), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        body(task, task * kRowsPerTask, std::min((task + 1) * kRowsPerTask, rows));
+      }
+    });
+  }
+  std::vector<int64_t> output_shape(const Tensor& x) const {
+    std::vector<int64_t> shape = x.sizes().vec();
+    shape.back() = layer.channels;
+    return shape;
+  }
+};
+
+// x (..., K), weight (2H, K), bias (2H), residual and out (..., H).
+Tensor gated_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual,
+                    const std::optional<Tensor>& seed, double p) {
+  const NarrowLayer narrow(x, weight, bias);
+  check(residual, "residual", narrow.output_shape(x));
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor out = at::empty(residual.sizes(), residual.options());
+  const float *in = x.const_data_ptr<float>(), *rest = residual.const_data_ptr<float>();
+  float* y = out.data_ptr<float>();
+  narrow.for_each_task([&](int64_t, int64_t begin, int64_t end) {
+    gate_kernels().gated_linear(narrow.layer, in, rest, y, begin, end, dropout);
+  });
+  return out;
+}
+
+// Gradients of (x, weight, bias); every task has its own sums of the last two, added in order.
+std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                         const Tensor& bias, const std::optional<Tensor>& seed,
+                                                         double p) {
+  const NarrowLayer narrow(x, weight, bias);
+  check(grad, "grad", narrow.output_shape(x));
+  const Dropout dropout = dropout_of(seed, p);
+  const int64_t weights = weight.numel(), each = weights + bias.numel();
+  Tensor grad_x = at::empty(x.sizes(), x.options()), partials = at::empty({narrow.tasks(), each}, x.options());
+  const float *g = grad.const_data_ptr<float>(), *in = x.const_data_ptr<float>();
+  float *to = grad_x.data_ptr<float>(), *sums = partials.data_ptr<float>();
+  narrow.for_each_task([&](int64_t task, int64_t begin, int64_t end) {
+    float* own = sums + task * each;
+    gate_kernels().gated_linear_backward(narrow.layer, g, in, to, own, own + weights, begin, end, dropout);
+  });
+  const Tensor total = sum_partials(partials);
+  return {grad_x, total.narrow(0, 0, weights).view(weight.sizes()).clone(), total.narrow(0, weights, each - weights).clone()};
+}
+
 }  // namespace
 }  // namespace compressm
 
@@ -120,4 +188,9 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("gelu_dropout_backward(Tensor grad, Tensor x, Tensor? seed, float p) -> Tensor", &compressm::gelu_backward);
   m.def("glu_dropout_add(Tensor pre, Tensor residual, Tensor? seed, float p) -> Tensor", &compressm::glu);
   m.def("glu_dropout_add_backward(Tensor grad, Tensor pre, Tensor? seed, float p) -> Tensor", &compressm::glu_backward);
+  m.def("gated_linear(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? seed, float p) -> Tensor",
+        &compressm::gated_linear);
+  m.def("gated_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? seed, float p)"
+        " -> (Tensor, Tensor, Tensor)",
+        &compressm::gated_linear_backward);
 }

@@ -11,7 +11,7 @@ namespace compressm {
 
 // Sum over the first axis of (partials, n), in order.
 inline at::Tensor sum_partials(const at::Tensor& partials) {
-  const std::int64_t count = partials.size(0), n = partials.numel() / std::max<std::int64_t>(count, 1);
+  const std::int64_t count = partials.size(0), n = c10::multiply_integers(partials.sizes().slice(1));
   at::Tensor total = at::empty({n}, partials.options());
   const float* in = partials.const_data_ptr<float>();
   float* out = total.data_ptr<float>();

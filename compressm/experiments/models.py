@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compressm.kernels import gelu_dropout, glu_dropout_add
+from compressm.kernels import gelu_dropout, linear_glu_dropout_add
 from compressm.layers import LRU, LayerNorm
 
 
@@ -32,7 +32,7 @@ class SequenceBlock(nn.Module):
         """x (batch, L, H) -> (batch, L, H)."""
         p, training = self.dropout.p, self.dropout.training
         y = gelu_dropout(self.lru(self.norm(x)), p, training)
-        return glu_dropout_add(self.glu(y), x, p, training)
+        return linear_glu_dropout_add(y, self.glu.weight, self.glu.bias, x, p, training)
 
 
 class Classifier(nn.Module):

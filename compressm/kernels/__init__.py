@@ -3,7 +3,7 @@
 from compressm.kernels._plan import KernelPlan
 from compressm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from compressm.kernels.diagonal_scan import diagonal_scan
-from compressm.kernels.gates import gelu_dropout, glu_dropout_add
+from compressm.kernels.gates import gelu_dropout, glu_dropout_add, linear_glu_dropout_add
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.norms import layer_norm, rms_norm
@@ -22,6 +22,7 @@ __all__ = [
     "gramians",
     "gramians_many",
     "layer_norm",
+    "linear_glu_dropout_add",
     "lti_scan",
     "lti_scan_planar",
     "plan",

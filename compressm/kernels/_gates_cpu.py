@@ -6,6 +6,8 @@ from torch import Tensor
 
 from compressm.kernels import _cpp
 
+NARROW = 8  # kNarrow in csrc/gates.h
+
 
 def gelu_dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """dropout(gelu(x)); seed () int64, None for p = 0."""
@@ -25,3 +27,17 @@ def glu_dropout_add(pre: Tensor, residual: Tensor, seed: Tensor | None, p: float
 def glu_dropout_add_backward(grad_out: Tensor, pre: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Gradient of pre."""
     return _cpp.library().glu_dropout_add_backward(grad_out.contiguous(), pre.contiguous(), seed, p)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """residual + dropout(a sigmoid(b)), x weight^T + bias = [a | b]; at most NARROW inputs and channels."""
+    dense = (t.contiguous() for t in (x, weight, bias, residual))
+    return _cpp.library().gated_linear(*dense, seed, p)
+
+
+def gated_linear_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    dense = (t.contiguous() for t in (grad_out, x, weight, bias))
+    return _cpp.library().gated_linear_backward(*dense, seed, p)

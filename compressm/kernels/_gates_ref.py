@@ -25,6 +25,15 @@ def glu_dropout_add(pre: Tensor, residual: Tensor, seed: Tensor | None, p: float
     return residual + _dropout(F.glu(pre, -1), seed, p)
 
 
+def linear_glu_dropout_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, p: float
+) -> Tensor:
+    """residual + dropout(a sigmoid(b)), x weight^T + bias = [a | b]; seed () int64."""
+    work = torch.promote_types(x.dtype, weight.dtype)
+    bias = None if bias is None else bias.to(work)
+    return glu_dropout_add(F.linear(x.to(work), weight.to(work), bias), residual, seed, p)
+
+
 def keep_mask(seed: Tensor, p: float, count: int) -> Tensor:
     """Which of the elements 0 to count - 1 are kept, (count,) bool; the order of the bits is told in ``csrc/gates.h``."""
     blocks = -(-count // MASK_BLOCK)

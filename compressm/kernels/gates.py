@@ -1,4 +1,7 @@
-"""The pointwise parts of a residual block, each with its dropout in one pass: GELU, and the gated linear unit added to x."""
+"""The pointwise parts of a residual block, each with its dropout in one pass: GELU, and the gated linear unit added to x.
+
+A narrow linear layer in front of the gate is part of its pass.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +77,67 @@ def glu_dropout_add(
     if chosen == "reference":
         return _gates_ref.glu_dropout_add(pre, residual, seed, p)
     return glu_dropout_add_op(pre.float(), residual.float(), seed, p).to(dtype)
+
+
+def linear_glu_dropout_add(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    p: float,
+    training: bool = True,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + dropout(a sigmoid(b)) with x weight^T + bias = [a | b]: ``glu_dropout_add(linear(x, weight, bias), ...)``.
+
+    Up to 8 inputs and channels the C++ kernels take the product into the same pass, and make it again in the backward;
+    wider layers run torch's product and :func:`glu_dropout_add`.
+
+    Args:
+        x: (..., K), float32, bfloat16 or float16 (float64 on the reference).
+        weight: (2H, K).
+        bias: (2H,), or None.
+        residual: (..., H).
+        p, training, backend: as in :func:`gelu_dropout`.
+
+    Returns:
+        (..., H) in the dtype to which torch promotes x and residual.  Differentiable.  The mask is that of
+        :func:`glu_dropout_add`.
+
+    Raises:
+        ArgumentError: a tensor is not real floating point, shapes or devices do not fit, or p is not a probability.
+        BackendError: the named backend cannot run.
+    """
+    _check_linear(x, weight, bias, residual)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    chosen = _launch("linear_glu_dropout_add", x.device.type, dtype, backend)
+    narrow = all(0 < size <= _gates_cpu.NARROW for size in (weight.shape[1], weight.shape[0] // 2))
+    if chosen == "cpp" and not narrow:
+        return glu_dropout_add(torch.nn.functional.linear(x, weight, bias), residual, p, training, backend=backend).to(dtype)
+    p = _probability(p, training)
+    seed = _draw_seed(x, p)
+    if chosen == "reference":
+        return _gates_ref.linear_glu_dropout_add(x, weight, bias, residual, seed, p).to(dtype)
+    bias = weight.new_zeros(weight.shape[:1]) if bias is None else bias
+    return gated_linear_op(x.float(), weight.float(), bias.float(), residual.float(), seed, p).to(dtype)
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is None:
+            continue
+        _check_tensor(name, tensor)
+        if tensor.device != x.device:
+            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{x.device}, where x is")
+    if x.dim() == 0:
+        raise bad_argument("x", got="a number", expected="(..., K)")
+    if weight.dim() != 2 or weight.shape[0] % 2 or weight.shape[1] != x.shape[-1]:
+        raise bad_argument("weight", got=f"shape {tuple(weight.shape)}", expected=f"(2H, {x.shape[-1]}), two halves")
+    shape = (*x.shape[:-1], weight.shape[0] // 2)
+    for name, tensor, expected in (("bias", bias, weight.shape[:1]), ("residual", residual, shape)):
+        if tensor is not None and tuple(tensor.shape) != tuple(expected):
+            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"shape {tuple(expected)}")
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -168,3 +232,43 @@ def _glu_backward(ctx, grad_out):
 
 
 glu_dropout_add_op.register_autograd(_glu_backward, _glu_setup_context)
+
+
+@custom_op("compressm::gated_linear")
+def gated_linear_op(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, seed: Tensor | None, p: float
+) -> Tensor:
+    """linear_glu_dropout_add by the C++ kernels, float32, narrow; seed () int64, None for p = 0."""
+    return _gates_cpu.gated_linear(x, weight, bias, residual, seed, p)
+
+
+@gated_linear_op.register_fake
+def _(x, weight, bias, residual, seed, p):
+    return residual.new_empty(residual.shape)
+
+
+@custom_op("compressm::gated_linear_backward")
+def gated_linear_backward_op(
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; that of residual is grad_out."""
+    return _gates_cpu.gated_linear_backward(grad_out, x, weight, bias, seed, p)
+
+
+@gated_linear_backward_op.register_fake
+def _(grad_out, x, weight, bias, seed, p):
+    return tuple(t.new_empty(t.shape) for t in (x, weight, bias))
+
+
+def _linear_setup_context(ctx, inputs, output):
+    x, weight, bias, _residual, seed, ctx.p = inputs
+    ctx.save_for_backward(x, weight, bias, seed)
+
+
+def _linear_backward(ctx, grad_out):
+    x, weight, bias, seed = ctx.saved_tensors
+    grads = gated_linear_backward_op(grad_out, x, weight, bias, seed, ctx.p)
+    return *grads, grad_out, None, None
+
+
+gated_linear_op.register_autograd(_linear_backward, _linear_setup_context)
