@@ -21,7 +21,7 @@ import torch
 from compressm.benchmarking.limits import synchronizer
 from compressm.benchmarking.results import Milliseconds
 
-PAUSE = 0.02  # seconds in front of a sample: thread pools of other libraries spin for a while after their last call
+PAUSE = 0.02  # seconds between a sample and the last call of others, whose thread pools spin for a while after it
 WARM_BELOW = 0.1  # seconds; faster calls run once untimed in front of every sample
 ESTIMATE_SECONDS = 0.1  # of the warm calls that an estimate takes
 SHORTEST_SAMPLE = 1e-3  # seconds; faster calls are repeated within one
@@ -111,8 +111,9 @@ def one_call(timed: Timed, device: torch.device | str) -> tuple[float, int | Non
 
 
 def _sample(timed: Timed, estimate: float, synchronize: Callable[[], None]) -> float:
-    time.sleep(PAUSE)
-    if estimate < WARM_BELOW:
+    warmed = estimate < WARM_BELOW
+    time.sleep(max(0.0, PAUSE - estimate) if warmed else PAUSE)  # the untimed call is part of the pause
+    if warmed:
         timed.run(*timed.arguments())
     repeats = 1 if timed.setup is not None else max(1, math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-7)))
     return _time(timed, repeats, synchronize)

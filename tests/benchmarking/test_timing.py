@@ -53,6 +53,15 @@ def test_fast_calls_are_warmed_and_repeated_within_a_sample():
     assert len(calls) == 2 * (1 + round(timing.SHORTEST_SAMPLE / 1e-4))
 
 
+def test_the_untimed_call_is_part_of_the_pause(monkeypatch):
+    slept = []
+    monkeypatch.setattr(timing, "PAUSE", 0.02)
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    estimates = {"short": 0.005, "as long": 0.02, "longer": 0.05, "not warmed": timing.WARM_BELOW}
+    interleaved({name: Timed(lambda: None) for name in estimates}, estimates, Budget(fewest=1, most=1), "cpu")
+    assert slept == pytest.approx([0.015, 0.0, 0.0, 0.02])
+
+
 def test_setup_is_not_timed_and_runs_before_every_call():
     made = []
 
