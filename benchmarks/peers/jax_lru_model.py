@@ -1,8 +1,8 @@
 """The whole training step of the LRU classifier in jax, its layer as the LRU paper writes it; for the original CompreSSM code.
 
 Encoder, blocks (layer norm, LRU, GELU, dropout, GLU, dropout, skip), mean over time, decoder, cross-entropy, AdamW: one jitted
-function of parameters, moments, batch, step and dropout rate, compiled once.  It starts from the torch model's parameters.  Its
-gradients without dropout, which its first moments hold after one step, are compared with the float64 model's like everybody's.
+function of parameters, moments, batch, step and dropout rate, compiled once.  It starts at the torch model's values.
+Its gradients without dropout, read off the first moments behind one step, are compared with the float64 model's.
 """
 
 from __future__ import annotations

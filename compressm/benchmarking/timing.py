@@ -147,10 +147,11 @@ def summary(samples: list[float]) -> Milliseconds:
 
 
 def peak_bytes(timed: Timed, device: torch.device | str) -> tuple[int | None, float]:
-    """(largest memory that one call holds beyond what is there before it, its seconds); None where the system does not tell.
+    """(largest memory that one call holds beyond what is there before it, seconds of the call).
 
-    On a GPU by torch's allocator, so that other libraries' memory is not seen.  On Linux by the resident set: what is freed
-    goes back to the system first, and the kernel's own high-water mark is set anew, so that any library's memory counts.
+    The memory is None where the system does not tell.  On a GPU it is that of torch's allocator: other libraries'
+    is not seen.  On Linux it is the resident set: what is freed goes back to the system first, and the kernel's own
+    high-water mark is set anew, so that any library's memory counts.
     """
     device = torch.device(device)
     synchronize = synchronizer(device)

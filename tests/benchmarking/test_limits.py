@@ -45,7 +45,12 @@ def test_ceilings_of_this_machine(monkeypatch):
 
 def test_the_loop_is_compiled_once_where_there_is_a_compiler(monkeypatch):
     commands, run = [], limits.subprocess.run
-    monkeypatch.setattr(limits.subprocess, "run", lambda command, **more: commands.append(command) or run(command, **more))
+
+    def recording(command, **options):
+        commands.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(limits.subprocess, "run", recording)
     monkeypatch.setattr(limits, "REPEATS", 1)
     limits._compiled_exponentials.cache_clear()
     limits._cpu_exponentials()
