@@ -36,6 +36,11 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def _first_state(like: Tensor, *shape: int) -> Tensor:
+    """Zeros, a tensor of their own, with gradients where later states have them: one compilation serves all chunks."""
+    return like.new_zeros(shape).requires_grad_(like.requires_grad)
+
+
 def selective_scan() -> Callable[[dict[str, Tensor]], Tensor]:
     """Of the arguments of :func:`compressm.kernels.selective_scan` by name, one group, delta_softplus."""
     chunk = _compiled(_selective_steps)
@@ -44,7 +49,7 @@ def selective_scan() -> Callable[[dict[str, Tensor]], Tensor]:
         dt = softplus(p["delta"].float() + p["delta_bias"][:, None])
         along = (dt, dt * p["u"], p["B"][:, 0].float(), p["C"][:, 0].float())
         pieces = [t.movedim(-1, 0).contiguous().split(UNROLL) for t in along]
-        h = p["A"].new_zeros((p["u"].shape[0], *p["A"].shape))
+        h = _first_state(p["A"], p["u"].shape[0], *p["A"].shape)
         outputs: list[Tensor] = []
         for gain, drive, B, C in zip(*pieces, strict=True):
             h, y = chunk(h, gain, drive, p["A"], B, C)
@@ -64,7 +69,7 @@ def lti_scan() -> Callable[[dict[str, Tensor]], Tensor]:
         lam_re, lam_im = modulus * p["phase"].cos(), modulus * p["phase"].sin()
         u = p["u"].float()
         x_re, x_im = (((u @ p[name].T).transpose(0, 1)).contiguous().split(UNROLL) for name in ("B_re", "B_im"))
-        re = im = u.new_zeros(u.shape[0], lam_re.shape[0])
+        re, im = (_first_state(lam_re, u.shape[0], lam_re.shape[0]) for _ in range(2))
         states_re, states_im = [], []
         for part_re, part_im in zip(x_re, x_im, strict=True):
             re, im, all_re, all_im = chunk(re, im, lam_re, lam_im, part_re, part_im)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 import tempfile
@@ -119,35 +120,36 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
 def _cpu_exponentials() -> float:
     """Exponentials per second on all of torch's threads."""
     entries, repeats, threads = EXPONENTIALS["cpu"], EXP_REPEATS["cpu"], torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        function = _compiled_exponentials(Path(folder))
-        if function is None:
-            x = torch.rand(1 << 18).neg()
-            out = torch.empty_like(x)
-            return x.numel() / _best(lambda: torch.exp2(x, out=out), torch.device("cpu"))
-        buffers = [(torch.rand(entries).neg(), torch.empty(entries)) for _ in range(threads)]
+    function = _compiled_exponentials()
+    if function is None:
+        x = torch.rand(1 << 18).neg()
+        out = torch.empty_like(x)
+        return x.numel() / _best(lambda: torch.exp2(x, out=out), torch.device("cpu"))
+    buffers = [(torch.rand(entries).neg(), torch.empty(entries)) for _ in range(threads)]
 
-        def one(buffer: tuple[torch.Tensor, torch.Tensor]) -> None:
-            function(buffer[0].data_ptr(), buffer[1].data_ptr(), entries, repeats)
+    def one(buffer: tuple[torch.Tensor, torch.Tensor]) -> None:
+        function(buffer[0].data_ptr(), buffer[1].data_ptr(), entries, repeats)
 
-        with ThreadPoolExecutor(threads) as pool:
-            return threads * entries * repeats / _best(lambda: list(pool.map(one, buffers)), torch.device("cpu"))
+    with ThreadPoolExecutor(threads) as pool:
+        return threads * entries * repeats / _best(lambda: list(pool.map(one, buffers)), torch.device("cpu"))
 
 
-def _compiled_exponentials(folder: Path) -> Callable[[int, int, int, int], None] | None:
+@functools.cache
+def _compiled_exponentials() -> Callable[[int, int, int, int], None] | None:
     """The C++ loop, or None where it does not compile."""
     compiler = shutil.which("c++")
     if compiler is None:
         return None
-    source, library = folder / "exponentials.cpp", folder / "exponentials.so"
-    source.write_text(EXP_SOURCE)
-    for flags in ((*EXP_FLAGS, WIDE), EXP_FLAGS):
-        command = [compiler, *flags, str(source), "-o", str(library)]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-            function = ctypes.CDLL(str(library)).exponentials
-            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
-            function.restype = None
-            return function
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "exponentials.cpp", Path(folder) / "exponentials.so"
+        source.write_text(EXP_SOURCE)
+        for flags in ((*EXP_FLAGS, WIDE), EXP_FLAGS):
+            command = [compiler, *flags, str(source), "-o", str(library)]
+            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                function = ctypes.CDLL(str(library)).exponentials
+                function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
+                function.restype = None
+                return function
     return None
 
 

@@ -13,7 +13,7 @@ from compressm.benchmarking.cases import Case
 from compressm.benchmarking.limits import limit_of
 from compressm.benchmarking.problems import Contender, Problem
 from compressm.benchmarking.results import Ceilings, Missing, Result
-from compressm.benchmarking.timing import Budget, interleaved, one_call, peak_bytes, summary
+from compressm.benchmarking.timing import Budget, interleaved, one_call, summary
 
 Make = Callable[[Problem], Contender]
 Tell = Callable[[str], None]
@@ -38,7 +38,7 @@ class Ready:
     Attributes:
         estimate: seconds of a warm call.
         error: see :meth:`compressm.benchmarking.problems.Problem.error`.
-        peak: bytes, see :func:`compressm.benchmarking.timing.peak_bytes`.
+        peak: bytes, see :func:`compressm.benchmarking.timing.one_call`.
     """
 
     case: Case
@@ -62,15 +62,19 @@ def measure(
         timed: False stops behind the judgement.
     """
     outcome, ready = Outcome(), {}
-    for case, makers in entries:
-        problem = case.build()
-        for name, make in makers.items():
-            found = _judge(case, problem, name, make, budget, outcome, tell)
-            if found is not None:
-                ready[case.group, name] = found
-        problem.oracle.clear()
-    if timed:
-        _time(ready, ceilings, budget, outcome)
+    gc.freeze()  # the imported libraries hold half a million objects, which every collection would look at
+    try:
+        for case, makers in entries:
+            problem = case.build()
+            for name, make in makers.items():
+                found = _judge(case, problem, name, make, budget, outcome, tell)
+                if found is not None:
+                    ready[case.group, name] = found
+            problem.oracle.clear()
+        if timed:
+            _time(ready, ceilings, budget, outcome)
+    finally:
+        gc.unfreeze()
     ready.clear()
     _release()
     return outcome
@@ -96,13 +100,12 @@ def _judge(
             outcome.failed.append(Missing(group=case.group, contender=name, reason=reason))
             tell(f"{case.group} | {name}: {reason}")
             return None
-        estimate = one_call(contender.timed, case.device)
+        estimate, peak = one_call(contender.timed, case.device)
         if estimate > budget.longest:
             reason = f"one call takes {estimate:.0f} s, more than the {budget.longest:.0f} s that a run waits"
             outcome.skipped.append(Missing(group=case.group, contender=name, reason=reason))
             tell(f"{case.group} | {name}: {reason}")
             return None
-        peak = peak_bytes(contender.timed, case.device)
     except Exception as error:
         outcome.failed.append(_raised(case, name, error))
         _release()

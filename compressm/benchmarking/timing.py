@@ -21,10 +21,9 @@ import torch
 from compressm.benchmarking.limits import synchronizer
 from compressm.benchmarking.results import Milliseconds
 
-PAUSE = 0.02  # seconds in front of a sample: thread pools of other libraries spin for a while after their last call
-WARM_BELOW = 0.3  # seconds; faster calls run once untimed in front of every sample
-ESTIMATE_SECONDS = 0.1  # of the calls that an estimate takes
-SLOW = 15.0  # seconds; such a call is not made twice for an estimate
+PAUSE = 0.02  # seconds between a sample and the last call of others, whose thread pools spin for a while after it
+WARM_BELOW = 0.1  # seconds; faster calls run once untimed in front of every sample
+ESTIMATE_SECONDS = 0.1  # of the warm calls that an estimate takes
 SHORTEST_SAMPLE = 1e-3  # seconds; faster calls are repeated within one
 
 
@@ -96,19 +95,25 @@ def interleaved(
     return samples
 
 
-def one_call(timed: Timed, device: torch.device | str) -> float:
-    """Seconds of a warm call: the fastest of a few, of two where they are slow (some compile in the second one)."""
+def one_call(timed: Timed, device: torch.device | str) -> tuple[float, int | None]:
+    """Seconds and peak bytes of a warm call, see :func:`peak_bytes`.
+
+    Slow contenders are called twice: the first call may still compile, memory is looked at in the second.
+    """
     synchronize = synchronizer(device)
-    best = spent = _time(timed, 1, synchronize)
-    while spent < ESTIMATE_SECONDS or (best == spent and best < SLOW):
+    first = _time(timed, 1, synchronize)
+    peak, seconds = peak_bytes(timed, device)
+    best, spent = min(first, seconds), max(seconds, ESTIMATE_SECONDS / 5)
+    while spent < ESTIMATE_SECONDS:
         seconds = _time(timed, 1, synchronize)
         best, spent = min(best, seconds), spent + max(seconds, ESTIMATE_SECONDS / 5)
-    return best
+    return best, peak
 
 
 def _sample(timed: Timed, estimate: float, synchronize: Callable[[], None]) -> float:
-    time.sleep(PAUSE)
-    if estimate < WARM_BELOW:
+    warmed = estimate < WARM_BELOW
+    time.sleep(max(0.0, PAUSE - estimate) if warmed else PAUSE)  # the untimed call is part of the pause
+    if warmed:
         timed.run(*timed.arguments())
     repeats = 1 if timed.setup is not None else max(1, math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-7)))
     return _time(timed, repeats, synchronize)
@@ -141,36 +146,41 @@ def summary(samples: list[float]) -> Milliseconds:
     )
 
 
-def peak_bytes(timed: Timed, device: torch.device | str) -> int | None:
-    """Largest memory that one call holds beyond what is there before it; None where the system does not tell.
+def peak_bytes(timed: Timed, device: torch.device | str) -> tuple[int | None, float]:
+    """(largest memory that one call holds beyond what is there before it, seconds of the call).
 
-    On a GPU by torch's allocator, so that other libraries' memory is not seen.  On Linux by the resident set: what is freed
-    goes back to the system first, and the kernel's own high-water mark is set anew, so that any library's memory counts.
+    The memory is None where the system does not tell.  On a GPU it is that of torch's allocator: other libraries'
+    is not seen.  On Linux it is the resident set: what is freed goes back to the system first, and the kernel's own
+    high-water mark is set anew, so that any library's memory counts.
     """
     device = torch.device(device)
+    synchronize = synchronizer(device)
     arguments = timed.arguments()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        timed.run(*arguments)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if not _reset_high_water_mark():
-        return None
-    before = _resident("VmRSS")
+    synchronize()
+    before = _restart_high_water_mark(device)
+    started = time.perf_counter()
     timed.run(*arguments)
-    return max(0, _resident("VmHWM") - before)
+    synchronize()
+    seconds = time.perf_counter() - started
+    return None if before is None else max(0, _high_water_mark(device) - before), seconds
 
 
-def _reset_high_water_mark() -> bool:
+def _restart_high_water_mark(device: torch.device) -> int | None:
+    """Bytes that are held now, or None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
-        return False
-    return True
+        return None
+    return _resident("VmRSS")
+
+
+def _high_water_mark(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
 
 
 def _resident(field: str) -> int:

@@ -39,12 +39,30 @@ def test_ceilings_of_this_machine(monkeypatch):
     assert 0.1 < found.copy_gb_per_s < 2000
     assert 0.5 < found.matmul_gflop_per_s < 20000
     assert 0.02 < found.exp_g_per_s < 2000
-    monkeypatch.setattr(limits.shutil, "which", lambda name: None)
+    monkeypatch.setattr(limits, "_compiled_exponentials", lambda: None)
     assert 1e6 < limits._cpu_exponentials() < 1e12
 
 
-def test_the_compiled_loop_computes_powers_of_two(tmp_path):
-    function = limits._compiled_exponentials(tmp_path)
+def test_the_loop_is_compiled_once_where_there_is_a_compiler(monkeypatch):
+    commands, run = [], limits.subprocess.run
+
+    def recording(command, **options):
+        commands.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(limits.subprocess, "run", recording)
+    monkeypatch.setattr(limits, "REPEATS", 1)
+    limits._compiled_exponentials.cache_clear()
+    limits._cpu_exponentials()
+    compiled = len(commands)
+    limits._cpu_exponentials()
+    assert len(commands) == compiled
+    monkeypatch.setattr(limits.shutil, "which", lambda name: None)
+    assert limits._compiled_exponentials.__wrapped__() is None
+
+
+def test_the_compiled_loop_computes_powers_of_two():
+    function = limits._compiled_exponentials()
     if function is None:
         pytest.skip("no C++ compiler")
     x = torch.linspace(-20, 5, 1001)

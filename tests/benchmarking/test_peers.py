@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from benchmarking.sizes import small
-from peers import PEERS, jax_scans
+from peers import PEERS, jax_lru_model, jax_scans
 
 from compressm.benchmarking.cases import OPS
 
@@ -25,6 +25,24 @@ def test_peer_agrees_with_the_float64_reference(peer, op):
     contender = peer.ops[op](problem)
     assert problem.error(contender.answers()) < problem.tolerance
     contender.timed.run(*contender.timed.arguments())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_training_step_in_jax_is_compiled_once_for_the_gate_and_the_clock(monkeypatch):
+    jax = pytest.importorskip("jax")
+    jitted, jit = [], jax.jit
+
+    def recording(*arguments, **options):
+        jitted.append(jit(*arguments, **options))
+        return jitted[-1]
+
+    monkeypatch.setattr(jax, "jit", recording)
+    contender = jax_lru_model.step(small("smnist").build())
+    contender.answers()
+    for _ in range(2):
+        contender.timed.run()
+    assert [function._cache_size() for function in jitted] == [1]
 
 
 def test_every_op_has_peers_and_every_peer_an_op():

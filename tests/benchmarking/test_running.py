@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -100,6 +101,19 @@ def test_what_takes_too_long_is_skipped():
     outcome = measure([(small("lti_scan"), {"slow": slow})], CEILINGS, Budget(longest=0.01), print)
     assert "one call takes" in outcome.skipped[0].reason
     assert not outcome.results
+
+
+def test_what_was_imported_is_kept_from_the_garbage_collector_for_as_long_as_it_measures():
+    frozen = []
+
+    def make(problem):
+        frozen.append(gc.get_freeze_count())
+        return ours(problem)
+
+    before = gc.get_freeze_count()
+    measure([(small("lti_scan"), {"compressm": make})], CEILINGS, QUICK, print)
+    assert frozen[0] > before + 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_without_timing_answers_are_still_judged():

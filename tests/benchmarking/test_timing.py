@@ -53,6 +53,15 @@ def test_fast_calls_are_warmed_and_repeated_within_a_sample():
     assert len(calls) == 2 * (1 + round(timing.SHORTEST_SAMPLE / 1e-4))
 
 
+def test_the_untimed_call_is_part_of_the_pause(monkeypatch):
+    slept = []
+    monkeypatch.setattr(timing, "PAUSE", 0.02)
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    estimates = {"short": 0.005, "as long": 0.02, "longer": 0.05, "not warmed": timing.WARM_BELOW}
+    interleaved({name: Timed(lambda: None) for name in estimates}, estimates, Budget(fewest=1, most=1), "cpu")
+    assert slept == pytest.approx([0.015, 0.0, 0.0, 0.02])
+
+
 def test_setup_is_not_timed_and_runs_before_every_call():
     made = []
 
@@ -65,7 +74,20 @@ def test_setup_is_not_timed_and_runs_before_every_call():
     samples = interleaved({"x": Timed(seen.append, setup)}, {"x": 1e-6}, Budget(fewest=3, most=3), "cpu")
     assert max(samples["x"]) < 0.05
     assert seen == made
-    assert one_call(Timed(seen.append, setup), "cpu") < 0.05
+    assert one_call(Timed(seen.append, setup), "cpu")[0] < 0.05
+
+
+def test_an_estimate_calls_slow_contenders_twice_and_leaves_out_what_compiles():
+    calls = []
+    assert one_call(recorder("slow", calls, timing.ESTIMATE_SECONDS), "cpu")[0] >= timing.ESTIMATE_SECONDS
+    assert len(calls) == 2
+
+    def compiles_first():
+        calls.append("compiled")
+        time.sleep(0.3 if calls.count("compiled") == 1 else 0.01)
+
+    assert 0.01 <= one_call(Timed(compiles_first), "cpu")[0] < 0.1
+    assert calls.count("compiled") > 3
 
 
 def test_a_contender_that_raises_does_not_stop_the_others():
@@ -101,8 +123,9 @@ def test_peak_memory_sees_what_torch_and_numpy_hold_for_a_moment():
         return np.ones(entries, dtype=np.float32).sum()
 
     for run, expected in ((torch_run, 2 * megabytes), (numpy_run, megabytes), (torch_run, 2 * megabytes)):
-        found = peak_bytes(Timed(run), "cpu") / 2**20
+        found = peak_bytes(Timed(run), "cpu")[0] / 2**20
         assert expected - 4 < found < expected + 16
-    assert peak_bytes(Timed(lambda: None), "cpu") < 1 << 22
+    assert peak_bytes(Timed(lambda: None), "cpu")[0] < 1 << 22
     held = []
-    assert peak_bytes(Timed(held.append, lambda: np.ones(entries, dtype=np.float32)), "cpu") < 1 << 22  # of setup, not of run
+    of_run, _ = peak_bytes(Timed(held.append, lambda: np.ones(entries, dtype=np.float32)), "cpu")
+    assert of_run < 1 << 22
