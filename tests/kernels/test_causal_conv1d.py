@@ -14,20 +14,9 @@ CHANNELS, LENGTHS, WIDTHS = (1, 3, 16, 17, 40), (1, 2, 3, 33, 257), (1, 2, 4, 8)
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(record_calls):
     """Names of the C++ wrapper's functions that ran."""
-    seen = []
-
-    def recorded(function):
-        def record(*args):
-            seen.append(function.__name__)
-            return function(*args)
-
-        return record
-
-    for function in (_causal_conv1d_cpu.forward, _causal_conv1d_cpu.backward):
-        monkeypatch.setattr(_causal_conv1d_cpu, function.__name__, recorded(function))
-    return seen
+    return record_calls(_causal_conv1d_cpu, "forward", "backward")
 
 
 @pytest.mark.parametrize("width", WIDTHS)

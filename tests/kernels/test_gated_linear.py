@@ -43,16 +43,9 @@ def compare(arguments, assert_close, p=0.3, dtype=torch.float32, **options):
 
 
 @pytest.fixture
-def kernels_called(monkeypatch):
+def kernels_called(record_calls):
     """Names of the C++ wrapper's functions that ran."""
-    seen = []
-
-    def recorded(function):
-        return lambda *args: seen.append(function.__name__) or function(*args)
-
-    for name in ("gated_linear", "gated_linear_backward", "glu_dropout_add", "glu_dropout_add_backward"):
-        monkeypatch.setattr(_gates_cpu, name, recorded(getattr(_gates_cpu, name)))
-    return seen
+    return record_calls(_gates_cpu, "gated_linear", "gated_linear_backward", "glu_dropout_add", "glu_dropout_add_backward")
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

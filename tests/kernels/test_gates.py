@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from kernels.layouts import lay_out
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, BackendError
@@ -15,20 +16,9 @@ CHANNELS, PROBABILITIES = (1, 3, 8, 33, 257), (0.0, 0.1, 0.5, 1.0)
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(record_calls):
     """Names of the C++ wrapper's functions that ran."""
-    seen = []
-
-    def recorded(function):
-        def record(*args):
-            seen.append(function.__name__)
-            return function(*args)
-
-        return record
-
-    for name in ("gelu_dropout", "gelu_dropout_backward", "glu_dropout_add", "glu_dropout_add_backward"):
-        monkeypatch.setattr(_gates_cpu, name, recorded(getattr(_gates_cpu, name)))
-    return seen
+    return record_calls(_gates_cpu, "gelu_dropout", "gelu_dropout_backward", "glu_dropout_add", "glu_dropout_add_backward")
 
 
 def random_inputs(*shape):
@@ -37,18 +27,6 @@ def random_inputs(*shape):
     *rows, channels = shape
     sizes = {"x": shape, "pre": (*rows, 2 * channels), "residual": shape}
     return {name: 3 * torch.randn(size, generator=draw).double() for name, size in sizes.items()}
-
-
-def lay_out(tensor, layout):
-    """The tensor's values elsewhere: ``"slice"`` of a wider one, ``"transposed"`` in the order of its axes, or dense."""
-    if layout == "slice":
-        wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
-        home = wide[..., 3:]
-    elif layout == "transposed":
-        home = torch.empty(tensor.shape[::-1], dtype=tensor.dtype).permute(*reversed(range(tensor.dim())))
-    else:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return home.copy_(tensor)
 
 
 def evaluate(inputs, dtype, backend, p, *, training=True, layout="dense", calls=(gelu_dropout, glu_dropout_add)):

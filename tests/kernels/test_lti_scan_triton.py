@@ -19,20 +19,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches(record_calls):
     """Names of the Triton functions that ran."""
-    seen = []
-
-    def recorded(function):
-        def record(*args):
-            seen.append(function.__name__)
-            return function(*args)
-
-        return record
-
-    for function in (triton_scan.diagonal_scan_forward, triton_scan.diagonal_scan_backward):
-        monkeypatch.setattr(triton_scan, function.__name__, recorded(function))
-    return seen
+    return record_calls(triton_scan, "diagonal_scan_forward", "diagonal_scan_backward")
 
 
 @pytest.fixture

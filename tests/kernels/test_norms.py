@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels.layouts import lay_out
 from torch import nn
 
 from compressm.errors import ArgumentError, BackendError
@@ -15,20 +16,9 @@ ROWS = ((1,), (2, 33), (16, 4))
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(record_calls):
     """Names of the C++ wrapper's functions that ran."""
-    seen = []
-
-    def recorded(function):
-        def record(*args):
-            seen.append(function.__name__)
-            return function(*args)
-
-        return record
-
-    for name in ("forward", "backward"):
-        monkeypatch.setattr(_norms_cpu, name, recorded(getattr(_norms_cpu, name)))
-    return seen
+    return record_calls(_norms_cpu, "forward", "backward")
 
 
 def random_inputs(*shape):
@@ -37,18 +27,6 @@ def random_inputs(*shape):
     x = torch.randn(shape, generator=draw) * 2 + torch.randn((*shape[:-1], 1), generator=draw)
     weight, bias = torch.randn((2, shape[-1]), generator=draw)
     return {"x": x.double(), "weight": weight.double(), "bias": bias.double()}
-
-
-def lay_out(tensor, layout):
-    """The tensor's values elsewhere: ``"slice"`` of a wider one, ``"transposed"`` in the order of its axes, or dense."""
-    if layout == "slice":
-        wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
-        home = wide[..., 3:]
-    elif layout == "transposed":
-        home = torch.empty(tensor.shape[::-1], dtype=tensor.dtype).permute(*reversed(range(tensor.dim())))
-    else:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return home.copy_(tensor)
 
 
 def evaluate(inputs, dtype, backend, *, eps=1e-5, layout="dense", calls=(layer_norm, rms_norm)):
