@@ -170,7 +170,7 @@ def _reductions(gpu: bool, device: str) -> list[Family]:
 def _curves(gpu: bool, device: str) -> list[Family]:
     """Our time over N, L and batch around one point."""
     factor = 4 if gpu else 1
-    selective = {"batch": 1 * factor, "channels": 256 * factor, "length": 1024, "states": 64}
+    selective = {"batch": 1 * factor, "channels": 128 * factor, "length": 1024, "states": 64}
     linear = {"batch": 4 * factor, "length": 1024, "channels": 64, "states": 128}
     over = {
         "states": (4, 8, 16, 32, 64, 128, 256, 512),

@@ -114,7 +114,7 @@ def run(request: Request, tell: Tell) -> Run:
     cases = cases_of(request)
     tell("measuring what the machine allows")
     ceilings = measure_ceilings(request.device)
-    budget = Budget() if request.rounds is None else Budget(fewest=request.rounds, most=request.rounds, seconds=float("inf"))
+    budget = Budget() if request.rounds is None else Budget.of(request.rounds)
     outcome = measure([(c, _makers(c, request.compile)) for c in cases], ceilings, budget, tell)
     machine = environment.describe(request.device, ["torch", "triton"])
     return Run(machine=machine, ceilings=ceilings, results=outcome.results, skipped=outcome.skipped, failed=outcome.failed)

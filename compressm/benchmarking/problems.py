@@ -28,10 +28,12 @@ class Contender:
     Attributes:
         timed: what the clock sees.
         answers: one computation's outputs and gradients by name, of any real dtype, for the gate.
+        warms: whether ``answers`` runs what is timed, so that whatever is compiled or allocated once is there afterwards.
     """
 
     timed: Timed
     answers: Callable[[], Answers]
+    warms: bool = True
 
 
 @dataclass(frozen=True)

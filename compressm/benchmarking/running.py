@@ -100,7 +100,7 @@ def _judge(
             outcome.failed.append(Missing(group=case.group, contender=name, reason=reason))
             tell(f"{case.group} | {name}: {reason}")
             return None
-        estimate, peak = one_call(contender.timed, case.device)
+        estimate, peak = one_call(contender.timed, case.device, warm=contender.warms)
         if estimate > budget.longest:
             reason = f"one call takes {estimate:.0f} s, more than the {budget.longest:.0f} s that a run waits"
             outcome.skipped.append(Missing(group=case.group, contender=name, reason=reason))

@@ -145,7 +145,7 @@ def step_contender(problem: Problem, change: Change | None = None) -> Contender:
         run.train_step()
         run.record.step += 1
 
-    return Contender(Timed(step), lambda: gradients(training_run(problem, change).model, run.task))
+    return Contender(Timed(step), lambda: gradients(training_run(problem, change).model, run.task), warms=False)
 
 
 def _problem(task: Task, sizes: Mapping[str, int], least: Counts, cells: int) -> Problem:

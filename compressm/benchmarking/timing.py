@@ -45,22 +45,31 @@ class Budget:
 
     Attributes:
         seconds: for one contender's samples, their warm-up calls not counted.
-        fewest: rounds of a contender however slow, but for ``once_above``.
+        fewest: rounds of a contender however slow, but for the next two.
         most: rounds of any contender.
-        once_above: seconds of one call above which it has a single round.
+        twice_above, once_above: seconds of one call above which it has two rounds, or a single one.
         longest: seconds of one call above which a contender is left out.
     """
 
-    seconds: float = 1.0
+    seconds: float = 0.5
     fewest: int = 3
     most: int = 25
+    twice_above: float = 1.0
     once_above: float = 3.5
     longest: float = 20.0
+
+    @classmethod
+    def of(cls, rounds: int) -> Budget:
+        """As many rounds for every contender."""
+        unlimited = math.inf
+        return cls(seconds=unlimited, fewest=rounds, most=rounds, twice_above=unlimited, once_above=unlimited)
 
     def rounds(self, one_call: float) -> int:
         """Rounds of a contender that takes ``one_call`` seconds."""
         if one_call > self.once_above:
             return 1
+        if one_call > self.twice_above:
+            return min(2, self.fewest)
         return max(self.fewest, int(min(self.most, self.seconds / max(one_call, SHORTEST_SAMPLE))))
 
 
@@ -95,15 +104,16 @@ def interleaved(
     return samples
 
 
-def one_call(timed: Timed, device: torch.device | str) -> tuple[float, int | None]:
+def one_call(timed: Timed, device: torch.device | str, *, warm: bool) -> tuple[float, int | None]:
     """Seconds and peak bytes of a warm call, see :func:`peak_bytes`.
 
-    Slow contenders are called twice: the first call may still compile, memory is looked at in the second.
+    Slow contenders are called once, or twice where they are not ``warm``: then the first call may still compile.
     """
     synchronize = synchronizer(device)
-    first = _time(timed, 1, synchronize)
-    peak, seconds = peak_bytes(timed, device)
-    best, spent = min(first, seconds), max(seconds, ESTIMATE_SECONDS / 5)
+    if not warm:
+        timed.run(*timed.arguments())
+    peak, best = peak_bytes(timed, device)
+    spent = max(best, ESTIMATE_SECONDS / 5)
     while spent < ESTIMATE_SECONDS:
         seconds = _time(timed, 1, synchronize)
         best, spent = min(best, seconds), spent + max(seconds, ESTIMATE_SECONDS / 5)
