@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from compressm.kernels import cross_entropy
 from compressm.layers import Mamba, RMSNorm
 
 BYTES = 256
@@ -80,9 +81,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
 
 def prediction_loss(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of every byte but the first, windows (n, L + 1): its mean, or with ``"none"`` (n * L,)."""
+    """Cross-entropy in nats of every byte but the first, windows (n, L + 1): its mean, or with ``"none"`` (n, L)."""
     scores = model(windows[:, :-1])
-    return nn.functional.cross_entropy(scores.flatten(0, 1).float(), windows[:, 1:].flatten().long(), reduction=reduction)
+    return cross_entropy(scores, windows[:, 1:].long(), reduction=reduction)
 
 
 @torch.no_grad()
@@ -90,6 +91,6 @@ def evaluate_windows(model: nn.Module, windows: Tensor, batch_size: int) -> Tens
     """Mean cross-entropy in nats per predicted byte of every window (n,), float64, in eval mode; the flag is put back."""
     was_training = model.training
     model.eval()
-    parts = [prediction_loss(model, part, "none").double().view(len(part), -1).mean(1) for part in windows.split(batch_size)]
+    parts = [prediction_loss(model, part, "none").double().mean(1) for part in windows.split(batch_size)]
     model.train(was_training)
     return torch.cat(parts)

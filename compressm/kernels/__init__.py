@@ -2,6 +2,7 @@
 
 from compressm.kernels._plan import KernelPlan
 from compressm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
+from compressm.kernels.cross_entropy import cross_entropy
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gates import gelu_dropout, glu_dropout_add, linear_glu_dropout_add
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
@@ -16,6 +17,7 @@ __all__ = [
     "KernelPlan",
     "causal_conv1d",
     "causal_conv1d_update",
+    "cross_entropy",
     "diagonal_scan",
     "gelu_dropout",
     "glu_dropout_add",

@@ -1,0 +1,104 @@
+"""The cross-entropy of a language model's scores, in one pass forward and one backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressm.errors import bad_argument
+from compressm.kernels import _cpp, _cross_entropy_cpu, _cross_entropy_ref
+from compressm.kernels._custom_op import custom_op
+from compressm.kernels._dispatch import Candidate, choose
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def cross_entropy(
+    scores: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", backend: str | None = None
+) -> Tensor:
+    """log(sum_j exp(x_j)) - x_target over the last axis, as ``torch.nn.functional.cross_entropy`` of rows.
+
+    The backward computes the softmax again: besides the scores, two numbers a row are kept for it.
+
+    Args:
+        scores: (..., V), float32, bfloat16 or float16 (float64 on the reference); any strides.
+        targets: (...), int64 classes from 0 to V - 1, or ``ignore_index``.
+        ignore_index: target of rows without loss and gradient.
+        reduction: ``"mean"`` over the rows that are not ignored (NaN if all are), ``"sum"`` or ``"none"``.
+        backend: ``"cpp"`` or ``"reference"``, which is torch's own; None chooses.
+
+    Returns:
+        a scalar, or (...) for ``"none"``; float32 (float64 for float64 scores).  scores is differentiable.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices do not fit, or the reduction is unknown.
+        IndexError: a target that is no class.
+        BackendError: the named backend cannot run.
+    """
+    _check(scores, targets, reduction)
+    rows, classes = scores.reshape(-1, scores.shape[-1]), targets.reshape(-1)
+    chosen = _launch(scores.device.type, scores.dtype, backend)
+    if chosen == "reference" or scores.numel() == 0:
+        losses = _cross_entropy_ref.cross_entropy(rows, classes, ignore_index)
+    else:
+        losses, _normalizers = cross_entropy_op(rows.float(), classes, ignore_index)
+    if reduction == "none":
+        return losses.reshape(targets.shape)
+    total = losses.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+
+
+@torch.compiler.assume_constant_result
+def _launch(device: str, dtype: torch.dtype, backend: str | None) -> str:
+    """The backend that runs; torch.compile takes it as a constant while it traces."""
+    candidates = (Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None))
+    return choose("cross_entropy", candidates, backend)
+
+
+@custom_op("compressm::cross_entropy")
+def cross_entropy_op(scores: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Losses (rows,) and what the backward needs (rows, 2), in C++; scores (rows, V) float32, targets (rows,) int64."""
+    return _cross_entropy_cpu.forward(scores, targets, ignore_index)
+
+
+@cross_entropy_op.register_fake
+def _(scores, targets, ignore_index):
+    return scores.new_empty(targets.shape), scores.new_empty((*targets.shape, 2))
+
+
+@custom_op("compressm::cross_entropy_backward")
+def cross_entropy_backward_op(
+    grad_losses: Tensor, scores: Tensor, targets: Tensor, normalizers: Tensor, ignore_index: int
+) -> Tensor:
+    """Gradient of scores."""
+    return _cross_entropy_cpu.backward(grad_losses, scores, targets, normalizers, ignore_index)
+
+
+@cross_entropy_backward_op.register_fake
+def _(grad_losses, scores, targets, normalizers, ignore_index):
+    return scores.new_empty(scores.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    scores, targets, ctx.ignore_index = inputs
+    ctx.save_for_backward(scores, targets, output[1])
+
+
+def _backward(ctx, grad_losses, _grad_normalizers):
+    return cross_entropy_backward_op(grad_losses, *ctx.saved_tensors, ctx.ignore_index), None, None
+
+
+cross_entropy_op.register_autograd(_backward, _setup_context)
+
+
+def _check(scores: Tensor, targets: Tensor, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise bad_argument("reduction", got=repr(reduction), expected=f"one of {', '.join(REDUCTIONS)}")
+    if scores.dim() == 0 or scores.shape[-1] == 0 or not scores.is_floating_point():
+        got = f"{tuple(scores.shape)} of {scores.dtype}"
+        raise bad_argument("scores", got=got, expected="a real tensor (..., V) with at least one class")
+    if targets.shape != scores.shape[:-1] or targets.dtype != torch.int64:
+        expected = f"int64 of shape {tuple(scores.shape[:-1])}, a class for every row of scores"
+        raise bad_argument("targets", got=f"{tuple(targets.shape)} of {targets.dtype}", expected=expected)
+    if targets.device != scores.device:
+        raise bad_argument("targets", got=f"device {targets.device}", expected=f"{scores.device}, where scores is")

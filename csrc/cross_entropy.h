@@ -1,0 +1,41 @@
+// Cross-entropy of rows of scores: loss = log(sum_j exp(x_j)) - x_target.
+//
+// The kernels are compiled once per instruction set (cross_entropy_*.cpp include cross_entropy_kernels.inc under different
+// target pragmas); the set is the one that scan_kernels() names.
+#pragma once
+
+#include <cstdint>
+
+namespace compressm {
+
+// Dense rows and the class that each should be; a row whose target is `ignored` has no loss and no gradient.
+struct Scores {
+  const float* values;  // (rows, classes)
+  const std::int64_t* targets;
+  std::int64_t rows, classes, ignored;
+};
+
+struct CrossEntropyKernels {
+  const char* name;
+
+  // losses (rows) and normalizers (rows, 2): the largest score m and log(sum_j exp(x_j - m)), apart, as their sum would be
+  // rounded where m is large.  Targets are valid.
+  void (*forward)(const Scores& scores, float* losses, float* normalizers);
+
+  // grad_scores (rows, classes) from grad (rows), the gradient of the losses.
+  void (*backward)(const Scores& scores, const float* normalizers, const float* grad, float* grad_scores);
+};
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const CrossEntropyKernels cross_entropy_kernels;
+}
+namespace avx2 {
+extern const CrossEntropyKernels cross_entropy_kernels;
+}
+#endif
+namespace portable {
+extern const CrossEntropyKernels cross_entropy_kernels;
+}
+
+}  // namespace compressm

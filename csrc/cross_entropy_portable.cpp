@@ -1,0 +1,11 @@
+// The cross-entropy kernels compiled for portable.
+#include "cross_entropy.h"
+
+#include <cmath>
+#include <cstring>
+
+#define COMPRESSM_ISA portable
+#define COMPRESSM_ISA_NAME "portable"
+#define COMPRESSM_WIDTH 4
+#include "vector.inc"
+#include "cross_entropy_kernels.inc"
