@@ -36,18 +36,19 @@ const SelectiveScanKernels& kernels() {
   return portable::selective_scan_kernels;
 }
 
-void check(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape, name,
-              ": expected a float32 CPU tensor of shape ", shape, ", got ", t.sizes(), " of ", t.scalar_type());
+void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type = at::kFloat) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == type && t.sizes() == shape, name, ": expected a ",
+              type == at::kFloat ? "float32" : "bfloat16", " CPU tensor of shape ", shape, ", got ", t.sizes(), " of ",
+              t.scalar_type());
 }
 
-void check(const OptionalTensor& t, const char* name, at::IntArrayRef shape) {
-  if (t) check(*t, name, shape);
+void check(const OptionalTensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type = at::kFloat) {
+  if (t) check(*t, name, shape, type);
 }
 
 // The kernels read what they do not write through the same kind of view.
 ScanRows rows_of(const Tensor& t) {
-  return {const_cast<float*>(t.const_data_ptr<float>()), t.stride(0), t.stride(1), t.stride(2)};
+  return {const_cast<void*>(t.const_data_ptr()), t.scalar_type() == at::kBFloat16, t.stride(0), t.stride(1), t.stride(2)};
 }
 
 ScanMixing mixing_of(const Tensor& t) {
@@ -68,13 +69,14 @@ struct Scan {
     TORCH_CHECK(u.dim() == 3 && a.dim() == 2 && B.dim() == 4, "expected u (batch, D, L), A (D, N) and B (batch, G, N, L)");
     batch = u.size(0), channels = u.size(1), length = u.size(2), states = a.size(1), groups = B.size(1);
     TORCH_CHECK(groups > 0 && channels % groups == 0, "B: expected a number of groups that divides D, got ", groups);
-    check(u, "u", {batch, channels, length});
-    check(delta, "delta", {batch, channels, length});
+    const at::ScalarType wide = u.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+    check(u, "u", {batch, channels, length}, wide);
+    check(delta, "delta", {batch, channels, length}, wide);
     check(a, "A", {channels, states});
     check(B, "B", {batch, groups, states, length});
     check(C, "C", {batch, groups, states, length});
     check(d, "D", {channels});
-    check(z, "z", {batch, channels, length});
+    check(z, "z", {batch, channels, length}, wide);
     check(delta_bias, "delta_bias", {channels});
     pack(cu_seqlens);
     check(initial_state, "initial_state", {count(), channels, states});
@@ -143,18 +145,19 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
   });
 }
 
-// (out, last state (sequences, D, N), checkpoints (tiles, N, D), output in front of the gate); the last two are empty
-// unless train (and there is a gate).
+// u, delta and z are float32 or bfloat16, all else is float32.  Returns (out, last state (sequences, D, N), checkpoints
+// (tiles, N, D), output in front of the gate), the first and the last as u; the last two are empty unless train (and there is
+// a gate).
 std::tuple<Tensor, Tensor, Tensor, Tensor> selective_forward(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
     const OptionalTensor& z, const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
     const OptionalTensor& cu_seqlens, bool softplus, bool train) {
   const Scan scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus);
-  const auto options = u.options();
+  const auto options = A.options();
   Tensor out = at::empty_like(u), last = at::empty({scan.count(), scan.channels, scan.states}, options);
   Tensor checkpoints = train ? at::empty({scan.tiles, scan.states, scan.channels}, options) : at::empty({0}, options);
   if (train) scan.clear_unused(checkpoints);
-  Tensor y = train && z ? at::empty_like(u) : at::empty({0}, options);
+  Tensor y = train && z ? at::empty_like(u) : at::empty({0}, u.options());
   ScanOutputs outputs{rows_of(out), {}, last.data_ptr<float>(), train ? checkpoints.data_ptr<float>() : nullptr};
   if (train && z) outputs.y = rows_of(y);
   const int64_t parts = ceil_div(scan.blocks(), kScanBlocks), tasks = scan.count() * scan.groups * parts;
@@ -257,13 +260,13 @@ Gradients selective_backward(const Tensor& grad_out, const OptionalTensor& grad_
                              const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
                              const Tensor& checkpoints, const Tensor& y, bool softplus) {
   const Scan scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus);
-  check(grad_out, "grad_out", u.sizes());
+  check(grad_out, "grad_out", u.sizes(), u.scalar_type());
   check(grad_last, "grad_last", {scan.count(), scan.channels, scan.states});
   check(checkpoints, "checkpoints", {scan.tiles, scan.states, scan.channels});
   TORCH_CHECK(checkpoints.is_contiguous(), "checkpoints: expected a contiguous tensor");
-  if (z) check(y, "y", u.sizes());
-  const auto options = u.options();
-  const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, options); };
+  if (z) check(y, "y", u.sizes(), u.scalar_type());
+  const auto options = A.options();
+  const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, u.options()); };
   Tensor grad_u = like(u), grad_delta = like(delta), grad_z = like(z), grad_B = like(B), grad_C = like(C);
   Tensor state = at::zeros({scan.count(), scan.states, scan.channels}, options);
   if (grad_last) state.copy_(grad_last->transpose(1, 2));

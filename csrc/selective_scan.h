@@ -13,11 +13,17 @@ namespace compressm {
 constexpr std::int64_t kScanTile = 32;   // steps between two saved states; STEPS in _selective_scan_cpu.py
 constexpr std::int64_t kScanBlocks = 4;  // blocks of channels that share one reading of B and C
 
-// A (batch, channel, time) tensor of floats and its strides; data is null where the argument was None.
+typedef std::uint16_t BFloat16;  // the upper half of a float's bits
+
+// A (batch, channel, time) tensor and its strides; data is null where the argument was None.
 struct ScanRows {
-  float* data = nullptr;
+  void* data = nullptr;
+  bool half = false;  // BFloat16, else floats
   std::int64_t batch = 0, channel = 0, time = 0;
-  float* at(std::int64_t b, std::int64_t d, std::int64_t t) const { return data + b * batch + d * channel + t * time; }
+  template <typename Element>
+  Element* at(std::int64_t b, std::int64_t d, std::int64_t t) const {
+    return static_cast<Element*>(data) + b * batch + d * channel + t * time;
+  }
 };
 
 // A (batch, group, state, time) tensor of floats and its strides.

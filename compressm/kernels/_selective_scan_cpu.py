@@ -31,6 +31,12 @@ def plan(batch: int, channels: int, length: int, states: int) -> KernelPlan:
     return KernelPlan("selective_scan", "cpp", "scan", (("steps", STEPS),), "vectors of channels, a tile of steps at a time")
 
 
+def dtype_of_rows(*rows: Tensor | None) -> torch.dtype:
+    """In which the kernels take u, delta and z: bfloat16 where all are and their channels lie next to each other, else float32."""
+    native = all(t is None or (t.dtype == torch.bfloat16 and t.stride(1) == 1) for t in rows)
+    return torch.bfloat16 if native else torch.float32
+
+
 def checkpoint_shape(
     batch: int, channels: int, length: int, states: int, packed: bool, sequences: int
 ) -> tuple[int, int, int]:
@@ -57,7 +63,7 @@ def forward(
     delta_softplus: bool,
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, last state, checkpoints, output in front of the gate) of float32 tensors; see ``selective_scan_op``."""
+    """(out, last state, checkpoints, output in front of the gate); see ``selective_scan_op``."""
     return _cpp.library().selective_forward(
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, train
     )

@@ -75,8 +75,11 @@ def selective_scan(
             u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
         )
     else:
-        io = torch.float32 if chosen == "cpp" else io
-        u_io, delta, B, C, z = (_cast(t, io) for t in (u, delta, B, C, z))
+        if chosen == "cpp":
+            io, mixing = _selective_scan_cpu.dtype_of_rows(u, delta, z), torch.float32
+        else:
+            mixing = io
+        u_io, delta, z, B, C = *(_cast(t, io) for t in (u, delta, z)), *(_cast(t, mixing) for t in (B, C))
         A, D, delta_bias, initial_state = (_cast(t, torch.float32) for t in (A, D, delta_bias, initial_state))
         out, last, *_ = selective_scan_op(
             u_io, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, torch.is_grad_enabled(), chosen
@@ -165,7 +168,8 @@ def selective_scan_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """selective_scan on a compiled backend, ``"cpp"`` or ``"triton"``.
 
-    u, delta, B (batch, G, N, L), C and z share one dtype; A, D, delta_bias and initial_state are float32.
+    u, delta and z share one dtype; so do B (batch, G, N, L) and C: the same, or with ``"cpp"`` always float32.  A, D,
+    delta_bias and initial_state are float32.
 
     Returns:
         out (as u), last state (sequences, D, N) float32, and, where ``train``, what the backward needs: checkpoints (states
