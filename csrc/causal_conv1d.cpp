@@ -12,6 +12,7 @@
 #include <array>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "causal_conv1d.h"
 #include "diagonal_scan.h"
@@ -38,14 +39,28 @@ const ConvKernels& conv_kernels() {
   return portable::conv_kernels;
 }
 
-void check_rows(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape &&
-                  (t.numel() == 0 || t.stride(-1) == 1 || t.size(-1) == 1),
-              name, ": expected a float32 CPU tensor of shape ", shape, " with dense rows");
+template <typename Element>
+const ConvRowKernels<Element>& row_kernels() {
+  if constexpr (std::is_same_v<Element, float>) {
+    return conv_kernels().floats;
+  } else {
+    return conv_kernels().halves;
+  }
 }
 
-void check_dense(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  check_rows(t, name, shape);
+template <typename Element>
+const Element* data_of(const Tensor& t) {
+  return static_cast<const Element*>(t.const_data_ptr());
+}
+
+void check_rows(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type = at::kFloat) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == type && t.sizes() == shape &&
+                  (t.numel() == 0 || t.stride(-1) == 1 || t.size(-1) == 1),
+              name, ": expected a CPU tensor of ", type, " of shape ", shape, " with dense rows");
+}
+
+void check_dense(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type = at::kFloat) {
+  check_rows(t, name, shape, type);
   TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
@@ -79,17 +94,18 @@ struct Tasks {
 };
 
 // The rows of x (batch, L, D) with the width - 1 rows of state (batch, width - 1, D) in front.
+template <typename Element>
 struct Inputs {
-  const float *x, *state;
+  const Element *x, *state;
   int64_t batch_stride, row_stride, before, channels;
   Inputs(const Tensor& x, const Tensor& state)
-      : x(x.const_data_ptr<float>()),
-        state(state.const_data_ptr<float>()),
+      : x(data_of<Element>(x)),
+        state(data_of<Element>(state)),
         batch_stride(x.stride(0)),
         row_stride(x.stride(1)),
         before(state.size(1)),
         channels(x.size(2)) {}
-  const float* row(int64_t sequence, int64_t t) const {
+  const Element* row(int64_t sequence, int64_t t) const {
     return t >= 0 ? x + sequence * batch_stride + t * row_stride : state + (sequence * before + before + t) * channels;
   }
 };
@@ -99,91 +115,105 @@ ConvFilter channel_filter(const Tensor& weight, const Tensor& bias, int64_t chan
           static_cast<int>(weight.size(0)), silu};
 }
 
+// x and state are float32 or bfloat16, and so are the results that are as large; all else is float32.
 void check_channels(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state) {
   TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "expected x (batch, L, D) and weight (width, D)");
   check_width(weight.size(0));
-  check_rows(x, "x", x.sizes());
+  const at::ScalarType type = x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  check_rows(x, "x", x.sizes(), type);
   check_dense(weight, "weight", {weight.size(0), x.size(2)});
   check_dense(bias, "bias", {x.size(2)});
-  check_dense(state, "state", {x.size(0), weight.size(0) - 1, x.size(2)});
+  check_dense(state, "state", {x.size(0), weight.size(0) - 1, x.size(2)}, type);
 }
 
-// x, out (batch, L, D), weight (width, D), bias (D,), state (batch, width - 1, D).
-Tensor channels_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
-  check_channels(x, weight, bias, state);
+template <typename Element>
+Tensor channels_forward_of(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
   const Tasks tasks(x.size(0), x.size(1), x.size(2));
   Tensor out = at::empty(x.sizes(), x.options());
-  const Inputs inputs(x, state);
+  const Inputs<Element> inputs(x, state);
   const int64_t before = inputs.before;
-  float* y = out.data_ptr<float>();
+  Element* y = static_cast<Element*>(out.data_ptr());
   at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Task task = tasks.at(index);
       const ConvFilter filter = channel_filter(weight, bias, task.channel, silu);
       for (int64_t t = task.start; t < task.stop; t += kBlock) {
         const int64_t rows = std::min(kBlock, task.stop - t);
-        std::array<const float*, kBlock + kMaxConvWidth> in{};
-        std::array<float*, kBlock> target{};
+        std::array<const Element*, kBlock + kMaxConvWidth> in{};
+        std::array<Element*, kBlock> target{};
         for (int64_t r = 0; r < rows + before; ++r) in[r] = inputs.row(task.sequence, t - before + r) + task.channel;
         for (int64_t r = 0; r < rows; ++r) {
           target[r] = y + (task.sequence * tasks.length + t + r) * tasks.channels + task.channel;
         }
-        conv_kernels().forward(filter, in.data(), target.data(), rows, task.channels);
+        row_kernels<Element>().forward(filter, in.data(), target.data(), rows, task.channels);
       }
     }
   });
   return out;
 }
 
+// x, out (batch, L, D), weight (width, D), bias (D,), state (batch, width - 1, D).
+Tensor channels_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
+  check_channels(x, weight, bias, state);
+  const auto run = x.scalar_type() == at::kBFloat16 ? channels_forward_of<BFloat16> : channels_forward_of<float>;
+  return run(x, weight, bias, state, silu);
+}
+
 // Where the gradients of one task's inputs go: rows of grad_x, of grad_state in front of it, or nowhere.
+template <typename Element>
 struct Targets {
-  float *grad_x, *grad_state;
+  Element *grad_x, *grad_state;
   int64_t length, channels, before;
-  float* row(const Task& task, int64_t s, float* nowhere) const {
+  Element* row(const Task& task, int64_t s, Element* nowhere) const {
     if (s >= task.stop || s < (task.start == 0 ? -before : task.start)) return nowhere;
     if (s < 0) return grad_state + (task.sequence * before + before + s) * channels + task.channel;
     return grad_x + (task.sequence * length + s) * channels + task.channel;
   }
 };
 
-void channels_backward_task(const Tasks& tasks, const Task& task, const ConvFilter& filter, const Inputs& inputs,
-                            const Tensor& grad, const Targets& targets, float* grad_weight) {
+void copy_row(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
+void copy_row(const float* from, int64_t count, BFloat16* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = c10::BFloat16(from[i]).x;
+}
+
+template <typename Element>
+void channels_backward_task(const Tasks& tasks, const Task& task, const ConvFilter& filter, const Inputs<Element>& inputs,
+                            const Tensor& grad, const Targets<Element>& targets, float* grad_weight) {
   const int64_t before = inputs.before, last = std::min(task.stop + before, tasks.length);
   std::array<float, (kMaxConvWidth - 1) * kChannels> pending;
-  std::array<float, kChannels> nowhere;
+  std::array<Element, kChannels> nowhere;
   std::fill_n(pending.begin(), before * task.channels, 0.0f);
-  const float* g = grad.const_data_ptr<float>() + task.sequence * grad.stride(0) + task.channel;
+  const Element* g = data_of<Element>(grad) + task.sequence * grad.stride(0) + task.channel;
   for (int64_t t = task.start, rows = 0; t < last; t += rows) {
     const bool own = t < task.stop;
     rows = std::min(kBlock, (own ? task.stop : last) - t);
-    std::array<const float*, kBlock + kMaxConvWidth> in{};
-    std::array<const float*, kBlock> from{};
-    std::array<float*, kBlock> to{};
+    std::array<const Element*, kBlock + kMaxConvWidth> in{};
+    std::array<const Element*, kBlock> from{};
+    std::array<Element*, kBlock> to{};
     for (int64_t r = 0; r < rows + before; ++r) in[r] = inputs.row(task.sequence, t - before + r) + task.channel;
     for (int64_t r = 0; r < rows; ++r) {
       from[r] = g + (t + r) * grad.stride(1);
       to[r] = targets.row(task, t + r - before, nowhere.data());
     }
-    conv_kernels().backward(filter, in.data(), from.data(), to.data(), rows, task.channels, pending.data(),
-                            own ? grad_weight : nullptr, tasks.channels);
+    row_kernels<Element>().backward(filter, in.data(), from.data(), to.data(), rows, task.channels, pending.data(),
+                                    own ? grad_weight : nullptr, tasks.channels);
   }
   if (last < tasks.length) return;
   for (int64_t i = 0; i < before; ++i) {
-    float* to = targets.row(task, last - before + i, nowhere.data());
-    std::copy_n(pending.begin() + i * task.channels, task.channels, to);
+    copy_row(pending.data() + i * task.channels, task.channels, targets.row(task, last - before + i, nowhere.data()));
   }
 }
 
-Gradients channels_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                            const Tensor& state, bool silu) {
-  check_channels(x, weight, bias, state);
-  check_rows(grad, "grad", x.sizes());
+template <typename Element>
+Gradients channels_backward_of(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                               const Tensor& state, bool silu) {
   const Tasks tasks(x.size(0), x.size(1), x.size(2));
   const int64_t width = weight.size(0);
   Tensor grad_x = at::empty(x.sizes(), x.options()), grad_state = at::empty_like(state);
-  Tensor partials = at::zeros({tasks.batch * tasks.stretches, width + 1, tasks.channels}, x.options());
-  const Inputs inputs(x, state);
-  const Targets targets{grad_x.data_ptr<float>(), grad_state.data_ptr<float>(), tasks.length, tasks.channels, width - 1};
+  Tensor partials = at::zeros({tasks.batch * tasks.stretches, width + 1, tasks.channels}, weight.options());
+  const Inputs<Element> inputs(x, state);
+  const Targets<Element> targets{static_cast<Element*>(grad_x.data_ptr()), static_cast<Element*>(grad_state.data_ptr()),
+                                 tasks.length, tasks.channels, width - 1};
   float* sums = partials.data_ptr<float>();
   at::parallel_for(0, tasks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
@@ -194,6 +224,14 @@ Gradients channels_backward(const Tensor& grad, const Tensor& x, const Tensor& w
   });
   const Tensor total = sum_partials(partials).view({width + 1, tasks.channels});
   return {grad_x, total.narrow(0, 0, width).clone(), total[width].clone(), grad_state};
+}
+
+Gradients channels_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                            const Tensor& state, bool silu) {
+  check_channels(x, weight, bias, state);
+  check_rows(grad, "grad", x.sizes(), x.scalar_type());
+  const auto run = x.scalar_type() == at::kBFloat16 ? channels_backward_of<BFloat16> : channels_backward_of<float>;
+  return run(grad, x, weight, bias, state, silu);
 }
 
 void check_steps(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state) {

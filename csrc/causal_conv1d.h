@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "bfloat16.h"
+
 namespace compressm {
 
 constexpr int kMaxConvWidth = 8;
@@ -19,20 +21,26 @@ struct ConvFilter {
   bool silu;
 };
 
-struct ConvKernels {
-  const char* name;
-
-  // Rows of channels: out[r] = act(sum_k w_k x[r + k] + b) for `rows` rows of `channels` floats.  x holds rows + width - 1
-  // rows, the oldest first.
-  void (*forward)(const ConvFilter& filter, const float* const* x, float* const* out, std::int64_t rows,
+// For rows of channels, of floats or BFloat16.
+template <typename Element>
+struct ConvRowKernels {
+  // out[r] = act(sum_k w_k x[r + k] + b) for `rows` rows of `channels` elements.  x holds rows + width - 1 rows, the oldest
+  // first.
+  void (*forward)(const ConvFilter& filter, const Element* const* x, Element* const* out, std::int64_t rows,
                   std::int64_t channels);
 
   // Its adjoint, walking with time.  grad[r]: dL/d out[r].  pending (width - 1, channels): gradients of the inputs x[0..]
   // that later rows still add to; the finished one of row r goes to grad_x[r].  grad_weight (width + 1, grad_stride): the
   // rows' share of the gradients of the taps and, last, of the bias is added; null leaves it out.
-  void (*backward)(const ConvFilter& filter, const float* const* x, const float* const* grad, float* const* grad_x,
+  void (*backward)(const ConvFilter& filter, const Element* const* x, const Element* const* grad, Element* const* grad_x,
                    std::int64_t rows, std::int64_t channels, float* pending, float* grad_weight,
                    std::int64_t grad_stride);
+};
+
+struct ConvKernels {
+  const char* name;
+  ConvRowKernels<float> floats;
+  ConvRowKernels<BFloat16> halves;
 
   // One channel's row of steps: out[t] = act(sum_k w_k x[t + k] + b) for `count` steps, a multiple of 16.
   void (*forward_steps)(const ConvFilter& filter, const float* x, float* out, std::int64_t count);

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "diagonal_scan.h"
 
@@ -34,49 +35,72 @@ void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarT
               ": expected a contiguous CPU tensor of ", type, " of shape ", shape);
 }
 
-// The arguments, checked; targets must be classes or `ignored`.
-Scores scores_of(const Tensor& scores, const Tensor& targets, int64_t ignored) {
-  TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "scores: expected (rows, classes)");
-  check(scores, "scores", scores.sizes());
-  check(targets, "targets", {scores.size(0)}, at::kLong);
-  const Scores found{scores.const_data_ptr<float>(), targets.const_data_ptr<int64_t>(), scores.size(0), scores.size(1),
-                     ignored};
-  for (int64_t r = 0; r < found.rows; ++r) {
-    const int64_t target = found.targets[r];
-    TORCH_CHECK_INDEX(target == ignored || (target >= 0 && target < found.classes), "targets: expected classes from 0 to ",
-                      found.classes - 1, " or ignore_index = ", ignored, ", got ", target);
+template <typename Element>
+const CrossEntropyRows<Element>& row_kernels() {
+  if constexpr (std::is_same_v<Element, float>) {
+    return kernels().floats;
+  } else {
+    return kernels().halves;
   }
-  return found;
 }
 
-// Calls body(rows [begin, end) of the scores, begin) for parts of the rows on all threads.
-template <typename Body>
-void in_parts(const Scores& all, const Body& body) {
-  at::parallel_for(0, all.rows, std::max<int64_t>(1, kGrain / all.classes), [&](int64_t begin, int64_t end) {
-    body(Scores{all.values + begin * all.classes, all.targets + begin, end - begin, all.classes, all.ignored}, begin);
+// Targets must be classes or `ignored`; scores are float32 or bfloat16.
+void check_scores(const Tensor& scores, const Tensor& targets, int64_t ignored) {
+  TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0, "scores: expected (rows, classes)");
+  check(scores, "scores", scores.sizes(), scores.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
+  check(targets, "targets", {scores.size(0)}, at::kLong);
+  const int64_t *each = targets.const_data_ptr<int64_t>(), classes = scores.size(1);
+  for (int64_t r = 0; r < scores.size(0); ++r) {
+    TORCH_CHECK_INDEX(each[r] == ignored || (each[r] >= 0 && each[r] < classes), "targets: expected classes from 0 to ",
+                      classes - 1, " or ignore_index = ", ignored, ", got ", each[r]);
+  }
+}
+
+// Calls body(some rows of the scores, the first of them) for parts of the rows on all threads.
+template <typename Element, typename Body>
+void in_parts(const Tensor& scores, const Tensor& targets, int64_t ignored, const Body& body) {
+  const auto* values = static_cast<const Element*>(scores.const_data_ptr());
+  const int64_t *each = targets.const_data_ptr<int64_t>(), classes = scores.size(1);
+  at::parallel_for(0, scores.size(0), std::max<int64_t>(1, kGrain / classes), [&](int64_t begin, int64_t end) {
+    body(Scores<Element>{values + begin * classes, each + begin, end - begin, classes, ignored}, begin);
   });
 }
 
-// scores (rows, classes), targets (rows) -> losses (rows) and normalizers (rows, 2).
+template <typename Element>
+void forward_of(const Tensor& scores, const Tensor& targets, int64_t ignored, float* losses, float* normalizers) {
+  in_parts<Element>(scores, targets, ignored, [&](const Scores<Element>& part, int64_t begin) {
+    row_kernels<Element>().forward(part, losses + begin, normalizers + 2 * begin);
+  });
+}
+
+template <typename Element>
+void backward_of(const Tensor& scores, const Tensor& targets, int64_t ignored, const float* normalizers, const float* grad,
+                 void* grad_scores) {
+  in_parts<Element>(scores, targets, ignored, [&](const Scores<Element>& part, int64_t begin) {
+    Element* to = static_cast<Element*>(grad_scores) + begin * part.classes;
+    row_kernels<Element>().backward(part, normalizers + 2 * begin, grad + begin, to);
+  });
+}
+
+// scores (rows, classes), targets (rows) -> losses (rows) and normalizers (rows, 2), float32.
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& scores, const Tensor& targets, int64_t ignored) {
-  const Scores all = scores_of(scores, targets, ignored);
-  Tensor losses = at::empty({all.rows}, scores.options()), normalizers = at::empty({all.rows, 2}, scores.options());
-  float *to = losses.data_ptr<float>(), *kept = normalizers.data_ptr<float>();
-  in_parts(all, [&](const Scores& part, int64_t begin) { kernels().forward(part, to + begin, kept + 2 * begin); });
+  check_scores(scores, targets, ignored);
+  const auto options = scores.options().dtype(at::kFloat);
+  Tensor losses = at::empty({scores.size(0)}, options), normalizers = at::empty({scores.size(0), 2}, options);
+  const auto run = scores.scalar_type() == at::kBFloat16 ? forward_of<BFloat16> : forward_of<float>;
+  run(scores, targets, ignored, losses.data_ptr<float>(), normalizers.data_ptr<float>());
   return {losses, normalizers};
 }
 
+// The gradient of scores, as they are.
 Tensor cross_entropy_backward(const Tensor& grad, const Tensor& scores, const Tensor& targets, const Tensor& normalizers,
                               int64_t ignored) {
-  const Scores all = scores_of(scores, targets, ignored);
-  check(grad, "grad", {all.rows});
-  check(normalizers, "normalizers", {all.rows, 2});
+  check_scores(scores, targets, ignored);
+  check(grad, "grad", {scores.size(0)});
+  check(normalizers, "normalizers", {scores.size(0), 2});
   Tensor grad_scores = at::empty(scores.sizes(), scores.options());
-  const float *g = grad.const_data_ptr<float>(), *kept = normalizers.const_data_ptr<float>();
-  float* to = grad_scores.data_ptr<float>();
-  in_parts(all, [&](const Scores& part, int64_t begin) {
-    kernels().backward(part, kept + 2 * begin, g + begin, to + begin * all.classes);
-  });
+  const auto run = scores.scalar_type() == at::kBFloat16 ? backward_of<BFloat16> : backward_of<float>;
+  run(scores, targets, ignored, normalizers.const_data_ptr<float>(), grad.const_data_ptr<float>(), grad_scores.data_ptr());
   return grad_scores;
 }
 

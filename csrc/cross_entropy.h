@@ -6,24 +6,33 @@
 
 #include <cstdint>
 
+#include "bfloat16.h"
+
 namespace compressm {
 
-// Dense rows and the class that each should be; a row whose target is `ignored` has no loss and no gradient.
+// Dense rows of floats or BFloat16 and the class that each should be; a row whose target is `ignored` has no loss and no
+// gradient.
+template <typename Element>
 struct Scores {
-  const float* values;  // (rows, classes)
+  const Element* values;  // (rows, classes)
   const std::int64_t* targets;
   std::int64_t rows, classes, ignored;
 };
 
-struct CrossEntropyKernels {
-  const char* name;
-
+template <typename Element>
+struct CrossEntropyRows {
   // losses (rows) and normalizers (rows, 2): the largest score m and log(sum_j exp(x_j - m)), apart, as their sum would be
   // rounded where m is large.  Targets are valid.
-  void (*forward)(const Scores& scores, float* losses, float* normalizers);
+  void (*forward)(const Scores<Element>& scores, float* losses, float* normalizers);
 
   // grad_scores (rows, classes) from grad (rows), the gradient of the losses.
-  void (*backward)(const Scores& scores, const float* normalizers, const float* grad, float* grad_scores);
+  void (*backward)(const Scores<Element>& scores, const float* normalizers, const float* grad, Element* grad_scores);
+};
+
+struct CrossEntropyKernels {
+  const char* name;
+  CrossEntropyRows<float> floats;
+  CrossEntropyRows<BFloat16> halves;
 };
 
 #if defined(__x86_64__)

@@ -8,12 +8,12 @@
 
 #include <cstdint>
 
+#include "bfloat16.h"
+
 namespace compressm {
 
 constexpr std::int64_t kScanTile = 32;   // steps between two saved states; STEPS in _selective_scan_cpu.py
 constexpr std::int64_t kScanBlocks = 4;  // blocks of channels that share one reading of B and C
-
-typedef std::uint16_t BFloat16;  // the upper half of a float's bits
 
 // A (batch, channel, time) tensor and its strides; data is null where the argument was None.
 struct ScanRows {

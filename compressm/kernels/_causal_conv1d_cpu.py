@@ -1,11 +1,12 @@
-"""The C++ backend of the short causal convolution (``csrc/causal_conv1d.cpp``), float32.
+"""The C++ backend of the short causal convolution (``csrc/causal_conv1d.cpp``).
 
-It has two forms: rows of channels, for tensors whose channels lie next to each other in memory, and rows of time steps for
-the others.  Each reads its layout in place; a tensor of another layout is copied.
+It has two forms: rows of channels, float32 or bfloat16, for tensors whose channels lie next to each other in memory, and rows
+of time steps, float32, for the others.  Each reads its layout in place; a tensor of another layout is copied.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from compressm.kernels import _cpp
@@ -16,6 +17,12 @@ def channels_next(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[1] > 1
 
 
+def dtype_of_rows(x: Tensor, initial_state: Tensor | None) -> torch.dtype:
+    """In which the kernels take x and the state in front of it: bfloat16 where both are, in rows of channels, else float32."""
+    native = channels_next(x) and all(t is None or t.dtype == torch.bfloat16 for t in (x, initial_state))
+    return torch.bfloat16 if native else torch.float32
+
+
 def empty_like_output(x: Tensor) -> Tensor:
     """Dense memory for a result (batch, D, L) in the layout that x has."""
     batch, channels, length = x.shape
@@ -24,7 +31,7 @@ def empty_like_output(x: Tensor) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool) -> Tensor:
     """Output (batch, D, L) in x's layout."""
-    library, bias, state = _cpp.library(), _or_zeros(bias, x, x.shape[1]), _state(x, weight, initial_state)
+    library, bias, state = _cpp.library(), _or_zeros(bias, weight, x.shape[1]), _state(x, weight, initial_state)
     if channels_next(x):
         return library.causal_conv1d_channels(x.mT, weight.t().contiguous(), bias, state.mT.contiguous(), silu).mT
     return library.causal_conv1d_steps(_rows(x), weight.contiguous(), bias, state.contiguous(), silu)
@@ -34,7 +41,7 @@ def backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias, initial_state); the first in x's layout, the last two empty for None."""
-    library, full_bias, state = _cpp.library(), _or_zeros(bias, x, x.shape[1]), _state(x, weight, initial_state)
+    library, full_bias, state = _cpp.library(), _or_zeros(bias, weight, x.shape[1]), _state(x, weight, initial_state)
     if channels_next(x):
         grads = library.causal_conv1d_channels_backward(
             _rows(grad_out.mT), x.mT, weight.t().contiguous(), full_bias, state.mT.contiguous(), silu
@@ -48,8 +55,8 @@ def backward(
     return (
         grad_x,
         grad_weight,
-        x.new_empty((0,)) if bias is None else grad_bias,
-        x.new_empty((0,)) if initial_state is None else grad_state,
+        weight.new_empty((0,)) if bias is None else grad_bias,
+        weight.new_empty((0,)) if initial_state is None else grad_state,
     )
 
 

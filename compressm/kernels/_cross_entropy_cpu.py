@@ -1,4 +1,4 @@
-"""The C++ backend of the cross-entropy (``csrc/cross_entropy.cpp``), float32."""
+"""The C++ backend of the cross-entropy (``csrc/cross_entropy.cpp``), float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def forward(scores: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor,
 
 
 def backward(grad_losses: Tensor, scores: Tensor, targets: Tensor, normalizers: Tensor, ignore_index: int) -> Tensor:
-    """Gradient of scores (rows, classes), contiguous."""
+    """Gradient of scores (rows, classes) in their dtype, contiguous."""
     return _cpp.library().cross_entropy_backward(
         grad_losses.contiguous(), scores.contiguous(), targets.contiguous(), normalizers, ignore_index
     )

@@ -32,7 +32,7 @@ def plan(batch: int, channels: int, length: int, states: int) -> KernelPlan:
 
 
 def dtype_of_rows(*rows: Tensor | None) -> torch.dtype:
-    """In which the kernels take u, delta and z: bfloat16 where all are and their channels lie next to each other, else float32."""
+    """In which the kernels take u, delta and z: bfloat16 where all are, with channels next to each other, else float32."""
     native = all(t is None or (t.dtype == torch.bfloat16 and t.stride(1) == 1) for t in rows)
     return torch.bfloat16 if native else torch.float32
 

@@ -54,9 +54,11 @@ def causal_conv1d(
     if chosen == "reference":
         out = _causal_conv1d_ref.causal_conv1d(x, weight, bias, initial_state, activation)
     else:
-        weight, bias, state = (None if t is None else t.float() for t in (weight, bias, initial_state))
-        inputs = x.float() if chosen == "cpp" else x
-        out = causal_conv1d_op(inputs, weight, bias, state, activation == "silu", chosen)
+        weight, bias, state = weight.float(), None if bias is None else bias.float(), initial_state
+        rows = _causal_conv1d_cpu.dtype_of_rows(x, state) if chosen == "cpp" else x.dtype
+        if state is not None:
+            state = state.to(rows if chosen == "cpp" else torch.float32)
+        out = causal_conv1d_op(x.to(rows), weight, bias, state, activation == "silu", chosen)
         out = out if out.dtype == x.dtype else out.to(x.dtype)
     return (out, _last_inputs(x, initial_state, weight.shape[1] - 1)) if return_last_state else out
 
@@ -130,7 +132,10 @@ def _backend(name: str):
 def causal_conv1d_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, backend: str
 ) -> Tensor:
-    """causal_conv1d on a compiled backend, ``"cpp"`` (x float32) or ``"triton"``; all but x are float32."""
+    """causal_conv1d on a compiled backend, ``"cpp"`` or ``"triton"``; weight and bias are float32.
+
+    The state is float32 on Triton, on C++ as x: float32, or bfloat16 where x's channels lie next to each other.
+    """
     return _backend(backend).forward(x, weight, bias, initial_state, silu)
 
 
@@ -159,7 +164,7 @@ def _(grad_out, x, weight, bias, initial_state, silu, backend):
         _backend(backend).empty_like_output(x),
         weight.new_empty(weight.shape),
         weight.new_empty((0,) if bias is None else bias.shape),
-        weight.new_empty((0,) if initial_state is None else initial_state.shape),
+        weight.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape),
     )
 
 

@@ -41,7 +41,8 @@ def cross_entropy(
     if chosen == "reference" or scores.numel() == 0:
         losses = _cross_entropy_ref.cross_entropy(rows, classes, ignore_index)
     else:
-        losses, _normalizers = cross_entropy_op(rows.float(), classes, ignore_index)
+        rows = rows if rows.dtype == torch.bfloat16 else rows.float()
+        losses, _normalizers = cross_entropy_op(rows, classes, ignore_index)
     if reduction == "none":
         return losses.reshape(targets.shape)
     total = losses.sum()
@@ -57,13 +58,17 @@ def _launch(device: str, dtype: torch.dtype, backend: str | None) -> str:
 
 @custom_op("compressm::cross_entropy")
 def cross_entropy_op(scores: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Losses (rows,) and what the backward needs (rows, 2), in C++; scores (rows, V) float32, targets (rows,) int64."""
+    """Losses (rows,) and what the backward needs (rows, 2), float32, by the C++ kernels.
+
+    scores (rows, V) is float32 or bfloat16, targets (rows,) int64.
+    """
     return _cross_entropy_cpu.forward(scores, targets, ignore_index)
 
 
 @cross_entropy_op.register_fake
 def _(scores, targets, ignore_index):
-    return scores.new_empty(targets.shape), scores.new_empty((*targets.shape, 2))
+    losses = scores.new_empty(targets.shape, dtype=torch.float32)
+    return losses, losses.new_empty((*targets.shape, 2))
 
 
 @custom_op("compressm::cross_entropy_backward")

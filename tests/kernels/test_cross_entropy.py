@@ -73,7 +73,9 @@ def test_every_instruction_set(assert_close, isa):
         pytest.skip(f"this processor has no {isa}")
     try:
         for classes in CLASSES:
-            compare(*random_inputs(19, classes), assert_close)
+            scores, targets = random_inputs(19, classes)
+            compare(scores, targets, assert_close)
+            compare(scores.bfloat16().double(), targets, assert_close, torch.bfloat16)
     finally:
         library.select_isa("auto")
 

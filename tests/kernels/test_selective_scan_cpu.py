@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernels.selective_scan_cases import TENSORS, check, evaluate, random_inputs
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _cpp, plan, selective_scan, selective_state_update
+from compressm.kernels import _cpp, _selective_scan_cpu, plan, selective_scan, selective_state_update
 from compressm.kernels._selective_scan_cpu import STEPS, checkpoint_shape
 from compressm.kernels.selective_scan import selective_scan_op
 
@@ -189,6 +189,27 @@ def test_half_precision(assert_close, dtype):
     oracle = evaluate(inputs, torch.float64, "reference")
     check(results, oracle, assert_close, dtype)
     assert_close(results["last"], oracle["last"], "last", torch.float32)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_bfloat16_rows_of_channels_are_taken_as_they_lie(assert_close, monkeypatch, isa):
+    seen = []
+    inner = _selective_scan_cpu.forward
+    monkeypatch.setattr(_selective_scan_cpu, "forward", lambda u, *rest: seen.append(u.dtype) or inner(u, *rest))
+    library = _cpp.library()
+    if not library.select_isa(isa):
+        pytest.skip(f"this processor has no {isa}")
+    try:
+        for channels, groups, without in ((37, 1, ()), (64, 2, ("z",)), (5, 5, ("delta_bias", "D"))):
+            inputs = random_inputs(2, channels, 45, 7, groups, channels_last=True, without=without)
+            for name in ("u", "delta", "B", "C", "z"):
+                if inputs[name] is not None:
+                    inputs[name] = inputs[name].to(torch.bfloat16).double()
+            compare(inputs, assert_close, torch.bfloat16)
+    finally:
+        library.select_isa("auto")
+    assert seen == [torch.bfloat16] * 3
 
 
 def test_small_step_sizes_keep_their_digits():
