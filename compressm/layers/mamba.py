@@ -176,6 +176,8 @@ class Mamba(nn.Module):
             if self.in_proj.bias is not None:
                 xz = xz + self.in_proj.bias.to(xz.dtype)[:, None]
             return xz.chunk(2, dim=1)
+        if hidden_states.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype("cpu"))  # once for both halves
         biases = (None, None) if self.in_proj.bias is None else self.in_proj.bias.chunk(2)
         x, z = (F.linear(hidden_states, *half) for half in zip(self.in_proj.weight.chunk(2), biases, strict=True))
         return x.mT, z.mT
