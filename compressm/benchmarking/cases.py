@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,8 @@ _PROBLEMS = (op_problems, layer_problems, step_problems, reduction_problems, gua
 OPS: dict[str, Op] = {name: op for module in _PROBLEMS for name, op in module.OPS.items()}
 LETTERS = {"batch": "B", "channels": "D", "length": "L", "states": "N", "width": "W", "rank": "R"}  # others: the name itself
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INPUT_DTYPES = ("float32", "bfloat16", "float16")  # of ops and layers
+INPUT_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES_OF_LEVEL = {"op": INPUT_DTYPES, "layer": INPUT_DTYPES, "step": ("float32", "bfloat16")}  # of a step: of its products
 SEED = 0
 
 
@@ -93,7 +94,7 @@ def case(op: str, sizes: Mapping[str, int], passes: Pass, dtype: str | None = No
     if passes not in allowed.passes:
         raise ConfigError(f"pass: got {passes!r}, expected one of {', '.join(allowed.passes)} for {op}")
     dtype = dtype or allowed.dtype
-    possible = INPUT_DTYPES if allowed.level in ("op", "layer") else (allowed.dtype,)
+    possible = DTYPES_OF_LEVEL.get(allowed.level, (allowed.dtype,))
     if dtype not in possible:
         raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(possible)} for {op}")
     if set(sizes) != set(allowed.sizes):
@@ -155,6 +156,7 @@ def _steps(gpu: bool, device: str) -> list[Family]:
         _family("smnist", "step", device, (256, 47, 28, 13), batch=50, channels=8, blocks=1),
         _family("scifar", "step", device, (384, 161, 93, 57), **scifar),
         _family("mamba-lm", "step", device, (128, 64, 32, 16, 12), **language),
+        replace(_family("mamba-lm", "step", device, (128, 12), "bfloat16", **language), only=("compressm",)),
     ]
 
 

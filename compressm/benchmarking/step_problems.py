@@ -1,7 +1,8 @@
 """Problems of whole training steps, as ``compressm train`` runs them: data, forward, backward, clipping, optimizer, scheduler.
 
 The data are noise in the shapes of the real ones: only shapes matter.  What is checked is the loss and all gradients of the
-model at its initial parameters without dropout; what is timed is one step after another of a model that trains.
+model at its initial parameters without dropout; what is timed is one step after another of a model that trains.  In bfloat16
+the forward runs under autocast, as with ``--set autocast=bfloat16``; no limits are counted then.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from compressm.benchmarking import compiled, counts
 from compressm.benchmarking.layer_problems import lru_operands, mamba_with, torch_convolution
 from compressm.benchmarking.op_problems import COMPILED
 from compressm.benchmarking.problems import Answers, Contender, Function, Op, Problem, slabs_for
+from compressm.benchmarking.reduction_problems import NOT_COUNTED
 from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
 from compressm.experiments.batches import Batches
 from compressm.experiments.datasets import Dataset
-from compressm.experiments.language_model import BYTES
+from compressm.experiments.language_model import BYTES, prediction_loss
 from compressm.experiments.models import count_parameters
 from compressm.experiments.settings import Settings, resolve
 from compressm.experiments.tasks import ImageTask, Task, TextTask
@@ -101,8 +103,9 @@ def replaced(mixer: str, make: Callable[[nn.Module], nn.Module]) -> Change:
 
 
 def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
-    """Loss on the first batch and all gradients one after the other, without dropout; float64 for a float64 model.
+    """Loss on the first batch and all gradients one after the other, without dropout.
 
+    In float64 for a float64 model, else under the task's autocast.
     The order is that of the parameters' names in the original model: a module that stands for a layer calls it ``layer``.
     """
     model.eval()
@@ -110,13 +113,13 @@ def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
     batch = task.batches[0]
     examples = batch if isinstance(task, TextTask) else batch[0]
     total = torch.zeros((), dtype=torch.float64, device=examples.device)
+    rounded = task.settings.autocast is not None and next(model.parameters()).dtype == torch.float32
     for chosen in torch.arange(len(examples), device=examples.device).chunk(slabs):
-        if isinstance(task, TextTask):
-            windows = batch[chosen]
-            scores = model(windows[:, :-1])
-            part = nn.functional.cross_entropy(scores.flatten(0, 1), windows[:, 1:].flatten().long())
-        else:
-            part = nn.functional.cross_entropy(model(batch[0][chosen]), batch[1][chosen])
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=rounded):
+            if isinstance(task, TextTask):
+                part = prediction_loss(model, batch[chosen])
+            else:
+                part = nn.functional.cross_entropy(model(batch[0][chosen]), batch[1][chosen])
         share = len(chosen) / len(examples)
         (part * share).backward()
         total += part.detach().double() * share
@@ -148,13 +151,13 @@ def step_contender(problem: Problem, change: Change | None = None) -> Contender:
     return Contender(Timed(step), lambda: gradients(training_run(problem, change).model, run.task), warms=False)
 
 
-def _problem(task: Task, sizes: Mapping[str, int], least: Counts, cells: int) -> Problem:
+def _problem(task: Task, sizes: Mapping[str, int], dtype: torch.dtype, least: Counts, cells: int) -> Problem:
     settings = task.settings
     run = _run(task, sizes["states"])
     exact = copy.deepcopy(run.model).double()
     oracle = gradients(exact, task, slabs_for(cells, settings.batch_size, task.device))
-    least = counts.add(least, counts.adamw(count_parameters(run.model)))
-    problem = Problem("step", torch.float32, task.device, {}, None, oracle, least, dict(sizes), {"task": task})
+    least = counts.add(least, counts.adamw(count_parameters(run.model))) if dtype == torch.float32 else NOT_COUNTED
+    problem = Problem("step", dtype, task.device, {}, None, oracle, least, dict(sizes), {"task": task})
     problem.built_in["compressm"] = lambda: step_contender(problem)
     problem.built_in[COMPILED] = lambda: step_contender(problem, _compiled_layers(task.mixer))
     return problem
@@ -171,15 +174,15 @@ def _compiled_layers(mixer: str) -> Change:
 def _images(preset: str, length: int, pixel_channels: int) -> Callable[..., Problem]:
     def build(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
         batch, channels, states, blocks = (sizes[name] for name in ("batch", "channels", "states", "blocks"))
-        chosen = {"batch_size": batch, "d_model": channels, "d_state": states, "blocks": blocks, "device": str(device)}
+        chosen = {"batch_size": batch, "d_model": channels, "d_state": states, "blocks": blocks}
         task_class = type("Noise", (NoisyImages,), {"pixels": (length, pixel_channels)})
-        task = task_class(_settings(preset, chosen), None, device)
+        task = task_class(_settings(preset, chosen, dtype, device), None, device)
         rows = batch * length
         block = counts.add(
             counts.lti_scan(batch, length, channels, states, 4, True), counts.linear(rows, channels, 2 * channels, True)
         )
         ends = counts.add(counts.linear(rows, pixel_channels, channels, True), counts.linear(batch, channels, 10, True))
-        return _problem(task, sizes, counts.add(counts.scaled(block, blocks), ends), rows * states * blocks)
+        return _problem(task, sizes, dtype, counts.add(counts.scaled(block, blocks), ends), rows * states * blocks)
 
     return build
 
@@ -189,15 +192,16 @@ def _language_model(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, 
         sizes[name] for name in ("batch", "length", "channels", "states", "blocks")
     )
     chosen = {"batch_size": batch, "d_model": channels, "d_state": states, "blocks": blocks, "length": length}
-    task = NoisyText(_settings("stdlib-lm", {**chosen, "device": str(device)}), None, device)
+    task = NoisyText(_settings("stdlib-lm", chosen, dtype, device), None, device)
     rows = batch * length
     block = counts.mamba(batch, length, channels, states, 4, True)
     least = counts.add(counts.scaled(block, blocks), counts.linear(rows, channels, BYTES, True))
-    return _problem(task, sizes, least, rows * 2 * channels * states * blocks)
+    return _problem(task, sizes, dtype, least, rows * 2 * channels * states * blocks)
 
 
-def _settings(preset: str, chosen: Mapping[str, object]) -> Settings:
-    return resolve(preset, {**chosen, "runs": ["full"]})
+def _settings(preset: str, chosen: Mapping[str, object], dtype: torch.dtype, device: torch.device) -> Settings:
+    autocast = "bfloat16" if dtype == torch.bfloat16 else None
+    return resolve(preset, {**chosen, "runs": ["full"], "autocast": autocast, "device": str(device)})
 
 
 STEP: tuple[Pass, ...] = ("step",)

@@ -26,8 +26,9 @@ class Settings(BaseModel):
     """One training command.  Frozen; unknown keys, and keys that mean nothing for the dataset's task, are refused.
 
     ``steps`` are optimizer steps, ``lr`` the peak learning rate; ``warmup`` is the fraction of steps with linearly rising
-    learning rate, ``cosine`` lets it fall to zero afterwards; ``max_grad_norm`` clips gradients, None does not.  A reduction
-    is made at the fraction ``reduce_until`` of the steps.
+    learning rate, ``cosine`` lets it fall to zero afterwards; ``max_grad_norm`` clips gradients, None does not; ``autocast``
+    runs the forward of training steps under ``torch.autocast`` with this dtype, while parameters and evaluations stay float32.
+    A reduction is made at the fraction ``reduce_until`` of the steps.
 
     Images only: ``ssm_lr_factor`` scales the learning rate of nu_log, theta_log, gamma_log and B, which get no weight decay;
     ``tau`` is the fraction of the sum of Hankel singular values that is discarded; ``attempts`` reductions are spread evenly
@@ -57,6 +58,7 @@ class Settings(BaseModel):
     ssm_lr_factor: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float | None = Field(None, gt=0)
+    autocast: Literal["bfloat16"] | None = None
     warmup: float = Field(0.0, ge=0, lt=1)
     cosine: bool = False
     tau: float = Field(0.02, ge=0, lt=1)

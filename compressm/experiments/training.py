@@ -147,7 +147,8 @@ class TrainingRun:
         step = self.record.step
         torch.manual_seed(stream(self.settings.seed, NOISE, step))
         self.model.train()
-        loss, tally = self.task.loss(self.model, step)
+        with torch.autocast(self.task.device.type, torch.bfloat16, enabled=self.settings.autocast is not None):
+            loss, tally = self.task.loss(self.model, step)
         loss.backward()
         if self.settings.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)

@@ -165,7 +165,7 @@ def test_cases_are_checked():
         (("lro", sizes, "forward"), "op: got 'lro'"),
         (("lru", sizes, "step"), "pass: got 'step', expected one of forward, forward"),
         (("lru", sizes, "forward", "int8"), "dtype: got 'int8'"),
-        (("smnist", OPS["smnist"].sizes, "step", "float16"), "expected one of float32 for smnist"),
+        (("smnist", OPS["smnist"].sizes, "step", "float16"), "expected one of float32, bfloat16 for smnist"),
         (("lru", {"batch": 1}, "forward"), "sizes: got batch, expected batch, length, channels, states"),
     ):
         with pytest.raises(ConfigError, match=words):

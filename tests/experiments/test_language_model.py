@@ -168,6 +168,19 @@ def test_gradients_are_clipped(make):
     assert float(norm) == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_autocast(make):
+    losses, gradients = {}, {}
+    for autocast in (None, "bfloat16"):
+        run = make("full", autocast=autocast)
+        run.optimizer.zero_grad = lambda: None
+        run.train_step()
+        losses[autocast] = float(run._sums[0])
+        gradients[autocast] = torch.cat([p.grad.flatten() for p in run.model.parameters()])
+    assert losses[None] != losses["bfloat16"] == pytest.approx(losses[None], rel=1e-2)
+    difference = gradients["bfloat16"] - gradients[None]
+    assert 0 < float(difference.norm() / gradients[None].norm()) < 0.03
+
+
 def test_keys_of_the_other_task_are_refused():
     for key, value in {"max_phase": 1.0, "tau": 0.1, "dropout": 0.1, "recipe": "paper", "attempts": 2}.items():
         with pytest.raises(ConfigError, match=rf"^{key} has no meaning for the dataset 'stdlib', expected one of .*rank"):

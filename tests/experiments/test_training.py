@@ -70,6 +70,20 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_result(tmp_path, recipe):
         assert rest.compressor.history[-1].ranks == whole.compressor.history[-1].ranks
 
 
+def test_autocast_rounds_products_and_trains_to_the_same_loss(tmp_path):
+    runs, losses = {}, {}
+    for autocast in (None, "bfloat16"):
+        runs[autocast] = make(tmp_path / f"{autocast}.safetensors", steps=60, lr=0.01, autocast=autocast)
+        seen = Listener()
+        assert runs[autocast].train(seen, never)
+        losses[autocast] = torch.tensor([point["loss"] for point in seen.points])
+    assert not torch.equal(losses[None], losses["bfloat16"])
+    torch.testing.assert_close(losses["bfloat16"], losses[None], rtol=0.05, atol=0.05)
+    assert {p.dtype for p in runs["bfloat16"].model.parameters()} == {torch.float32}
+    with pytest.raises(ConfigError, match="autocast"):
+        make(tmp_path / "x.safetensors", autocast="float16")
+
+
 def test_runs_of_one_seed_agree_until_the_cut(tmp_path):
     big, cut = make(tmp_path / "a.safetensors", "full"), make(tmp_path / "b.safetensors", "compressed")
     seen = {run.name: Listener() for run in (big, cut)}
