@@ -136,8 +136,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "stdlib-lm": {
         "title": "Next byte of Python's standard library, Mamba", "dataset": "stdlib", "runs": ("compressed", "full", "small"),
-        "blocks": 2, "d_model": 64, "d_state": 128, "rank": 12, "length": 256, "steps": 3000, "batch_size": 16, "lr": 6e-3,
-        "weight_decay": 0.1, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "log_every": 20, "eval_every": 300,
+        "blocks": 2, "d_model": 128, "d_state": 128, "rank": 12, "length": 256, "steps": 3000, "batch_size": 8, "lr": 6e-3,
+        "weight_decay": 0.1, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "reduce_until": 0.1, "log_every": 20,
+        "eval_every": 300,
     },
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from compressm.errors import CompressmError
 
 SIZES = {
     "blocks": 1, "d_model": 8, "d_state": 8, "rank": 3, "length": 16, "eval_bytes": 256, "eval_every": 10, "log_every": 5,
-    "timing_rounds": 2, "calibration_sequences": 8,
+    "timing_rounds": 2, "calibration_sequences": 8, "reduce_until": 0.2,
 }  # fmt: skip
 TINY = ["--steps", "20", "--batch-size", "4", *(part for key, value in SIZES.items() for part in ("--set", f"{key}={value}"))]
 
