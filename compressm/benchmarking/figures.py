@@ -29,6 +29,7 @@ OUR_COLOUR = "#0072b2"
 PEER_COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b7480", "#882255", "#8c510a")
 OUR_MARKERS, PEER_MARKERS = "ohp8", "s^Dv<>XP*"
 UNTOUCHED = "#c3cad1"  # what no compression takes away
+NOT_SPLIT = "#7fb2d6"  # times of too few sizes for a line
 PUBLISHED_LOOK = {"marker": "D", "markersize": 6.5, "markerfacecolor": "white", "markeredgewidth": 1.5}
 LIMIT_LOOK = {"color": SOFT, "linestyle": (0, (2, 1.5)), "linewidth": 1.1, "zorder": 1.5}
 RESOURCE_LOOK = {"bytes": ("#0072b2", "o"), "flops": ("#e69f00", "s"), "exponentials": ("#009e73", "^")}
@@ -76,13 +77,16 @@ def steps(found: Sequence[Shrinking]) -> bytes:
     with _figure(rows, columns, 0.85 + 0.3 * most) as (figure, axes):
         for ax, step in zip(axes, found, strict=False):
             _step(ax, step)
-        handles = [Patch(color=OUR_COLOUR, label="grows with N")]
+        handles = []
         if any(step.line for step in found):
+            handles.append(Patch(color=OUR_COLOUR, label="grows with N"))
             handles.append(Patch(color=UNTOUCHED, label="independent of N, by a line"))
+        if any(step.line is None for step in found):
+            handles.append(Patch(color=NOT_SPLIT, label="two sizes: no line"))
         if any(step.published for step in found):
             words = "full size over the published speed-up"
             handles.append(Line2D([], [], color=INK, linestyle="", label=words, **PUBLISHED_LOOK))
-        figure.legend(handles=handles, loc="outside upper left", ncols=3)
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
         return _png(figure)
 
 
@@ -92,7 +96,7 @@ def _step(ax: Axes, step: Shrinking) -> None:
         t = result.milliseconds
         constant = 0.0 if step.line is None else min(max(step.line.constant, 0.0), t.median)
         ax.barh(y, constant, color=UNTOUCHED, height=0.66)
-        ax.barh(y, t.median - constant, left=constant, color=OUR_COLOUR, height=0.66)
+        ax.barh(y, t.median - constant, left=constant, color=OUR_COLOUR if step.line else NOT_SPLIT, height=0.66)
         ax.errorbar(t.median, y, xerr=[[t.median - t.low], [t.high - t.median]], color=INK, elinewidth=1.1)
         end, gap = t.high, 5
         if step.published and step.published.states(step) == result.shape["states"]:
@@ -104,7 +108,8 @@ def _step(ax: Axes, step: Shrinking) -> None:
     ax.set_yticks(range(len(step.results)), [str(result.shape["states"]) for result in step.results])
     ax.set_ylim(len(step.results) - 0.4, -0.6)
     ax.set_xlim(0, 1.7 * max(r.milliseconds.high for r in step.results))
-    ax.set_title(op_name(step.op) + ("" if step.contender == OURS else f"\n{step.contender}"))
+    dtype = "" if step.dtype == "float32" else f", {step.dtype}"
+    ax.set_title(op_name(step.op) + dtype + ("" if step.contender == OURS else f"\n{step.contender}"))
     ax.set_ylabel("states N")
     ax.set_xlabel("ms per step")
     ax.grid(axis="y", visible=False)
