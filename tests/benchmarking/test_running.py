@@ -103,6 +103,17 @@ def test_what_takes_too_long_is_skipped():
     assert not outcome.results
 
 
+@pytest.mark.parametrize("warms", [True, False])
+def test_a_contender_that_its_answers_do_not_warm_gets_one_call_more(warms):
+    calls = []
+
+    def slow(problem):
+        return Contender(Timed(lambda: calls.append(time.sleep(0.11))), ours(problem).answers, warms=warms)
+
+    measure([(small("lti_scan"), {"slow": slow})], CEILINGS, QUICK, print)
+    assert len(calls) == QUICK.fewest + (1 if warms else 2)
+
+
 def test_what_was_imported_is_kept_from_the_garbage_collector_for_as_long_as_it_measures():
     frozen = []
 
