@@ -1,15 +1,28 @@
-"""Where Triton kernels run in tests: on the GPU if there is one, else in Triton's interpreter (see tests/conftest.py)."""
+"""Where kernels run in tests: Triton on a GPU or in its interpreter (tests/conftest.py), C++ on every instruction set."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from compressm.kernels import _cpp
+
 
 @pytest.fixture
 def device() -> str:
     """Device type of the tensors that Triton kernels get."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    """Name of the instruction set that the C++ kernels use in the test, each in turn; skips what the processor lacks."""
+    library = _cpp.library()
+    if not library.select_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    library.select_isa("auto")
+
 
 @pytest.fixture
 def record_calls(monkeypatch):

@@ -8,7 +8,7 @@ from kernels.causal_conv1d_cases import LAYOUTS, check, evaluate, lay_out, rando
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _causal_conv1d_cpu, _cpp, causal_conv1d, causal_conv1d_update
+from compressm.kernels import _causal_conv1d_cpu, causal_conv1d, causal_conv1d_update
 
 CHANNELS, LENGTHS, WIDTHS = (1, 3, 16, 17, 40), (1, 2, 3, 33, 257), (1, 2, 4, 8)
 
@@ -74,19 +74,12 @@ def test_cpp_joins_stretches_and_channel_blocks(assert_close, layout, length):
     check(evaluate(inputs, torch.float32, "cpp", layout=layout), oracle, assert_close, torch.float32)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_every_instruction_set(assert_close, isa):
-    library = _cpp.library()
-    if not library.select_isa(isa):
-        pytest.skip(f"this processor has no {isa}")
-    try:
-        for width in WIDTHS:
-            inputs = random_inputs(2, 39, 45, width)
-            oracle = evaluate(inputs, torch.float64, "reference")
-            for layout in ("steps", "channels"):
-                check(evaluate(inputs, torch.float32, "cpp", layout=layout), oracle, assert_close, torch.float32)
-    finally:
-        library.select_isa("auto")
+    for width in WIDTHS:
+        inputs = random_inputs(2, 39, 45, width)
+        oracle = evaluate(inputs, torch.float64, "reference")
+        for layout in ("steps", "channels"):
+            check(evaluate(inputs, torch.float32, "cpp", layout=layout), oracle, assert_close, torch.float32)
 
 
 @pytest.mark.parametrize("layout", ["steps", "channel slice"])
@@ -144,38 +137,24 @@ def test_half_precision_accumulates_in_float32(assert_close, backend, dtype):
     check(results, oracle, assert_close, dtype)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_bfloat16_rows_of_channels_are_taken_as_they_lie(assert_close, monkeypatch, isa):
     seen = []
     inner = _causal_conv1d_cpu.forward
     monkeypatch.setattr(_causal_conv1d_cpu, "forward", lambda x, *rest: seen.append(x.dtype) or inner(x, *rest))
-    library = _cpp.library()
-    if not library.select_isa(isa):
-        pytest.skip(f"this processor has no {isa}")
-    try:
-        for channels, length, without in ((37, 45, ()), (530, 258, ("bias",)), (3, 2, ("initial_state",))):
-            inputs = random_inputs(2, channels, length, 4, without=without)
-            inputs = {name: None if t is None else t.to(torch.bfloat16).double() for name, t in inputs.items()}
-            oracle = evaluate(inputs, torch.float64, "reference")
-            results = evaluate(inputs, torch.bfloat16, "cpp", layout="channels")
-            check(results, oracle, assert_close, torch.bfloat16)
-    finally:
-        library.select_isa("auto")
+    for channels, length, without in ((37, 45, ()), (530, 258, ("bias",)), (3, 2, ("initial_state",))):
+        inputs = random_inputs(2, channels, length, 4, without=without)
+        inputs = {name: None if t is None else t.to(torch.bfloat16).double() for name, t in inputs.items()}
+        oracle = evaluate(inputs, torch.float64, "reference")
+        results = evaluate(inputs, torch.bfloat16, "cpp", layout="channels")
+        check(results, oracle, assert_close, torch.bfloat16)
     assert seen == [torch.bfloat16] * 3
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_bfloat16_is_rounded_as_torch_rounds_it(isa):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)  # every bfloat16 there is
     x, weight = bits.view(torch.bfloat16).view(1, 64, 1024), torch.tensor([1.0, -0.7]).repeat(32)[:, None]
-    library = _cpp.library()
-    if not library.select_isa(isa):
-        pytest.skip(f"this processor has no {isa}")
-    try:
-        out = causal_conv1d(x.mT.contiguous().mT, weight, backend="cpp")
-    finally:
-        library.select_isa("auto")
+    out = causal_conv1d(x.mT.contiguous().mT, weight, backend="cpp")
     expected = (x.float() * weight + 0.0).bfloat16()
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))

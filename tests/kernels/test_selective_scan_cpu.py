@@ -144,22 +144,15 @@ def test_the_kernel_itself_refuses_wrong_shapes():
             selective_scan_op(*wrong, None, True, True, "cpp")
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_every_instruction_set(assert_close, isa):
-    library = _cpp.library()
-    if not library.select_isa(isa):
-        pytest.skip(f"this processor has no {isa}")
-    try:
-        assert library.isa() == isa
-        for channels_last in (False, True):
-            inputs = random_inputs(2, 37, 43, 13, channels_last=channels_last)
-            compare(inputs, assert_close)
-            inputs["A"] = inputs["A"] * 40  # gains down to exp(-4000)
-            inputs["delta"] = inputs["delta"] * 5
-            compare(inputs, assert_close)
-        same_steps(random_inputs(2, 37, 6, 21, 1), assert_close)
-    finally:
-        library.select_isa("auto")
+    assert _cpp.library().isa() == isa
+    for channels_last in (False, True):
+        inputs = random_inputs(2, 37, 43, 13, channels_last=channels_last)
+        compare(inputs, assert_close)
+        inputs["A"] = inputs["A"] * 40  # gains down to exp(-4000)
+        inputs["delta"] = inputs["delta"] * 5
+        compare(inputs, assert_close)
+    same_steps(random_inputs(2, 37, 6, 21, 1), assert_close)
 
 
 @pytest.mark.parametrize("shape", [(1, 130, 300, 5), (2, 70, 70, 12), (20, 9, 40, 7)])
@@ -191,24 +184,17 @@ def test_half_precision(assert_close, dtype):
     assert_close(results["last"], oracle["last"], "last", torch.float32)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_bfloat16_rows_of_channels_are_taken_as_they_lie(assert_close, monkeypatch, isa):
     seen = []
     inner = _selective_scan_cpu.forward
     monkeypatch.setattr(_selective_scan_cpu, "forward", lambda u, *rest: seen.append(u.dtype) or inner(u, *rest))
-    library = _cpp.library()
-    if not library.select_isa(isa):
-        pytest.skip(f"this processor has no {isa}")
-    try:
-        for channels, groups, without in ((37, 1, ()), (64, 2, ("z",)), (5, 5, ("delta_bias", "D"))):
-            inputs = random_inputs(2, channels, 45, 7, groups, channels_last=True, without=without)
-            for name in ("u", "delta", "B", "C", "z"):
-                if inputs[name] is not None:
-                    inputs[name] = inputs[name].to(torch.bfloat16).double()
-            compare(inputs, assert_close, torch.bfloat16)
-    finally:
-        library.select_isa("auto")
+    for channels, groups, without in ((37, 1, ()), (64, 2, ("z",)), (5, 5, ("delta_bias", "D"))):
+        inputs = random_inputs(2, channels, 45, 7, groups, channels_last=True, without=without)
+        for name in ("u", "delta", "B", "C", "z"):
+            if inputs[name] is not None:
+                inputs[name] = inputs[name].to(torch.bfloat16).double()
+        compare(inputs, assert_close, torch.bfloat16)
     assert seen == [torch.bfloat16] * 3
 
 
