@@ -69,6 +69,8 @@ METHOD = [
     " same inputs first. One that is wrong is listed as failed. The errors that passed stand beside the times.",
     "- All contenders of a computation run in one process, in turn, round after round, so that a slow moment of the machine"
     " hits all alike. Slow ones take part in fewer rounds; one round has no spread.",
+    "- On a CPU with glibc the process keeps what contenders free meanwhile, as `compressm train` does: who asks for the same"
+    " memory again does not wait for the system, whoever it is.",
     "- Times are medians, their spread is from the 20th to the 80th percentile of the rounds. A quotient's spread goes from the"
     " least to the largest quotient of these. One of two counts as faster only where this range lies on one side of 1.",
     "- Peak memory is what a call holds at most beyond what was there before it, in a call of its own.",

@@ -1,7 +1,8 @@
 """Interleaved timing and peak memory.
 
 Every round runs each contender once, so that a slow moment of the machine hits all alike.  Slow contenders take part in fewer
-rounds, evenly spread.  Memory is looked at in calls of their own: neither figure disturbs the other.
+rounds, evenly spread.  Freed memory stays with the process meanwhile, as in ``compressm train``.  Memory is looked at in calls
+of their own: neither figure disturbs the other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from compressm.benchmarking.limits import synchronizer
 from compressm.benchmarking.results import Milliseconds
+from compressm.experiments.freed_memory import freed_memory_kept
 
 PAUSE = 0.02  # seconds between a sample and the last call of others, whose thread pools spin for a while after it
 WARM_BELOW = 0.1  # seconds; faster calls run once untimed in front of every sample
@@ -73,6 +75,7 @@ class Budget:
         return max(self.fewest, int(min(self.most, self.seconds / max(one_call, SHORTEST_SAMPLE))))
 
 
+@freed_memory_kept()
 def interleaved(
     contenders: Mapping[Hashable, Timed], estimates: Mapping[Hashable, float], budget: Budget, device: torch.device | str
 ) -> dict[Hashable, list[float] | Exception]:

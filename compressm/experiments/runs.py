@@ -17,6 +17,7 @@ import torch
 import compressm
 from compressm.compression._files import write_atomically
 from compressm.errors import CheckpointError, ConfigError
+from compressm.experiments.freed_memory import freed_memory_kept
 from compressm.experiments.models import count_parameters
 from compressm.experiments.report_data import FORMAT
 from compressm.experiments.report_html import write_html
@@ -100,6 +101,7 @@ def _clear(command: Command, out: Path) -> None:
     command.write(out)
 
 
+@freed_memory_kept()
 def execute(command: Command, out: Path, display: Display, stopped: Callable[[], bool]) -> dict[str, Any]:
     """Do all runs of a command that are not done yet, time their final models, and write the report.
 
