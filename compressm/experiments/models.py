@@ -73,7 +73,7 @@ class Classifier(nn.Module):
         x = self.encoder((pixels.to(self.mean.dtype) - self.mean) / self.std)
         for block in self.blocks:
             x = block(x)
-        return self.decoder(self.norm(x).mean(1))
+        return self.decoder(self.norm(x).sum(1) / x.shape[1])  # mean(1) would divide the gradient of every step
 
     @property
     def states(self) -> list[int]:

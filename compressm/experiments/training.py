@@ -145,8 +145,9 @@ class TrainingRun:
     def train_step(self) -> None:
         """One optimizer step on the next batch."""
         step = self.record.step
-        torch.manual_seed(stream(self.settings.seed, NOISE, step))
-        self.model.train()
+        self._seed(stream(self.settings.seed, NOISE, step))
+        if not self.model.training:
+            self.model.train()
         with torch.autocast(self.task.device.type, torch.bfloat16, enabled=self.settings.autocast is not None):
             loss, tally = self.task.loss(self.model, step)
         loss.backward()
@@ -156,6 +157,13 @@ class TrainingRun:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self._sums += torch.stack([loss.detach().double(), tally.double()])
+
+    def _seed(self, seed: int) -> None:
+        """Of the generators that the step may draw from."""
+        if self.task.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a traceback for every absent accelerator
+        else:
+            torch.manual_seed(seed)
 
     def _gather(self) -> None:
         """Move the sums from the device into the record's window."""
