@@ -6,6 +6,8 @@
     Folder in which the C++ kernels are built and cached (default: torch's extension folder).
 ``COMPRESSM_DISABLE_CPP``
     ``1`` skips the C++ kernels; the plain torch forms run instead.
+
+Where glibc's own variables tune its malloc, it is left as the user wants it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from compressm.errors import ConfigError
 
 BACKENDS = ("reference", "cpp", "triton")
+MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,8 @@ def backend() -> str | None:
     if name is not None and name not in BACKENDS:
         raise ConfigError(f"COMPRESSM_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+def tunes_malloc() -> bool:
+    """Whether the user sets how glibc's malloc keeps and gives back memory, see mallopt(3)."""
+    return "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in MALLOC_VARIABLES)

@@ -11,10 +11,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from compressm import config
+
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
 KEEP = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}  # no block outside of the heap, and never a shorter heap
 DEFAULTS = {MMAP_MAX: 65536, TRIM_THRESHOLD: 128 << 10}  # of mallopt(3)
-VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def freed_memory_kept() -> Iterator[bool]:
     Afterwards glibc's defaults hold, but for the thresholds that it adapts to a program: they stay as they are.
     """
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if not hasattr(libc, "gnu_get_libc_version") or _tuned():
+    if not hasattr(libc, "gnu_get_libc_version") or config.tunes_malloc():
         yield False
         return
     _set(libc, KEEP)
@@ -34,10 +35,6 @@ def freed_memory_kept() -> Iterator[bool]:
     finally:
         _set(libc, DEFAULTS)
         libc.malloc_trim(0)
-
-
-def _tuned() -> bool:
-    return "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in VARIABLES)
 
 
 def _set(libc: ctypes.CDLL, options: dict[int, int]) -> None:
