@@ -1,6 +1,6 @@
 // GELU and the gated linear unit with dropout on CPU, forward and backward.
 //
-// Tensors are contiguous; threads take whole blocks of a mask, so that results do not depend on their number.
+// Threads take whole blocks of a mask, so that results do not depend on their number.
 #include "gates.h"
 
 #include <ATen/ATen.h>
@@ -14,6 +14,8 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
+#include "checks.h"
 #include "diagonal_scan.h"
 #include "partial_sums.h"
 
@@ -32,11 +34,6 @@ const GateKernels& gate_kernels() {
   if (name == "avx2") return avx2::gate_kernels;
 #endif
   return portable::gate_kernels;
-}
-
-void check(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape && t.is_contiguous(), name,
-              ": expected a contiguous float32 CPU tensor of shape ", shape);
 }
 
 Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
@@ -59,21 +56,20 @@ void for_each_range(int64_t count, const Body& body) {
 
 // x, out of any shape.
 Tensor gelu(const Tensor& x, const std::optional<Tensor>& seed, double p) {
-  check(x, "x", x.sizes());
+  const Tensor input = dense(x, "x", x.sizes());
   const Dropout dropout = dropout_of(seed, p);
   Tensor out = at::empty(x.sizes(), x.options());
-  const float* in = x.const_data_ptr<float>();
+  const float* in = input.const_data_ptr<float>();
   float* y = out.data_ptr<float>();
   for_each_range(x.numel(), [&](int64_t begin, int64_t end) { gate_kernels().gelu(in, y, begin, end, dropout); });
   return out;
 }
 
 Tensor gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& seed, double p) {
-  check(x, "x", x.sizes());
-  check(grad, "grad", x.sizes());
+  const Tensor input = dense(x, "x", x.sizes()), grad_all = dense(grad, "grad_out", x.sizes());
   const Dropout dropout = dropout_of(seed, p);
   Tensor grad_x = at::empty(x.sizes(), x.options());
-  const float *g = grad.const_data_ptr<float>(), *in = x.const_data_ptr<float>();
+  const float *g = grad_all.const_data_ptr<float>(), *in = input.const_data_ptr<float>();
   float* out = grad_x.data_ptr<float>();
   for_each_range(x.numel(),
                  [&](int64_t begin, int64_t end) { gate_kernels().gelu_backward(g, in, out, begin, end, dropout); });
@@ -90,11 +86,10 @@ std::vector<int64_t> gated_shape(const Tensor& pre) {
 
 // pre (..., 2H), residual and out (..., H).
 Tensor glu(const Tensor& pre, const Tensor& residual, const std::optional<Tensor>& seed, double p) {
-  check(pre, "pre", pre.sizes());
-  check(residual, "residual", gated_shape(pre));
+  const Tensor halves = dense(pre, "pre", pre.sizes()), stream = dense(residual, "residual", gated_shape(pre));
   const Dropout dropout = dropout_of(seed, p);
   Tensor out = at::empty(residual.sizes(), residual.options());
-  const float *in = pre.const_data_ptr<float>(), *rest = residual.const_data_ptr<float>();
+  const float *in = halves.const_data_ptr<float>(), *rest = stream.const_data_ptr<float>();
   float* y = out.data_ptr<float>();
   for_each_range(out.numel(), [&](int64_t begin, int64_t end) {
     gate_kernels().glu(in, rest, y, out.size(-1), begin, end, dropout);
@@ -103,11 +98,10 @@ Tensor glu(const Tensor& pre, const Tensor& residual, const std::optional<Tensor
 }
 
 Tensor glu_backward(const Tensor& grad, const Tensor& pre, const std::optional<Tensor>& seed, double p) {
-  check(pre, "pre", pre.sizes());
-  check(grad, "grad", gated_shape(pre));
+  const Tensor halves = dense(pre, "pre", pre.sizes()), grad_all = dense(grad, "grad_out", gated_shape(pre));
   const Dropout dropout = dropout_of(seed, p);
   Tensor grad_pre = at::empty(pre.sizes(), pre.options());
-  const float *g = grad.const_data_ptr<float>(), *in = pre.const_data_ptr<float>();
+  const float *g = grad_all.const_data_ptr<float>(), *in = halves.const_data_ptr<float>();
   float* out = grad_pre.data_ptr<float>();
   for_each_range(grad.numel(), [&](int64_t begin, int64_t end) {
     gate_kernels().glu_backward(g, in, out, grad.size(-1), begin, end, dropout);
@@ -116,16 +110,17 @@ Tensor glu_backward(const Tensor& grad, const Tensor& pre, const std::optional<T
 }
 
 struct NarrowLayer {
+  Tensor x, weight, bias;  // contiguous
   GatedLinear layer;
   int64_t rows;
-  NarrowLayer(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-    TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, "expected x (..., K) and weight (2H, K)");
-    const int64_t inputs = x.size(-1), channels = weight.size(0) / 2;
+  NarrowLayer(const Tensor& input, const Tensor& matrix, const Tensor& offset) {
+    TORCH_CHECK(input.dim() > 0 && matrix.dim() == 2, "expected x (..., K) and weight (2H, K)");
+    const int64_t inputs = input.size(-1), channels = matrix.size(0) / 2;
     TORCH_CHECK(inputs > 0 && channels > 0 && inputs <= kNarrow && channels <= kNarrow, "expected 1 to ", kNarrow,
                 " inputs and channels, got ", inputs, " and ", channels);
-    check(x, "x", x.sizes());
-    check(weight, "weight", {2 * channels, inputs});
-    check(bias, "bias", {2 * channels});
+    x = dense(input, "x", input.sizes());
+    weight = dense(matrix, "weight", {2 * channels, inputs});
+    bias = dense(offset, "bias", {2 * channels});
     layer = {weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), inputs, channels};
     rows = x.numel() / inputs;
   }
@@ -139,7 +134,7 @@ struct NarrowLayer {
       }
     });
   }
-  std::vector<int64_t> output_shape(const Tensor& x) const {
+  std::vector<int64_t> output_shape() const {
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = layer.channels;
     return shape;
@@ -150,10 +145,10 @@ struct NarrowLayer {
 Tensor gated_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual,
                     const std::optional<Tensor>& seed, double p) {
   const NarrowLayer narrow(x, weight, bias);
-  check(residual, "residual", narrow.output_shape(x));
+  const Tensor stream = dense(residual, "residual", narrow.output_shape());
   const Dropout dropout = dropout_of(seed, p);
   Tensor out = at::empty(residual.sizes(), residual.options());
-  const float *in = x.const_data_ptr<float>(), *rest = residual.const_data_ptr<float>();
+  const float *in = narrow.x.const_data_ptr<float>(), *rest = stream.const_data_ptr<float>();
   float* y = out.data_ptr<float>();
   narrow.for_each_task([&](int64_t, int64_t begin, int64_t end) {
     gate_kernels().gated_linear(narrow.layer, in, rest, y, begin, end, dropout);
@@ -166,11 +161,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& grad, con
                                                          const Tensor& bias, const std::optional<Tensor>& seed,
                                                          double p) {
   const NarrowLayer narrow(x, weight, bias);
-  check(grad, "grad", narrow.output_shape(x));
+  const Tensor grad_all = dense(grad, "grad_out", narrow.output_shape());
   const Dropout dropout = dropout_of(seed, p);
   const int64_t weights = weight.numel(), each = weights + bias.numel();
   Tensor grad_x = at::empty(x.sizes(), x.options()), partials = at::empty({narrow.tasks(), each}, x.options());
-  const float *g = grad.const_data_ptr<float>(), *in = x.const_data_ptr<float>();
+  const float *g = grad_all.const_data_ptr<float>(), *in = narrow.x.const_data_ptr<float>();
   float *to = grad_x.data_ptr<float>(), *sums = partials.data_ptr<float>();
   narrow.for_each_task([&](int64_t task, int64_t begin, int64_t end) {
     float* own = sums + task * each;
@@ -180,17 +175,34 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& grad, con
   return {grad_x, total.narrow(0, 0, weights).view(weight.sizes()).clone(), total.narrow(0, weights, each - weights).clone()};
 }
 
-}  // namespace
-}  // namespace compressm
+struct GeluDropoutOp {
+  static constexpr const char *name = "gelu_dropout", *passed = "";
+};
+struct GluDropoutAddOp {
+  static constexpr const char *name = "glu_dropout_add", *passed = "residual";
+};
+struct GatedLinearOp {
+  static constexpr const char *name = "gated_linear", *passed = "residual";
+};
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
-  m.def("gelu_dropout(Tensor x, Tensor? seed, float p) -> Tensor", &compressm::gelu);
-  m.def("gelu_dropout_backward(Tensor grad, Tensor x, Tensor? seed, float p) -> Tensor", &compressm::gelu_backward);
-  m.def("glu_dropout_add(Tensor pre, Tensor residual, Tensor? seed, float p) -> Tensor", &compressm::glu);
-  m.def("glu_dropout_add_backward(Tensor grad, Tensor pre, Tensor? seed, float p) -> Tensor", &compressm::glu_backward);
-  m.def("gated_linear(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? seed, float p) -> Tensor",
-        &compressm::gated_linear);
-  m.def("gated_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? seed, float p)"
-        " -> (Tensor, Tensor, Tensor)",
-        &compressm::gated_linear_backward);
+  m.def("gelu_dropout(Tensor x, Tensor? seed, float p) -> (Tensor out)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(gelu)));
+  m.def("gelu_dropout_backward(Tensor grad_out, Tensor x, Tensor? seed, float p) -> (Tensor grad_x)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(gelu_backward)));
+  m.def("glu_dropout_add(Tensor pre, Tensor residual, Tensor? seed, float p) -> (Tensor out)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(glu)));
+  m.def("glu_dropout_add_backward(Tensor grad_out, Tensor pre, Tensor? seed, float p) -> (Tensor grad_pre)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(glu_backward)));
+  m.def("gated_linear(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? seed, float p) -> (Tensor out)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(gated_linear)));
+  m.def("gated_linear_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, Tensor? seed, float p)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(gated_linear_backward)));
+  register_gradient<GeluDropoutOp>(m);
+  register_gradient<GluDropoutAddOp>(m);
+  register_gradient<GatedLinearOp>(m);
 }
+
+}  // namespace
+}  // namespace compressm

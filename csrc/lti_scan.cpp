@@ -14,6 +14,8 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
+#include "checks.h"
 #include "diagonal_scan.h"
 
 namespace compressm {
@@ -88,11 +90,11 @@ void add_feedthrough(Tensor y, const Tensor& u, const OptionalTensor& feed) {
 
 // (y, last state (batch, 2n), saved): saved is every state (batch, length, 2n) if store, else the state in front of each
 // tile (batch, chunks, 2n).
-std::tuple<Tensor, Tensor, Tensor> lti_forward(const Tensor& u, const Tensor& log_decay, const Tensor& phase,
-                                               const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed,
-                                               const OptionalTensor& initial_state, bool shifted, bool store,
-                                               int64_t rows) {
-  check_rows(u, "u", 3);
+std::tuple<Tensor, Tensor, Tensor> lti_core(const Tensor& input, const Tensor& log_decay, const Tensor& phase,
+                                            const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed,
+                                            const OptionalTensor& initial_state, bool shifted, bool store, int64_t rows) {
+  const Tensor u = dense(input, "u", input.sizes());
+  TORCH_CHECK(u.dim() == 3, "u: expected (batch, L, H)");
   check_rows(w_in, "w_in", 2);
   check_rows(w_out, "w_out", 2);
   const int64_t batch = u.size(0), length = u.size(1), channels = u.size(2), n2 = w_in.size(0), outputs = w_out.size(0);
@@ -196,14 +198,16 @@ void backward_tile(const BackwardInputs& in, const Tiling& tiling, const Tile& t
 }
 
 // Gradients of (u, log_decay, phase, w_in, w_out, feed, initial_state); u's is empty unless need_u, feed's without feed.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lti_backward(
-    const Tensor& grad_y, const OptionalTensor& grad_last, const Tensor& u, const Tensor& log_decay, const Tensor& phase,
-    const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed, const OptionalTensor& initial_state,
-    const Tensor& saved, bool shifted, bool stored, int64_t rows, bool need_u) {
-  check_rows(grad_y, "grad_y", 3);
-  check_rows(u, "u", 3);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lti_core_backward(
+    const OptionalTensor& grad_out, const OptionalTensor& grad_last, const Tensor& input, const Tensor& log_decay,
+    const Tensor& phase, const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed,
+    const OptionalTensor& initial_state, const Tensor& saved, bool shifted, bool stored, int64_t rows, bool need_u) {
+  const Tensor u = dense(input, "u", input.sizes());
+  TORCH_CHECK(u.dim() == 3, "u: expected (batch, L, H)");
   check_rows(saved, "saved", 3);
-  const int64_t batch = u.size(0), length = u.size(1), n2 = w_in.size(0);
+  const int64_t batch = u.size(0), length = u.size(1), n2 = w_in.size(0), outputs = w_out.size(0);
+  const Tensor grad_y = grad_out ? dense(*grad_out, "grad_y", {batch, length, outputs})
+                                 : at::zeros({batch, length, outputs}, u.options());
   const auto options = u.options();
   const Eigenvalues lam(log_decay, phase);
   Tensor grad_u = need_u ? at::empty_like(u) : at::empty({0}, options);
@@ -308,23 +312,29 @@ int64_t threads() {
   return most.load();
 }
 
-}  // namespace
-}  // namespace compressm
+struct LtiCoreOp {
+  static constexpr const char *name = "lti_core", *passed = "";
+};
 
 TORCH_LIBRARY(compressm_cpp, m) {
-  m.def("lti_forward(Tensor u, Tensor log_decay, Tensor phase, Tensor w_in, Tensor w_out, Tensor? feed,"
-        " Tensor? initial_state, bool shifted, bool store, int rows) -> (Tensor, Tensor, Tensor)",
-        &compressm::lti_forward);
-  m.def("lti_backward(Tensor grad_y, Tensor? grad_last, Tensor u, Tensor log_decay, Tensor phase, Tensor w_in,"
-        " Tensor w_out, Tensor? feed, Tensor? initial_state, Tensor saved, bool shifted, bool stored, int rows,"
-        " bool need_u) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        &compressm::lti_backward);
+  m.def("lti_core(Tensor u, Tensor log_decay, Tensor phase, Tensor w_in, Tensor w_out, Tensor? feed, Tensor? initial_state,"
+        " bool shifted, bool store, int rows) -> (Tensor y, Tensor last, Tensor saved)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(lti_core)));
+  m.def("lti_core_backward(Tensor? grad_y, Tensor? grad_last, Tensor u, Tensor log_decay, Tensor phase, Tensor w_in,"
+        " Tensor w_out, Tensor? feed, Tensor? initial_state, Tensor saved, bool shifted, bool store, int rows, bool need_u)"
+        " -> (Tensor grad_u, Tensor grad_log_decay, Tensor grad_phase, Tensor grad_w_in, Tensor grad_w_out,"
+        " Tensor grad_feed, Tensor grad_initial_state)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(lti_core_backward)));
+  register_gradient<LtiCoreOp>(m);
   m.def("diagonal_scan(Tensor x, Tensor log_decay, Tensor phase, Tensor? initial_state, bool reverse) -> Tensor",
-        &compressm::diagonal_scan);
+        &diagonal_scan);
   m.def("diagonal_scan_backward(Tensor grad_h, Tensor h, Tensor log_decay, Tensor phase, Tensor? initial_state,"
         " bool reverse) -> (Tensor, Tensor, Tensor, Tensor)",
-        &compressm::diagonal_scan_backward);
-  m.def("isa() -> str", &compressm::isa);
-  m.def("threads() -> int", &compressm::threads);
-  m.def("select_isa(str name) -> bool", &compressm::select_scan_kernels);
+        &diagonal_scan_backward);
+  m.def("isa() -> str", &isa);
+  m.def("threads() -> int", &threads);
+  m.def("select_isa(str name) -> bool", &select_scan_kernels);
 }
+
+}  // namespace
+}  // namespace compressm

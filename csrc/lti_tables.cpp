@@ -11,10 +11,15 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
+#include "checks.h"
+
 namespace compressm {
 namespace {
 
 using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;  // which would round the small products
 
 // lam^j for j = 0 .. tau, (tau + 1, n), formed in double.
 struct Powers {
@@ -36,17 +41,20 @@ struct Powers {
 
 struct Sizes {
   int64_t n, channels, outputs, tau;
-  Sizes(const Tensor& log_decay, const Tensor& phase, const Tensor& w_in, const Tensor& w_out, int64_t tau)
-      : n(log_decay.numel()), channels(w_in.size(1)), outputs(w_out.size(0)), tau(tau) {
+};
+
+// The system whose tables are made, contiguous.
+struct System {
+  Sizes sizes;
+  Tensor log_decay, phase, w_in, w_out;
+  System(const Tensor& decay, const Tensor& angle, const Tensor& in, const Tensor& out, int64_t tau) {
     TORCH_CHECK(tau > 0, "tau: expected a positive number, got ", tau);
-    check(log_decay, "log_decay", {n});
-    check(phase, "phase", {n});
-    check(w_in, "w_in", {2 * n, channels});
-    check(w_out, "w_out", {outputs, 2 * n});
-  }
-  static void check(const Tensor& t, const char* name, at::IntArrayRef shape) {
-    TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape && t.is_contiguous(), name,
-                ": expected a contiguous float32 CPU tensor of shape ", shape);
+    TORCH_CHECK(in.dim() == 2 && out.dim() == 2, "expected w_in (2N, H) and w_out (H_out, 2N)");
+    sizes = {decay.numel(), in.size(1), out.size(0), tau};
+    log_decay = dense(decay, "log_decay", {sizes.n});
+    phase = dense(angle, "phase", {sizes.n});
+    w_in = dense(in, "w_in", {2 * sizes.n, sizes.channels});
+    w_out = dense(out, "w_out", {sizes.outputs, 2 * sizes.n});
   }
 };
 
@@ -102,23 +110,25 @@ void for_lower_rows(const Sizes& s, const Body& body) {
   }
 }
 
-// (w_in (2n, tau H), w_out (tau H_out, 2n), feedthrough (tau H_out, tau H)) of the blocked system.
-std::tuple<Tensor, Tensor, Tensor> lti_tables(const Tensor& log_decay, const Tensor& phase, const Tensor& w_in,
-                                              const Tensor& w_out, const std::optional<Tensor>& D, int64_t tau) {
-  const Sizes s(log_decay, phase, w_in, w_out, tau);
-  const Powers p(log_decay, phase, tau);
-  const Tensor table_in = blocked_inputs(p, w_in, s), table_out = blocked_outputs(p, w_out, s);
-  const Tensor impulse = at::mm(first_responses(w_out, table_out, s), w_in);  // (tau H_out, H)
+// (log_decay (n), phase (n), w_in (2n, tau H), w_out (tau H_out, 2n), feedthrough (tau H_out, tau H)) of the blocked system.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lti_tables(const Tensor& log_decay, const Tensor& phase,
+                                                              const Tensor& w_in, const Tensor& w_out,
+                                                              const OptionalTensor& D, int64_t tau) {
+  const NoAutocast guard(c10::DispatchKey::AutocastCPU);
+  const System system(log_decay, phase, w_in, w_out, tau);
+  const Sizes& s = system.sizes;
+  const Powers p(system.log_decay, system.phase, tau);
+  const Tensor table_in = blocked_inputs(p, system.w_in, s), table_out = blocked_outputs(p, system.w_out, s);
+  const Tensor impulse = at::mm(first_responses(system.w_out, table_out, s), system.w_in);  // (tau H_out, H)
   if (D) {
-    Sizes::check(*D, "D", {s.channels});
     TORCH_CHECK(s.outputs == s.channels, "D: expected as many outputs as inputs");
-    impulse.narrow(0, 0, s.outputs).diagonal().add_(*D);
+    impulse.narrow(0, 0, s.outputs).diagonal().add_(dense(*D, "D", {s.channels}));
   }
   Tensor feed = at::zeros({s.tau * s.outputs, s.tau * s.channels}, w_in.options());
   const float* from = impulse.const_data_ptr<float>();
   float* to = feed.data_ptr<float>();
   for_lower_rows(s, [&](int64_t row, int64_t at) { std::copy_n(from + row * s.channels, s.channels, to + at); });
-  return {table_in, table_out, feed};
+  return {system.log_decay * tau, system.phase * tau, table_in, table_out, feed};
 }
 
 // Adds the adjoint of blocked_inputs to grad_in (2n, H) and to the powers' gradients (tau + 1, n).
@@ -164,30 +174,39 @@ void add_output_adjoint(const Powers& p, const Tensor& w_out, const Tensor& grad
   }
 }
 
-// Gradients of (log_decay, phase, w_in, w_out, D) by way of the tables; `table_out` is the blocked w_out.
+// Gradients of (log_decay, phase, w_in, w_out, D) by way of the blocked system's, None for zero; `blocked_out` is its w_out.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lti_tables_backward(
-    const Tensor& grad_table_in, const Tensor& grad_table_out, const Tensor& grad_feed, const Tensor& log_decay,
-    const Tensor& phase, const Tensor& w_in, const Tensor& w_out, const Tensor& table_out, int64_t tau) {
-  const Sizes s(log_decay, phase, w_in, w_out, tau);
-  Sizes::check(grad_table_in, "grad_table_in", {2 * s.n, tau * s.channels});
-  Sizes::check(grad_table_out, "grad_table_out", {tau * s.outputs, 2 * s.n});
-  Sizes::check(grad_feed, "grad_feed", {tau * s.outputs, tau * s.channels});
-  Sizes::check(table_out, "table_out", {tau * s.outputs, 2 * s.n});
-  const Powers p(log_decay, phase, tau);
+    const OptionalTensor& grad_blocked_decay, const OptionalTensor& grad_blocked_phase,
+    const OptionalTensor& grad_blocked_in, const OptionalTensor& grad_blocked_out, const OptionalTensor& grad_blocked_feed,
+    const Tensor& log_decay, const Tensor& phase, const Tensor& w_in, const Tensor& w_out, const Tensor& blocked_out,
+    int64_t tau) {
+  const NoAutocast guard(c10::DispatchKey::AutocastCPU);
+  const System system(log_decay, phase, w_in, w_out, tau);
+  const Sizes& s = system.sizes;
+  const Powers p(system.log_decay, system.phase, tau);
+  const auto gradient = [&](const OptionalTensor& grad, const char* name, at::IntArrayRef shape) {
+    return grad ? dense(*grad, name, shape) : at::zeros(shape, w_in.options());
+  };
+  const Tensor table_decay = gradient(grad_blocked_decay, "grad_blocked_decay", {s.n});
+  const Tensor table_phase = gradient(grad_blocked_phase, "grad_blocked_phase", {s.n});
+  const Tensor grad_table_in = gradient(grad_blocked_in, "grad_blocked_in", {2 * s.n, tau * s.channels});
+  const Tensor grad_table_out = gradient(grad_blocked_out, "grad_blocked_out", {tau * s.outputs, 2 * s.n});
+  const Tensor grad_feed = gradient(grad_blocked_feed, "grad_blocked_feed", {tau * s.outputs, tau * s.channels});
+  const Tensor table_out = dense(blocked_out, "blocked_out", {tau * s.outputs, 2 * s.n});
   Tensor grad_impulse = at::zeros({tau * s.outputs, s.channels}, w_in.options());
   const float* feed = grad_feed.const_data_ptr<float>();
   float* impulse = grad_impulse.data_ptr<float>();
   for_lower_rows(s, [&](int64_t row, int64_t at) {
     for (int64_t c = 0; c < s.channels; ++c) impulse[row * s.channels + c] += feed[at + c];
   });
-  const Tensor grad_response = at::mm(grad_impulse, w_in.t());  // of response[0 .. tau - 1]
-  Tensor grad_in = at::mm(first_responses(w_out, table_out, s).t(), grad_impulse).contiguous();
+  const Tensor grad_response = at::mm(grad_impulse, system.w_in.t());  // of response[0 .. tau - 1]
+  Tensor grad_in = at::mm(first_responses(system.w_out, table_out, s).t(), grad_impulse).contiguous();
   Tensor grad_out = grad_response.narrow(0, 0, s.outputs).clone(), grad_table = grad_table_out.clone();
   grad_table.narrow(0, 0, (tau - 1) * s.outputs).add_(grad_response.narrow(0, s.outputs, (tau - 1) * s.outputs));
   std::vector<float> power_re((tau + 1) * s.n, 0.0f), power_im((tau + 1) * s.n, 0.0f);
-  add_input_adjoint(p, w_in, grad_table_in, grad_in, power_re, power_im, s);
-  add_output_adjoint(p, w_out, grad_table, grad_out, power_re, power_im, s);
-  Tensor grad_decay = at::empty({s.n}, w_in.options()), grad_phase = at::empty({s.n}, w_in.options());
+  add_input_adjoint(p, system.w_in, grad_table_in, grad_in, power_re, power_im, s);
+  add_output_adjoint(p, system.w_out, grad_table, grad_out, power_re, power_im, s);
+  Tensor grad_decay = table_decay * tau, grad_phase = table_phase * tau;
   for (int64_t k = 0; k < s.n; ++k) {
     double decay = 0, angle = 0;
     for (int64_t j = 1; j <= tau; ++j) {
@@ -196,22 +215,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lti_tables_backward(
       decay += j * (g_re * re + g_im * im);
       angle += j * (g_im * re - g_re * im);
     }
-    grad_decay.data_ptr<float>()[k] = static_cast<float>(decay);
-    grad_phase.data_ptr<float>()[k] = static_cast<float>(angle);
+    grad_decay.data_ptr<float>()[k] += static_cast<float>(decay);
+    grad_phase.data_ptr<float>()[k] += static_cast<float>(angle);
   }
   const Tensor first = grad_impulse.narrow(0, 0, s.outputs);
   return {grad_decay, grad_phase, grad_in, grad_out,
           s.outputs == s.channels ? first.diagonal().clone() : at::empty({0}, w_in.options())};
 }
 
-}  // namespace
-}  // namespace compressm
+struct LtiTablesOp {
+  static constexpr const char *name = "lti_tables", *passed = "";
+};
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("lti_tables(Tensor log_decay, Tensor phase, Tensor w_in, Tensor w_out, Tensor? D, int tau)"
-        " -> (Tensor, Tensor, Tensor)",
-        &compressm::lti_tables);
-  m.def("lti_tables_backward(Tensor grad_table_in, Tensor grad_table_out, Tensor grad_feed, Tensor log_decay,"
-        " Tensor phase, Tensor w_in, Tensor w_out, Tensor table_out, int tau) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        &compressm::lti_tables_backward);
+        " -> (Tensor blocked_decay, Tensor blocked_phase, Tensor blocked_in, Tensor blocked_out, Tensor blocked_feed)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(lti_tables)));
+  m.def("lti_tables_backward(Tensor? grad_blocked_decay, Tensor? grad_blocked_phase, Tensor? grad_blocked_in,"
+        " Tensor? grad_blocked_out, Tensor? grad_blocked_feed, Tensor log_decay, Tensor phase, Tensor w_in, Tensor w_out,"
+        " Tensor blocked_out, int tau)"
+        " -> (Tensor grad_log_decay, Tensor grad_phase, Tensor grad_w_in, Tensor grad_w_out, Tensor grad_D)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(lti_tables_backward)));
+  register_gradient<LtiTablesOp>(m);
 }
+
+}  // namespace
+}  // namespace compressm

@@ -9,9 +9,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 
+#include "autograd.h"
+#include "checks.h"
 #include "diagonal_scan.h"
 #include "partial_sums.h"
 
@@ -32,11 +35,6 @@ const NormKernels& norm_kernels() {
   return portable::norm_kernels;
 }
 
-void check(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape && t.is_contiguous(), name,
-              ": expected a contiguous float32 CPU tensor of shape ", shape);
-}
-
 struct Chunks {
   int64_t length, rows, chunk;
   explicit Chunks(const Tensor& x)
@@ -52,16 +50,15 @@ struct Chunks {
 };
 
 // x, out (..., length), not empty; weight, bias (length).
-Tensor norm_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps, bool centred) {
+Tensor norm_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps, bool centred) {
   TORCH_CHECK(x.dim() > 0 && x.numel() > 0, "x: expected rows");
   const Chunks chunks(x);
-  check(x, "x", x.sizes());
-  check(weight, "weight", {chunks.length});
-  check(bias, "bias", {chunks.length});
-  const Norm norm{weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), chunks.length, static_cast<float>(eps),
+  const Tensor input = dense(x, "x", x.sizes()), scale = dense(weight, "weight", {chunks.length});
+  const Tensor shift = bias ? dense(*bias, "bias", {chunks.length}) : at::zeros_like(scale);
+  const Norm norm{scale.const_data_ptr<float>(), shift.const_data_ptr<float>(), chunks.length, static_cast<float>(eps),
                   centred};
   Tensor out = at::empty(x.sizes(), x.options());
-  const float* in = x.const_data_ptr<float>();
+  const float* in = input.const_data_ptr<float>();
   float* y = out.data_ptr<float>();
   chunks.for_each([&](int64_t, int64_t at, int64_t rows) { norm_kernels().forward(norm, in + at, y + at, rows); });
   return out;
@@ -73,12 +70,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   TORCH_CHECK(x.dim() > 0 && x.numel() > 0, "x: expected rows");
   const Chunks chunks(x);
   const int64_t length = chunks.length, sums = centred ? 2 : 1;
-  check(x, "x", x.sizes());
-  check(grad, "grad", x.sizes());
-  check(weight, "weight", {length});
-  const Norm norm{weight.const_data_ptr<float>(), nullptr, length, static_cast<float>(eps), centred};
+  const Tensor input = dense(x, "x", x.sizes()), grad_rows = dense(grad, "grad_out", x.sizes());
+  const Tensor scale = dense(weight, "weight", {length});
+  const Norm norm{scale.const_data_ptr<float>(), nullptr, length, static_cast<float>(eps), centred};
   Tensor grad_x = at::empty(x.sizes(), x.options()), partials = at::empty({chunks.count(), sums, length}, x.options());
-  const float *in = x.const_data_ptr<float>(), *g = grad.const_data_ptr<float>();
+  const float *in = input.const_data_ptr<float>(), *g = grad_rows.const_data_ptr<float>();
   float *gx = grad_x.data_ptr<float>(), *partial = partials.data_ptr<float>();
   chunks.for_each([&](int64_t index, int64_t at, int64_t rows) {
     float* own = partial + index * sums * length;
@@ -89,11 +85,18 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   return {grad_x, total.narrow(0, 0, length).clone(), total.narrow(0, length, length).clone()};
 }
 
-}  // namespace
-}  // namespace compressm
+struct NormOp {
+  static constexpr const char *name = "norm", *passed = "";
+};
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
-  m.def("norm(Tensor x, Tensor weight, Tensor bias, float eps, bool centred) -> Tensor", &compressm::norm_forward);
-  m.def("norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool centred) -> (Tensor, Tensor, Tensor)",
-        &compressm::norm_backward);
+  m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred) -> (Tensor out)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(norm_forward)));
+  m.def("norm_backward(Tensor grad_out, Tensor x, Tensor weight, float eps, bool centred)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(norm_backward)));
+  register_gradient<NormOp>(m);
 }
+
+}  // namespace
+}  // namespace compressm

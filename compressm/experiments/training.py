@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from torch import nn
 
 import compressm
 from compressm.errors import CheckpointError, ConfigError, NumericalError
-from compressm.experiments.batches import NOISE, stream
+from compressm.experiments.batches import step_seed
 from compressm.experiments.models import count_parameters
 from compressm.experiments.settings import Settings
 from compressm.experiments.tasks import Task
@@ -90,7 +91,7 @@ class TrainingRun:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(self.settings))
         self.compressor = self._compressor() if name == "compressed" else None
         self.record = Record()
-        self._sums = torch.zeros(2, dtype=torch.float64, device=task.device)  # loss, tally
+        self._recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and tally of the steps not yet in the record
 
     def _compressor(self) -> compressm.Compressor:
         s = self.settings
@@ -145,10 +146,10 @@ class TrainingRun:
     def train_step(self) -> None:
         """One optimizer step on the next batch."""
         step = self.record.step
-        self._seed(stream(self.settings.seed, NOISE, step))
+        self._seed(step_seed(self.settings.seed, step))
         if not self.model.training:
             self.model.train()
-        with torch.autocast(self.task.device.type, torch.bfloat16, enabled=self.settings.autocast is not None):
+        with self._autocast():
             loss, tally = self.task.loss(self.model, step)
         loss.backward()
         if self.settings.max_grad_norm is not None:
@@ -156,7 +157,10 @@ class TrainingRun:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self._sums += torch.stack([loss.detach().double(), tally.double()])
+        self._recent.append((loss.detach(), tally))
+
+    def _autocast(self) -> AbstractContextManager:
+        return nullcontext() if self.settings.autocast is None else torch.autocast(self.task.device.type, torch.bfloat16)
 
     def _seed(self, seed: int) -> None:
         """Of the generators that the step may draw from."""
@@ -166,12 +170,15 @@ class TrainingRun:
             torch.manual_seed(seed)
 
     def _gather(self) -> None:
-        """Move the sums from the device into the record's window."""
+        """Move losses and tallies from the device into the record's window."""
+        if not self._recent:
+            return
         started = time.perf_counter()
-        loss, tally = self._sums.tolist()
-        self._sums.zero_()
         window = self.record.window
-        window["loss"], window["tally"] = window["loss"] + loss, window["tally"] + tally
+        for key, values in zip(("loss", "tally"), zip(*self._recent, strict=True), strict=True):
+            for value in torch.stack(values).double().tolist():
+                window[key] += value
+        self._recent.clear()
         window["seconds"] += time.perf_counter() - started
 
     def _close_window(self, observer: Observer) -> None:

@@ -111,12 +111,22 @@ def why_not_for(device: str, dtype: torch.dtype) -> str | None:
     return why_not()
 
 
+class _Library:
+    """The ops of ``torch.ops.compressm_cpp``, found once: a call by the overload skips the choice of one."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(torch.ops.compressm_cpp, name).default
+        setattr(self, name, op)
+        return op
+
+
+@functools.cache
 def library() -> Any:
-    """The loaded ops, ``torch.ops.compressm_cpp``; BackendError with the reason where there are none."""
+    """The loaded ops by their names; BackendError with the reason where there are none."""
     reason = why_not()
     if reason is not None:
         raise BackendError(f"the C++ kernels cannot run: {reason}")
-    return torch.ops.compressm_cpp
+    return _Library()
 
 
 def _load(sources: list[Path], compiler: str) -> str | None:

@@ -2,7 +2,8 @@
 
 ``torch.library.custom_op`` sends every call through the dispatcher and back into Python, several times where a gradient is
 asked for: some 100 microseconds that a small model waits for.  An op of this module is such an op, and all that traces or
-transforms a program sees it as one; a plain eager call goes to the same kernel, and the same backward, directly.
+transforms a program sees it as one; a plain eager call goes to the same kernel, and the same backward, directly.  The
+backward is the registered formula, or, where the kernel is an op of the C++ library that has a gradient, the library's own.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ class CustomOp:
         name: ``"namespace::name"``.
         kernel: what it computes; annotated, returns new tensors.
         mutates: names of the arguments that it writes to.  With any, no gradient passes through the op.
+        differentiable: the kernel has a gradient of its own (csrc/autograd.h), the same as the registered formula.
 
     Attributes:
         op: the op as ``torch.library`` knows it.
     """
 
-    def __init__(self, name: str, kernel: Callable, mutates: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, name: str, kernel: Callable, mutates: tuple[str, ...] = (), differentiable: bool = False
+    ) -> None:
         self.op = torch.library.custom_op(name, kernel, mutates_args=mutates)
         self._name = name.partition("::")[2]
-        self._kernel = kernel
+        self._kernel, self._differentiable = kernel, differentiable
         self._written = [k for k, argument in enumerate(inspect.signature(kernel).parameters) if argument in mutates]
         self._function: type[torch.autograd.Function] | None = None
 
@@ -43,6 +47,8 @@ class CustomOp:
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
         """The formula of the gradient, as ``torch.library.register_autograd`` takes it, positional arguments only."""
         self.op.register_autograd(backward, setup_context=setup_context)
+        if self._differentiable:
+            return
         kernel = self._kernel
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -56,6 +62,8 @@ class CustomOp:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _observed() or not _PLAIN.issuperset(map(type, args)):
             return self.op(*args)
+        if self._differentiable:
+            return self._kernel(*args)
         if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
             for k in self._written:
                 if not args[k].is_inference():
@@ -64,13 +72,15 @@ class CustomOp:
         return self.op(*args) if self._function is None else self._function.apply(*args)
 
 
-def custom_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable], CustomOp]:
+def custom_op(
+    name: str, mutates: tuple[str, ...] = (), differentiable: bool = False
+) -> Callable[[Callable], CustomOp]:
     """Decorator: makes a kernel the :class:`CustomOp` ``name``."""
-    return lambda kernel: CustomOp(name, kernel, mutates)
+    return lambda kernel: CustomOp(name, kernel, mutates, differentiable)
 
 
 def _observed() -> bool:
     """Whether something expects to meet the op: a dispatch mode (tracing, fake tensors), torch.func, torch.jit.trace."""
     return bool(
-        torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+        torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
     )

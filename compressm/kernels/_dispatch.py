@@ -6,11 +6,15 @@ explicit ``backend=`` that cannot run raises with the reason.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from compressm import config
 from compressm.errors import BackendError
+from compressm.kernels import _cpp
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,18 @@ def compiled_first(
     """
     first, others = Candidate("triton", triton), (Candidate("cpp", cpp), Candidate("reference", lambda: None))
     return (*others, first) if device == "cpu" else (first, *others)
+
+
+@torch.compiler.assume_constant_result
+def cpp_or_reference(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
+    """The backend of an op that is C++ or torch's own; torch.compile takes it as a constant while it traces."""
+    return _cpp_or_reference(op, device, dtype, backend, config.backend())
+
+
+@functools.lru_cache(maxsize=256)
+def _cpp_or_reference(op: str, device: str, dtype: torch.dtype, backend: str | None, _preferred: str | None) -> str:
+    candidates = (Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None))
+    return choose(op, candidates, backend)
 
 
 def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None) -> str:

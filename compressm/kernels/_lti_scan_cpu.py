@@ -10,7 +10,7 @@ from compressm.kernels._custom_op import custom_op
 from compressm.kernels._lti_scan_block import BlockTables
 
 
-@custom_op("compressm::lti_core")
+@custom_op("compressm::lti_core", differentiable=True)
 def lti_core(
     u: Tensor,
     log_decay: Tensor,
@@ -33,9 +33,7 @@ def lti_core(
     Returns:
         y (batch, L, H_out), last state (batch, 2N), and what the backward needs (not differentiable).
     """
-    return _cpp.library().lti_forward(
-        u, log_decay, phase, w_in, w_out, feed, initial_state, shifted, store, rows
-    )
+    return _cpp.library().lti_core(u, log_decay, phase, w_in, w_out, feed, initial_state, shifted, store, rows)
 
 
 def _saved_states(batch: int, length: int, store: bool, rows: int) -> int:
@@ -68,7 +66,7 @@ def lti_core_backward(
     need_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (u, log_decay, phase, w_in, w_out, feed, initial_state)."""
-    return _cpp.library().lti_backward(
+    return _cpp.library().lti_core_backward(
         grad_y, grad_last, u, log_decay, phase, w_in, w_out, feed, initial_state, saved, shifted, stored, rows, need_u
     )
 
@@ -98,7 +96,7 @@ def _backward(ctx, grad_y, grad_last, _grad_saved):
     if grad_y is None:
         grad_y = u.new_zeros((*u.shape[:2], w_out.shape[0]))
     grads = lti_core_backward(
-        grad_y.contiguous(), grad_last, u, log_decay, phase, w_in, w_out, feed, initial_state, saved, *ctx.settings,
+        grad_y, grad_last, u, log_decay, phase, w_in, w_out, feed, initial_state, saved, *ctx.settings,
         ctx.needs_input_grad[0],
     )  # fmt: skip
     grad_u, grad_decay, grad_phase, grad_in, grad_out, grad_feed, grad_state = grads
@@ -123,16 +121,14 @@ def block_tables(
     log_decay: Tensor, phase: Tensor, w_in: Tensor, w_out: Tensor, D: Tensor | None, tau: int
 ) -> BlockTables:
     """As :func:`compressm.kernels._lti_scan_block.block_tables`, in one op; all float32."""
-    D = None if D is None else D.contiguous()
-    operands = (log_decay.contiguous(), phase.contiguous(), w_in.contiguous(), w_out.contiguous(), D)
-    return BlockTables(tau * log_decay, tau * phase, *lti_tables(*operands, tau))
+    return BlockTables(*lti_tables(log_decay, phase, w_in, w_out, D, tau))
 
 
-@custom_op("compressm::lti_tables")
+@custom_op("compressm::lti_tables", differentiable=True)
 def lti_tables(
     log_decay: Tensor, phase: Tensor, w_in: Tensor, w_out: Tensor, D: Tensor | None, tau: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """w_in (2N, tau H), w_out (tau H_out, 2N) and feed (tau H_out, tau H) of the tau-blocked system."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tau-blocked system: log_decay (N,), phase (N,), w_in (2N, tau H), w_out (tau H_out, 2N), feed (tau H_out, tau H)."""
     return _cpp.library().lti_tables(log_decay, phase, w_in, w_out, D, tau)
 
 
@@ -140,29 +136,32 @@ def lti_tables(
 def _(log_decay, phase, w_in, w_out, D, tau):
     (n2, channels), outputs = w_in.shape, w_out.shape[0]
     shapes = (n2, tau * channels), (tau * outputs, n2), (tau * outputs, tau * channels)
-    return tuple(w_in.new_empty(shape) for shape in shapes)
+    return tuple(w_in.new_empty(shape) for shape in (log_decay.shape, phase.shape, *shapes))
 
 
 @custom_op("compressm::lti_tables_backward")
 def lti_tables_backward(
-    grad_table_in: Tensor,
-    grad_table_out: Tensor,
-    grad_feed: Tensor,
+    grad_blocked_decay: Tensor,
+    grad_blocked_phase: Tensor,
+    grad_blocked_in: Tensor,
+    grad_blocked_out: Tensor,
+    grad_blocked_feed: Tensor,
     log_decay: Tensor,
     phase: Tensor,
     w_in: Tensor,
     w_out: Tensor,
-    table_out: Tensor,
+    blocked_out: Tensor,
     tau: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (log_decay, phase, w_in, w_out, D); D's is empty where there cannot be one."""
     return _cpp.library().lti_tables_backward(
-        grad_table_in, grad_table_out, grad_feed, log_decay, phase, w_in, w_out, table_out, tau
-    )
+        grad_blocked_decay, grad_blocked_phase, grad_blocked_in, grad_blocked_out, grad_blocked_feed,
+        log_decay, phase, w_in, w_out, blocked_out, tau,
+    )  # fmt: skip
 
 
 @lti_tables_backward.register_fake
-def _(grad_table_in, grad_table_out, grad_feed, log_decay, phase, w_in, w_out, table_out, tau):
+def _(grad_decay, grad_phase, grad_in, grad_out, grad_feed, log_decay, phase, w_in, w_out, blocked_out, tau):
     grad_D = w_in.new_empty((w_in.shape[1] if w_in.shape[1] == w_out.shape[0] else 0,))
     return (*(torch.empty_like(t) for t in (log_decay, phase, w_in, w_out)), grad_D)
 
@@ -170,11 +169,11 @@ def _(grad_table_in, grad_table_out, grad_feed, log_decay, phase, w_in, w_out, t
 def _tables_setup_context(ctx, inputs, output):
     log_decay, phase, w_in, w_out, D, ctx.tau = inputs
     ctx.has_D = D is not None
-    ctx.save_for_backward(log_decay, phase, w_in, w_out, output[1])
+    ctx.save_for_backward(log_decay, phase, w_in, w_out, output[3])
 
 
 def _tables_backward(ctx, *grads):
-    *grads, grad_D = lti_tables_backward(*(grad.contiguous() for grad in grads), *ctx.saved_tensors, ctx.tau)
+    *grads, grad_D = lti_tables_backward(*grads, *ctx.saved_tensors, ctx.tau)
     return *grads, grad_D if ctx.has_D else None, None
 
 

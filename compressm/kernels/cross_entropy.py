@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _cpp, _cross_entropy_cpu, _cross_entropy_ref
+from compressm.kernels import _cpp, _cross_entropy_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import Candidate, choose
+from compressm.kernels._dispatch import cpp_or_reference
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -37,7 +37,7 @@ def cross_entropy(
     """
     _check(scores, targets, reduction)
     rows, classes = scores.reshape(-1, scores.shape[-1]), targets.reshape(-1)
-    chosen = _launch(scores.device.type, scores.dtype, backend)
+    chosen = cpp_or_reference("cross_entropy", scores.device.type, scores.dtype, backend)
     if chosen == "reference" or scores.numel() == 0:
         losses = _cross_entropy_ref.cross_entropy(rows, classes, ignore_index)
     else:
@@ -49,20 +49,13 @@ def cross_entropy(
     return total if reduction == "sum" else total / (targets != ignore_index).sum()
 
 
-@torch.compiler.assume_constant_result
-def _launch(device: str, dtype: torch.dtype, backend: str | None) -> str:
-    """The backend that runs; torch.compile takes it as a constant while it traces."""
-    candidates = (Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None))
-    return choose("cross_entropy", candidates, backend)
-
-
-@custom_op("compressm::cross_entropy")
+@custom_op("compressm::cross_entropy", differentiable=True)
 def cross_entropy_op(scores: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Losses (rows,) and what the backward needs (rows, 2), float32, by the C++ kernels.
 
     scores (rows, V) is float32 or bfloat16, targets (rows,) int64.
     """
-    return _cross_entropy_cpu.forward(scores, targets, ignore_index)
+    return _cpp.library().cross_entropy(scores, targets, ignore_index)
 
 
 @cross_entropy_op.register_fake
@@ -76,7 +69,7 @@ def cross_entropy_backward_op(
     grad_losses: Tensor, scores: Tensor, targets: Tensor, normalizers: Tensor, ignore_index: int
 ) -> Tensor:
     """Gradient of scores."""
-    return _cross_entropy_cpu.backward(grad_losses, scores, targets, normalizers, ignore_index)
+    return _cpp.library().cross_entropy_backward(grad_losses, scores, targets, normalizers, ignore_index)
 
 
 @cross_entropy_backward_op.register_fake

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _cpp, _gates_cpu, _gates_ref
+from compressm.kernels import _cpp, _gates_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import Candidate, choose
+from compressm.kernels._dispatch import cpp_or_reference
+
+NARROW = 8  # kNarrow in csrc/gates.h
 
 
 def gelu_dropout(x: Tensor, p: float, training: bool = True, *, backend: str | None = None) -> Tensor:
@@ -37,7 +39,7 @@ def gelu_dropout(x: Tensor, p: float, training: bool = True, *, backend: str | N
     """
     _check_tensor("x", x)
     p = _probability(p, training)
-    chosen = _launch("gelu_dropout", x.device.type, x.dtype, backend)
+    chosen = cpp_or_reference("gelu_dropout", x.device.type, x.dtype, backend)
     seed = _draw_seed(x, p)
     if chosen == "reference":
         return _gates_ref.gelu_dropout(x, seed, p)
@@ -72,7 +74,7 @@ def glu_dropout_add(
         raise bad_argument("residual", got=f"device {residual.device}", expected=f"{pre.device}, where pre is")
     p = _probability(p, training)
     dtype = torch.promote_types(pre.dtype, residual.dtype)
-    chosen = _launch("glu_dropout_add", pre.device.type, dtype, backend)
+    chosen = cpp_or_reference("glu_dropout_add", pre.device.type, dtype, backend)
     seed = _draw_seed(pre, p)
     if chosen == "reference":
         return _gates_ref.glu_dropout_add(pre, residual, seed, p)
@@ -111,8 +113,8 @@ def linear_glu_dropout_add(
     """
     _check_linear(x, weight, bias, residual)
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    chosen = _launch("linear_glu_dropout_add", x.device.type, dtype, backend)
-    narrow = all(0 < size <= _gates_cpu.NARROW for size in (weight.shape[1], weight.shape[0] // 2))
+    chosen = cpp_or_reference("linear_glu_dropout_add", x.device.type, dtype, backend)
+    narrow = all(0 < size <= NARROW for size in (weight.shape[1], weight.shape[0] // 2))
     if chosen == "cpp" and not narrow:
         return glu_dropout_add(torch.nn.functional.linear(x, weight, bias), residual, p, training, backend=backend).to(dtype)
     p = _probability(p, training)
@@ -157,17 +159,10 @@ def _draw_seed(like: Tensor, p: float) -> Tensor | None:
     return torch.randint(2**63 - 1, ()) if p > 0 and like.device.type == "cpu" else None
 
 
-@torch.compiler.assume_constant_result
-def _launch(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
-    """The backend that runs; torch.compile takes it as a constant while it traces."""
-    candidates = (Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None))
-    return choose(op, candidates, backend)
-
-
-@custom_op("compressm::gelu_dropout")
+@custom_op("compressm::gelu_dropout", differentiable=True)
 def gelu_dropout_op(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """gelu_dropout by the C++ kernels, float32; seed () int64, None for p = 0."""
-    return _gates_cpu.gelu_dropout(x, seed, p)
+    return _cpp.library().gelu_dropout(x, seed, p)
 
 
 @gelu_dropout_op.register_fake
@@ -178,7 +173,7 @@ def _(x, seed, p):
 @custom_op("compressm::gelu_dropout_backward")
 def gelu_dropout_backward_op(grad_out: Tensor, x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Gradient of x."""
-    return _gates_cpu.gelu_dropout_backward(grad_out, x, seed, p)
+    return _cpp.library().gelu_dropout_backward(grad_out, x, seed, p)
 
 
 @gelu_dropout_backward_op.register_fake
@@ -198,10 +193,10 @@ def _gelu_backward(ctx, grad_out):
 gelu_dropout_op.register_autograd(_gelu_backward, _gelu_setup_context)
 
 
-@custom_op("compressm::glu_dropout_add")
+@custom_op("compressm::glu_dropout_add", differentiable=True)
 def glu_dropout_add_op(pre: Tensor, residual: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """glu_dropout_add by the C++ kernels, float32; seed () int64, None for p = 0."""
-    return _gates_cpu.glu_dropout_add(pre, residual, seed, p)
+    return _cpp.library().glu_dropout_add(pre, residual, seed, p)
 
 
 @glu_dropout_add_op.register_fake
@@ -212,7 +207,7 @@ def _(pre, residual, seed, p):
 @custom_op("compressm::glu_dropout_add_backward")
 def glu_dropout_add_backward_op(grad_out: Tensor, pre: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """Gradient of pre; that of residual is grad_out."""
-    return _gates_cpu.glu_dropout_add_backward(grad_out, pre, seed, p)
+    return _cpp.library().glu_dropout_add_backward(grad_out, pre, seed, p)
 
 
 @glu_dropout_add_backward_op.register_fake
@@ -234,12 +229,12 @@ def _glu_backward(ctx, grad_out):
 glu_dropout_add_op.register_autograd(_glu_backward, _glu_setup_context)
 
 
-@custom_op("compressm::gated_linear")
+@custom_op("compressm::gated_linear", differentiable=True)
 def gated_linear_op(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, seed: Tensor | None, p: float
 ) -> Tensor:
     """linear_glu_dropout_add by the C++ kernels, float32, narrow; seed () int64, None for p = 0."""
-    return _gates_cpu.gated_linear(x, weight, bias, residual, seed, p)
+    return _cpp.library().gated_linear(x, weight, bias, residual, seed, p)
 
 
 @gated_linear_op.register_fake
@@ -252,7 +247,7 @@ def gated_linear_backward_op(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, seed: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; that of residual is grad_out."""
-    return _gates_cpu.gated_linear_backward(grad_out, x, weight, bias, seed, p)
+    return _cpp.library().gated_linear_backward(grad_out, x, weight, bias, seed, p)
 
 
 @gated_linear_backward_op.register_fake

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from compressm import config
 from compressm.errors import bad_argument
 from compressm.kernels import _lti_scan_block, _lti_scan_cpu, _lti_scan_ref
 from compressm.kernels._lti_scan_plan import plan_lti_scan
@@ -103,7 +105,8 @@ def lti_scan_planar(
 
 def _no_autocast(device: str) -> AbstractContextManager:
     """Keep the products in float32: autocast would round the state, and the compiled backends take one dtype."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def plan_for_shapes(
@@ -119,9 +122,14 @@ def plan_for_shapes(
 @torch.compiler.assume_constant_result
 def _launch(*shapes_and_backend) -> tuple[str, int, int, bool]:
     """(backend, tau, tile rows, store states) of the plan; torch.compile takes them as constants while it traces."""
+    return _launch_of(shapes_and_backend, config.backend())
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch_of(shapes_and_backend: tuple, _preferred: str | None) -> tuple[str, int, int, bool]:
     plan = plan_for_shapes(*shapes_and_backend)
-    config = dict(plan.config)
-    return plan.backend, config.get("tau", 1), config.get("rows", 0), bool(config.get("store", 0))
+    chosen = dict(plan.config)
+    return plan.backend, chosen.get("tau", 1), chosen.get("rows", 0), bool(chosen.get("store", 0))
 
 
 def _run(
@@ -151,7 +159,7 @@ def _core(
     log_decay, phase, w_in, w_out, feed = operands
     if backend == "cpp":
         store = store and torch.is_grad_enabled()
-        y, last, _ = _lti_scan_cpu.lti_core(u.contiguous(), log_decay, phase, w_in, w_out, feed, start, shifted, store, rows)
+        y, last, _ = _lti_scan_cpu.lti_core(u, log_decay, phase, w_in, w_out, feed, start, shifted, store, rows)
         return y, last
     x = u @ w_in.T
     if backend == "triton":

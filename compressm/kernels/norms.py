@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _cpp, _norms_cpu, _norms_ref
+from compressm.kernels import _cpp, _norms_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import Candidate, choose
+from compressm.kernels._dispatch import cpp_or_reference
 
 
 def layer_norm(
@@ -52,24 +52,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
 def _normalise(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, backend: str | None
 ) -> Tensor:
-    chosen = _launch(op, x.device.type, x.dtype, backend)
+    chosen = cpp_or_reference(op, x.device.type, x.dtype, backend)
     if chosen == "reference" or x.numel() == 0:
         return _norms_ref.norm(x, weight, bias, eps, centred)
     bias = None if bias is None else bias.float()
     return norm_op(x.float(), weight.float(), bias, float(eps), centred).to(x.dtype)
 
 
-@torch.compiler.assume_constant_result
-def _launch(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
-    """The backend that runs; torch.compile takes it as a constant while it traces."""
-    candidates = (Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None))
-    return choose(op, candidates, backend)
-
-
-@custom_op("compressm::norm")
+@custom_op("compressm::norm", differentiable=True)
 def norm_op(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
     """A layer norm, or an RMS norm unless ``centred``, by the C++ kernels; x (..., H), weight and bias (H,) are float32."""
-    return _norms_cpu.forward(x, weight, bias, eps, centred)
+    return _cpp.library().norm(x, weight, bias, eps, centred)
 
 
 @norm_op.register_fake
@@ -82,7 +75,7 @@ def norm_backward_op(
     grad_out: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (x, weight, bias); the last is empty unless ``centred``."""
-    return _norms_cpu.backward(grad_out, x, weight, eps, centred)
+    return _cpp.library().norm_backward(grad_out, x, weight, eps, centred)
 
 
 @norm_backward_op.register_fake

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -22,6 +25,23 @@ def isa(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     library.select_isa("auto")
+
+
+@pytest.fixture
+def cpp_calls():
+    """``with cpp_calls() as seen:`` counts the calls of the C++ library's ops by name, once the block has ended."""
+
+    @contextmanager
+    def record():
+        seen = Counter()
+        with torch.profiler.profile() as recorded:
+            yield seen
+        for event in recorded.events():
+            namespace, _, name = event.name.partition("::")
+            if namespace == "compressm_cpp":
+                seen[name] += 1
+
+    return record
 
 
 @pytest.fixture

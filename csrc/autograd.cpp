@@ -1,0 +1,141 @@
+#include "autograd.h"
+
+#include <ATen/core/stack.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace compressm {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr const char* kNamespace = "compressm_cpp::";
+
+c10::OperatorHandle find(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow((kNamespace + name).c_str(), "");
+}
+
+std::optional<std::size_t> index_of(const std::vector<c10::Argument>& arguments, const std::string& name) {
+  const auto at = std::find_if(arguments.begin(), arguments.end(), [&](const auto& a) { return a.name() == name; });
+  if (at == arguments.end()) return std::nullopt;
+  return at - arguments.begin();
+}
+
+bool is_tensor(const c10::Argument& argument) {
+  return argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor());
+}
+
+// What follows the prefix; nothing if the name does not begin with it.
+std::optional<std::string> after(const std::string& prefix, const std::string& name) {
+  if (!name.starts_with(prefix)) return std::nullopt;
+  return name.substr(prefix.size());
+}
+
+}  // namespace
+
+const at::Tensor& tensor_of(const c10::IValue& value) {
+  static const at::Tensor& none = *new at::Tensor(at::empty({0}));
+  return value.isNone() ? none : value.toTensor();
+}
+
+Formula::Formula(const std::string& op, const char* passed) : op_(find(op)), backward_(find(op + "_backward")) {
+  const auto &arguments = op_.schema().arguments(), &outputs = op_.schema().returns();
+  const auto tensor = [&](const std::string& name) {
+    const auto index = index_of(arguments, name);
+    TORCH_INTERNAL_ASSERT(index && is_tensor(arguments[*index]), op, ": no tensor argument ", name);
+    return static_cast<std::size_t>(std::find(tensors_.begin(), tensors_.end(), *index) - tensors_.begin());
+  };
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    if (is_tensor(arguments[i])) tensors_.push_back(i);
+  }
+  std::vector<bool> has_grad(outputs.size(), false);
+  for (const c10::Argument& wanted : backward_.schema().arguments()) {
+    const std::string& name = wanted.name();
+    if (const auto argument = index_of(arguments, name)) {
+      sources_.push_back({is_tensor(arguments[*argument]) ? Kind::argument : Kind::setting, *argument});
+    } else if (const auto output = index_of(outputs, name)) {
+      sources_.push_back({Kind::output, *output});
+    } else if (const auto needed = after("need_", name)) {
+      sources_.push_back({Kind::need, tensor(*needed)});
+    } else {
+      const auto differentiated = after("grad_", name);
+      const auto output_of_grad = differentiated ? index_of(outputs, *differentiated) : std::nullopt;
+      TORCH_INTERNAL_ASSERT(output_of_grad, op, "_backward: what is the argument ", name, "?");
+      sources_.push_back({Kind::grad, *output_of_grad});
+      has_grad[*output_of_grad] = true;
+    }
+  }
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    if (!has_grad[i]) without_.push_back(i);
+  }
+  for (const c10::Argument& result : backward_.schema().returns()) {
+    const auto name = after("grad_", result.name());
+    TORCH_INTERNAL_ASSERT(name, op, "_backward: what is the result ", result.name(), "?");
+    targets_.push_back(tensor(*name));
+  }
+  if (*passed != '\0') passed_ = tensor(passed);
+}
+
+variable_list Formula::forward(AutogradContext* ctx, c10::DispatchKeySet keys, const torch::jit::Stack& arguments) const {
+  torch::jit::Stack stack = arguments;
+  {
+    at::AutoDispatchBelowAutograd guard;
+    op_.redispatchBoxed(keys, &stack);
+  }
+  variable_list outputs, saved, without;
+  for (const c10::IValue& output : stack) outputs.push_back(output.toTensor());
+  const auto& wanted = backward_.schema().arguments();
+  for (std::size_t k = 0; k < sources_.size(); ++k) {
+    const Source& source = sources_[k];
+    if (source.kind == Kind::argument) {
+      const c10::IValue& argument = arguments[source.index];
+      saved.push_back(argument.isNone() ? at::Tensor() : argument.toTensor());
+    }
+    if (source.kind == Kind::output) saved.push_back(outputs[source.index]);
+    if (source.kind == Kind::setting) ctx->saved_data[wanted[k].name()] = arguments[source.index];
+  }
+  for (const std::size_t i : without_) without.push_back(outputs[i]);
+  ctx->save_for_backward(std::move(saved));
+  ctx->mark_non_differentiable(without);
+  ctx->set_materialize_grads(false);
+  return outputs;
+}
+
+variable_list Formula::backward(AutogradContext* ctx, const variable_list& grads) const {
+  variable_list results(tensors_.size());
+  if (passed_ && ctx->needs_input_grad(*passed_)) results[*passed_] = grads[0];
+  const auto needed = [&](std::size_t tensor) { return ctx->needs_input_grad(tensor); };
+  if (std::none_of(targets_.begin(), targets_.end(), needed)) return results;
+  const auto& wanted = backward_.schema().arguments();
+  const variable_list saved = ctx->get_saved_variables();
+  auto next = saved.begin();
+  torch::jit::Stack stack;
+  const auto push = [&](const at::Tensor& tensor) { stack.push_back(tensor.defined() ? c10::IValue(tensor) : c10::IValue()); };
+  for (std::size_t k = 0; k < sources_.size(); ++k) {
+    const Source& source = sources_[k];
+    switch (source.kind) {
+      case Kind::grad:
+        push(grads[source.index]);
+        break;
+      case Kind::argument:
+      case Kind::output:
+        push(*next++);
+        break;
+      case Kind::setting:
+        stack.push_back(ctx->saved_data.at(wanted[k].name()));
+        break;
+      case Kind::need:
+        stack.emplace_back(needed(source.index));
+        break;
+    }
+  }
+  backward_.callBoxed(&stack);
+  for (std::size_t k = 0; k < targets_.size(); ++k) {
+    if (needed(targets_[k])) results[targets_[k]] = stack[k].toTensor();
+  }
+  return results;
+}
+
+}  // namespace compressm
