@@ -6,6 +6,7 @@ from compressm.kernels.cross_entropy import cross_entropy
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gates import gelu_dropout, glu_dropout_add, linear_glu_dropout_add
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
+from compressm.kernels.lru_scan import lru_scan
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.norms import layer_norm, rms_norm
 from compressm.kernels.planning import plan
@@ -25,6 +26,7 @@ __all__ = [
     "gramians_many",
     "layer_norm",
     "linear_glu_dropout_add",
+    "lru_scan",
     "lti_scan",
     "lti_scan_planar",
     "plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -57,13 +58,11 @@ def lti_scan(
     Raises:
         ArgumentError: shapes or dtypes do not fit.  BackendError: the named backend cannot run.
     """
-    for name, tensor in (("log_lam", log_lam), ("B", B), ("C", C), ("initial_state", initial_state)):
-        if tensor is not None and not tensor.is_complex():
-            raise bad_argument(name, got=str(tensor.dtype), expected="a complex tensor", remedy="Convert with .cfloat().")
-    start = None if initial_state is None else torch.cat([initial_state.real, initial_state.imag], -1)
+    for name, tensor in (("log_lam", log_lam), ("B", B), ("C", C)):
+        _check_complex(name, tensor)
     result = lti_scan_planar(
         u, log_lam.real, log_lam.imag, B.real, B.imag, C.real, C.imag, D,
-        initial_state=start, return_last_state=return_last_state, backend=backend,
+        initial_state=planar(initial_state), return_last_state=return_last_state, backend=backend,
     )  # fmt: skip
     if not return_last_state:
         return result
@@ -86,10 +85,10 @@ def lti_scan_planar(
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`lti_scan` without complex tensors: log_lam = log_decay + i phase, states planar (batch, 2N) [re | im]."""
-    _check(u, log_decay, phase, B_re, B_im, C_re, C_im, D, initial_state)
-    launch = _launch(u.device.type, u.dtype, *u.shape, C_re.shape[0], log_decay.shape[0], backend)
+    check_arguments(("u", u), {"log_lam": log_decay, "phase": phase}, B_re, B_im, C_re, C_im, D, initial_state)
+    how = launch(u.device.type, u.dtype, *u.shape, C_re.shape[0], log_decay.shape[0], backend)
     work = torch.promote_types(u.dtype, torch.float32)
-    with _no_autocast(u.device.type):
+    with without_autocast(u.device.type):
         operands = Operands(
             log_decay.to(work),
             phase.to(work),
@@ -97,13 +96,24 @@ def lti_scan_planar(
             torch.cat([C_re, -C_im], 1).to(work),
             None if D is None else D.to(work),
         )
-        start = None if initial_state is None else initial_state.to(work)
-        y, last = _run(u.to(work), operands, start, *launch)
-    y = y.to(u.dtype)
+        y, last = scan(u, operands, initial_state, *how)
     return (y, last) if return_last_state else y
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
+def planar(state: Tensor | None) -> Tensor | None:
+    """A complex initial state (batch, N) as [re | im], (batch, 2N) real."""
+    if state is None:
+        return None
+    _check_complex("initial_state", state)
+    return torch.cat([state.real, state.imag], -1)
+
+
+def _check_complex(name: str, tensor: Tensor) -> None:
+    if not tensor.is_complex():
+        raise bad_argument(name, got=str(tensor.dtype), expected="a complex tensor", remedy="Convert with .cfloat().")
+
+
+def without_autocast(device: str) -> AbstractContextManager:
     """Keep the products in float32: autocast would round the state, and the compiled backends take one dtype."""
     enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
@@ -120,7 +130,7 @@ def plan_for_shapes(
 
 
 @torch.compiler.assume_constant_result
-def _launch(*shapes_and_backend) -> tuple[str, int, int, bool]:
+def launch(*shapes_and_backend) -> tuple[str, int, int, bool]:
     """(backend, tau, tile rows, store states) of the plan; torch.compile takes them as constants while it traces."""
     return _launch_of(shapes_and_backend, config.backend())
 
@@ -130,6 +140,16 @@ def _launch_of(shapes_and_backend: tuple, _preferred: str | None) -> tuple[str, 
     plan = plan_for_shapes(*shapes_and_backend)
     chosen = dict(plan.config)
     return plan.backend, chosen.get("tau", 1), chosen.get("rows", 0), bool(chosen.get("store", 0))
+
+
+def scan(
+    u: Tensor, operands: Operands, initial_state: Tensor | None, backend: str, tau: int, rows: int, store: bool
+) -> tuple[Tensor, Tensor]:
+    """y in u's dtype and the last state, in the operands' dtype, as :func:`launch` says."""
+    dtype = operands.log_decay.dtype
+    start = None if initial_state is None else initial_state.to(dtype)
+    y, last = _run(u.to(dtype), operands, start, backend, tau, rows, store)
+    return y.to(u.dtype), last
 
 
 def _run(
@@ -177,10 +197,9 @@ def _core(
     return y, last
 
 
-def _check(
-    u: Tensor,
-    log_decay: Tensor,
-    phase: Tensor,
+def check_arguments(
+    named_input: tuple[str, Tensor],
+    vectors: Mapping[str, Tensor],
     B_re: Tensor,
     B_im: Tensor,
     C_re: Tensor,
@@ -188,14 +207,18 @@ def _check(
     D: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
+    """Raises ArgumentError unless everything fits the input and the first of the vectors (N,)."""
+    input_name, u = named_input
     if u.dim() != 3 or not u.is_floating_point():
-        raise bad_argument("u", got=f"{tuple(u.shape)} of {u.dtype}", expected="a real tensor (batch, length, channels)")
-    if log_decay.dim() != 1:
-        raise bad_argument("log_lam", got=f"shape {tuple(log_decay.shape)}", expected="one eigenvalue per state, shape (N,)")
+        got = f"{tuple(u.shape)} of {u.dtype}"
+        raise bad_argument(input_name, got=got, expected="a real tensor (batch, length, channels)")
+    first, vector = next(iter(vectors.items()))
+    if vector.dim() != 1:
+        raise bad_argument(first, got=f"shape {tuple(vector.shape)}", expected="one eigenvalue per state, shape (N,)")
     batch, _, channels = u.shape
-    states, outputs = log_decay.shape[0], C_re.shape[0]
+    states, outputs = vector.shape[0], C_re.shape[0]
     expected = {
-        "phase": (phase, (states,)),
+        **{name: (tensor, (states,)) for name, tensor in vectors.items()},
         "B": (B_re, (states, channels)),
         "Im B": (B_im, (states, channels)),
         "C": (C_re, (outputs, states)),
@@ -205,8 +228,10 @@ def _check(
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"{shape}", remedy="N is log_lam's length.")
+            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"{shape}", remedy=f"N is {first}'s length.")
+        if tensor is not None and not tensor.is_floating_point():
+            raise bad_argument(name, got=str(tensor.dtype), expected="a real floating-point tensor")
         if tensor is not None and tensor.device != u.device:
-            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{u.device}, where u is")
+            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{u.device}, where {input_name} is")
     if D is not None and outputs != channels:
         raise bad_argument("D", got=f"{channels} inputs, {outputs} outputs", expected="as many outputs as inputs, or D=None")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import bad_argument
-from compressm.kernels import KernelPlan, lti_scan_planar, plan
+from compressm.kernels import KernelPlan, lru_scan, plan
 
 
 class LRU(nn.Module):
@@ -115,16 +115,10 @@ class LRU(nn.Module):
             raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, length, {self.d_model})")
         if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
             self._last_call = (x.device.type, x.dtype, x.shape[0], x.shape[1])
-        gamma = self.gamma_log.exp()[:, None]
-        start = None if initial_state is None else torch.cat([initial_state.real, initial_state.imag], -1)
-        result = lti_scan_planar(
-            x, -self.nu_log.exp(), self.theta_log.exp(), gamma * self.B_re, gamma * self.B_im, self.C_re, self.C_im,
-            self.D, initial_state=start, return_last_state=return_last_state,
+        return lru_scan(
+            x, self.nu_log, self.theta_log, self.gamma_log, self.B_re, self.B_im, self.C_re, self.C_im, self.D,
+            initial_state=initial_state, return_last_state=return_last_state,
         )  # fmt: skip
-        if not return_last_state:
-            return result
-        y, last = result
-        return y, torch.complex(*last.chunk(2, -1))
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step of streaming inference: x (batch, H), state (batch, N) complex -> (y (batch, H), next state)."""
