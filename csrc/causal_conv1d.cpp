@@ -10,12 +10,10 @@
 
 #include <algorithm>
 #include <array>
-#include <string>
 #include <tuple>
 #include <type_traits>
 
 #include "causal_conv1d.h"
-#include "diagonal_scan.h"
 #include "partial_sums.h"
 
 namespace compressm {
@@ -29,15 +27,6 @@ constexpr int64_t kChannels = 512;  // of one task
 constexpr int64_t kBlock = 8;       // steps of all channels of a task in one go
 constexpr int64_t kVector = 16;     // floats
 constexpr int64_t kBuffer = kStretch + 2 * kVector;
-
-const ConvKernels& conv_kernels() {
-#if defined(__x86_64__)
-  const std::string name = scan_kernels().name;
-  if (name == "avx512") return avx512::conv_kernels;
-  if (name == "avx2") return avx2::conv_kernels;
-#endif
-  return portable::conv_kernels;
-}
 
 template <typename Element>
 const ConvRowKernels<Element>& row_kernels() {

@@ -1,12 +1,13 @@
 // Short depthwise causal convolutions, fused with bias and SiLU, in two memory layouts.
 //
 // The kernels are compiled once per instruction set (causal_conv1d_*.cpp include causal_conv1d_kernels.inc under different
-// target pragmas); the set is the one that scan_kernels() names.
+// target pragmas); the set is the one that isa() names.
 #pragma once
 
 #include <cstdint>
 
 #include "bfloat16.h"
+#include "isa.h"
 
 namespace compressm {
 
@@ -38,7 +39,6 @@ struct ConvRowKernels {
 };
 
 struct ConvKernels {
-  const char* name;
   ConvRowKernels<float> floats;
   ConvRowKernels<BFloat16> halves;
 
@@ -52,14 +52,6 @@ struct ConvKernels {
                          std::int64_t count, std::int64_t own, float* grad_weight);
 };
 
-namespace avx512 {
-extern const ConvKernels conv_kernels;
-}
-namespace avx2 {
-extern const ConvKernels conv_kernels;
-}
-namespace portable {
-extern const ConvKernels conv_kernels;
-}
+COMPRESSM_KERNELS(ConvKernels, conv_kernels)
 
 }  // namespace compressm

@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #define COMPRESSM_ISA portable
-#define COMPRESSM_ISA_NAME "portable"
 #define COMPRESSM_WIDTH 4
 #include "vector.inc"
 #include "causal_conv1d_kernels.inc"

@@ -7,13 +7,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <string>
 #include <tuple>
 #include <type_traits>
 
 #include "autograd.h"
 #include "checks.h"
-#include "diagonal_scan.h"
 
 namespace compressm {
 namespace {
@@ -23,21 +21,12 @@ using std::int64_t;
 
 constexpr int64_t kGrain = 16384;  // scores that a thread should have at least
 
-const CrossEntropyKernels& kernels() {
-#if defined(__x86_64__)
-  const std::string name = scan_kernels().name;
-  if (name == "avx512") return avx512::cross_entropy_kernels;
-  if (name == "avx2") return avx2::cross_entropy_kernels;
-#endif
-  return portable::cross_entropy_kernels;
-}
-
 template <typename Element>
 const CrossEntropyRows<Element>& row_kernels() {
   if constexpr (std::is_same_v<Element, float>) {
-    return kernels().floats;
+    return cross_entropy_kernels().floats;
   } else {
-    return kernels().halves;
+    return cross_entropy_kernels().halves;
   }
 }
 

@@ -1,12 +1,13 @@
 // Cross-entropy of rows of scores: loss = log(sum_j exp(x_j)) - x_target.
 //
 // The kernels are compiled once per instruction set (cross_entropy_*.cpp include cross_entropy_kernels.inc under different
-// target pragmas); the set is the one that scan_kernels() names.
+// target pragmas); the set is the one that isa() names.
 #pragma once
 
 #include <cstdint>
 
 #include "bfloat16.h"
+#include "isa.h"
 
 namespace compressm {
 
@@ -30,21 +31,10 @@ struct CrossEntropyRows {
 };
 
 struct CrossEntropyKernels {
-  const char* name;
   CrossEntropyRows<float> floats;
   CrossEntropyRows<BFloat16> halves;
 };
 
-#if defined(__x86_64__)
-namespace avx512 {
-extern const CrossEntropyKernels cross_entropy_kernels;
-}
-namespace avx2 {
-extern const CrossEntropyKernels cross_entropy_kernels;
-}
-#endif
-namespace portable {
-extern const CrossEntropyKernels cross_entropy_kernels;
-}
+COMPRESSM_KERNELS(CrossEntropyKernels, cross_entropy_kernels)
 
 }  // namespace compressm

@@ -5,7 +5,6 @@
 #include <cstring>
 
 #define COMPRESSM_ISA portable
-#define COMPRESSM_ISA_NAME "portable"
 #define COMPRESSM_WIDTH 4
 #include "vector.inc"
 #include "cross_entropy_kernels.inc"

@@ -1,13 +1,14 @@
 // Planar complex diagonal scans over rows of floats.
 //
 // A row holds n complex numbers as [re_0 .. re_{n-1} | im_0 .. im_{n-1}].  The kernels are compiled once per instruction
-// set (diagonal_scan_*.cpp include diagonal_scan_kernels.inc under different target pragmas) and one set is chosen at run
-// time by scan_kernels().
+// set (diagonal_scan_*.cpp include diagonal_scan_kernels.inc under different target pragmas); the set is the one that isa()
+// names.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
+
+#include "isa.h"
 
 namespace compressm {
 
@@ -26,15 +27,10 @@ using AdjointFn = void (*)(float* g, const float* h, const float* h_before, std:
                            double* grad_phase, bool shifted);
 
 struct ScanKernels {
-  const char* name;
   ScanFn scan;
   AdjointFn adjoint;
 };
 
-// The set in use: the widest that the processor supports, unless another was selected.
-const ScanKernels& scan_kernels();
-
-// Selects "avx512", "avx2", "portable" or "auto"; false if the processor lacks it (nothing changes then).
-bool select_scan_kernels(const std::string& name);
+COMPRESSM_KERNELS(ScanKernels, scan_kernels)
 
 }  // namespace compressm

@@ -5,6 +5,5 @@
 #include <type_traits>
 
 #define COMPRESSM_ISA portable
-#define COMPRESSM_ISA_NAME "portable"
 #define COMPRESSM_WIDTH 4
 #include "diagonal_scan_kernels.inc"

@@ -10,13 +10,11 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "autograd.h"
 #include "checks.h"
-#include "diagonal_scan.h"
 #include "partial_sums.h"
 
 namespace compressm {
@@ -26,15 +24,6 @@ using at::Tensor;
 
 constexpr int64_t kBlocksPerTask = 128;
 constexpr int64_t kRowsPerTask = 1024;  // a multiple of kMaskBlock
-
-const GateKernels& gate_kernels() {
-#if defined(__x86_64__)
-  const std::string name = scan_kernels().name;
-  if (name == "avx512") return avx512::gate_kernels;
-  if (name == "avx2") return avx2::gate_kernels;
-#endif
-  return portable::gate_kernels;
-}
 
 Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
   TORCH_CHECK(p >= 0 && p <= 1, "p: expected a probability, got ", p);

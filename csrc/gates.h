@@ -7,10 +7,12 @@
 // gives two words, hence four halves, low before high; half h decides about element 64 b + 16 h + l.
 //
 // The kernels are compiled once per instruction set (gates_*.cpp include gates_kernels.inc under different target pragmas);
-// the set is the one that scan_kernels() names.
+// the set is the one that isa() names.
 #pragma once
 
 #include <cstdint>
+
+#include "isa.h"
 
 namespace compressm {
 
@@ -31,8 +33,6 @@ struct GatedLinear {
 };
 
 struct GateKernels {
-  const char* name;
-
   // out = dropout(gelu(x)) for the elements [begin, end); begin is a multiple of kMaskBlock, here and below.
   void (*gelu)(const float* x, float* out, std::int64_t begin, std::int64_t end, const Dropout& dropout);
 
@@ -58,14 +58,6 @@ struct GateKernels {
                                 const Dropout& dropout);
 };
 
-namespace avx512 {
-extern const GateKernels gate_kernels;
-}
-namespace avx2 {
-extern const GateKernels gate_kernels;
-}
-namespace portable {
-extern const GateKernels gate_kernels;
-}
+COMPRESSM_KERNELS(GateKernels, gate_kernels)
 
 }  // namespace compressm

@@ -298,8 +298,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> diagonal_scan_backward(const Tensor& 
   return {grad_x, grad_lam.narrow(0, 0, n2 / 2).clone(), grad_lam.narrow(0, n2 / 2, n2 / 2).clone(), grad_state};
 }
 
-std::string isa() { return scan_kernels().name; }
-
 // Threads that at::parallel_for runs on in these kernels; 1 in a build without OpenMP.
 int64_t threads() {
   std::atomic<int64_t> most{0};
@@ -331,9 +329,7 @@ TORCH_LIBRARY(compressm_cpp, m) {
   m.def("diagonal_scan_backward(Tensor grad_h, Tensor h, Tensor log_decay, Tensor phase, Tensor? initial_state,"
         " bool reverse) -> (Tensor, Tensor, Tensor, Tensor)",
         &diagonal_scan_backward);
-  m.def("isa() -> str", &isa);
   m.def("threads() -> int", &threads);
-  m.def("select_isa(str name) -> bool", &select_scan_kernels);
 }
 
 }  // namespace

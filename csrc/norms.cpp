@@ -10,12 +10,10 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "autograd.h"
 #include "checks.h"
-#include "diagonal_scan.h"
 #include "partial_sums.h"
 
 namespace compressm {
@@ -25,15 +23,6 @@ using at::Tensor;
 
 constexpr int64_t kChunk = 8192;  // floats, about
 constexpr int64_t kRows = 16;     // fewest of a chunk; a multiple of every kernel's rows of a tile
-
-const NormKernels& norm_kernels() {
-#if defined(__x86_64__)
-  const std::string name = scan_kernels().name;
-  if (name == "avx512") return avx512::norm_kernels;
-  if (name == "avx2") return avx2::norm_kernels;
-#endif
-  return portable::norm_kernels;
-}
 
 struct Chunks {
   int64_t length, rows, chunk;

@@ -3,10 +3,12 @@
 // With `centred`, mean and variance are the row's; without, the mean counts as 0 and the variance is the mean square.
 // Narrow rows are taken several at a time, a row to a lane; of a wide row each channel is a lane.  The kernels are compiled
 // once per instruction set (norms_*.cpp include norms_kernels.inc under different target pragmas); the set is the one that
-// scan_kernels() names.
+// isa() names.
 #pragma once
 
 #include <cstdint>
+
+#include "isa.h"
 
 namespace compressm {
 
@@ -18,8 +20,6 @@ struct Norm {
 };
 
 struct NormKernels {
-  const char* name;
-
   // x, out (rows, length).
   void (*forward)(const Norm& norm, const float* x, float* out, std::int64_t rows);
 
@@ -29,16 +29,6 @@ struct NormKernels {
                    float* grad_bias, std::int64_t rows);
 };
 
-#if defined(__x86_64__)
-namespace avx512 {
-extern const NormKernels norm_kernels;
-}
-namespace avx2 {
-extern const NormKernels norm_kernels;
-}
-#endif
-namespace portable {
-extern const NormKernels norm_kernels;
-}
+COMPRESSM_KERNELS(NormKernels, norm_kernels)
 
 }  // namespace compressm

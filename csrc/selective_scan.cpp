@@ -9,11 +9,9 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "diagonal_scan.h"
 #include "selective_scan.h"
 
 namespace compressm {
@@ -26,15 +24,6 @@ constexpr int64_t kParts = 16;          // backward tasks to aim for
 constexpr int64_t kSegmentTiles = 8;    // tiles of a segment
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-const SelectiveScanKernels& kernels() {
-#if defined(__x86_64__)
-  const std::string name = scan_kernels().name;
-  if (name == "avx512") return avx512::selective_scan_kernels;
-  if (name == "avx2") return avx2::selective_scan_kernels;
-#endif
-  return portable::selective_scan_kernels;
-}
 
 void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type = at::kFloat) {
   TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == type && t.sizes() == shape, name, ": expected a ",
@@ -89,7 +78,7 @@ struct Scan {
   }
 
   int64_t count() const { return static_cast<int64_t>(sequences.size()); }
-  int64_t blocks() const { return ceil_div(in.group_channels, kernels().width); }
+  int64_t blocks() const { return ceil_div(in.group_channels, selective_scan_kernels().width); }
 
   // Zeros where packed sequences leave room for states that they do not have.
   void clear_unused(const Tensor& checkpoints) const {
@@ -161,10 +150,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_forward(
   ScanOutputs outputs{rows_of(out), {}, last.data_ptr<float>(), train ? checkpoints.data_ptr<float>() : nullptr};
   if (train && z) outputs.y = rows_of(y);
   const int64_t parts = ceil_div(scan.blocks(), kScanBlocks), tasks = scan.count() * scan.groups * parts;
-  for_each_task(tasks, kernels().forward_scratch(scan.states), [&](int64_t task, float* scratch) {
+  for_each_task(tasks, selective_scan_kernels().forward_scratch(scan.states), [&](int64_t task, float* scratch) {
     const int64_t first = task % parts * kScanBlocks;
     const ScanBlocks blocks{task / parts % scan.groups, first, std::min(kScanBlocks, scan.blocks() - first)};
-    kernels().forward(scan.in, outputs, scan.sequences[task / parts / scan.groups], blocks, scratch);
+    selective_scan_kernels().forward(scan.in, outputs, scan.sequences[task / parts / scan.groups], blocks, scratch);
   });
   return {out, last, checkpoints, y};
 }
@@ -230,7 +219,7 @@ void backward_segments(const Scan& scan, const ScanGradients& gradients, const T
   const int64_t blocks = scan.blocks(), tiles = ceil_div(scan.longest(), kScanTile);
   const int64_t tasks = shares.lanes * scan.groups * shares.shares;
   for (int64_t low = (ceil_div(tiles, shares.segment) - 1) * shares.segment; low >= 0; low -= shares.segment) {
-    for_each_task(tasks, kernels().backward_scratch(scan.states), [&](int64_t task, float* scratch) {
+    for_each_task(tasks, selective_scan_kernels().backward_scratch(scan.states), [&](int64_t task, float* scratch) {
       const int64_t share = task % shares.shares, lane = task / shares.shares / scan.groups;
       const int64_t begin = blocks * share / shares.shares, end = blocks * (share + 1) / shares.shares;
       const ScanBlocks own{task / shares.shares % scan.groups, begin, end - begin};
@@ -241,7 +230,7 @@ void backward_segments(const Scan& scan, const ScanGradients& gradients, const T
       grad.A = partials.A[lane].data_ptr<float>();
       grad.D = partials.D[lane].data_ptr<float>();
       grad.bias = partials.bias[lane].data_ptr<float>();
-      kernels().backward(scan.in, grad, sums, scan.sequences.data() + shares.first[lane],
+      selective_scan_kernels().backward(scan.in, grad, sums, scan.sequences.data() + shares.first[lane],
                          shares.first[lane + 1] - shares.first[lane], own, low, low + shares.segment, scratch);
     });
     if (shares.shares > 1) {
@@ -312,7 +301,7 @@ Tensor selective_step(Tensor state, const Tensor& x, const Tensor& dt, const Ten
   at::parallel_for(0, batch * groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t channel = task % groups * each, row = task / groups * channels + channel;
-      kernels().step(state_data + row * states, from(xs, row), from(dts, row), from(rates, channel * states),
+      selective_scan_kernels().step(state_data + row * states, from(xs, row), from(dts, row), from(rates, channel * states),
                      from(Bs, task * states), from(Cs, task * states), from(skip, channel), from(gate, row),
                      from(bias, channel), softplus, each, states, out_data + row);
     }

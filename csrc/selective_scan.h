@@ -3,12 +3,13 @@
 // Vector lanes are adjacent channels of one group, a "block".  A sequence is cut into tiles of kScanTile steps; the
 // forward keeps the state in front of each tile, and the backward recomputes the states of one tile at a time, walking
 // the tiles in reverse.  The kernels are compiled once per instruction set (selective_scan_*.cpp include
-// selective_scan_*.inc under different target pragmas); the set is the one that scan_kernels() names.
+// selective_scan_*.inc under different target pragmas); the set is the one that isa() names.
 #pragma once
 
 #include <cstdint>
 
 #include "bfloat16.h"
+#include "isa.h"
 
 namespace compressm {
 
@@ -75,7 +76,6 @@ struct ScanBlocks {
 };
 
 struct SelectiveScanKernels {
-  const char* name;
   std::int64_t width;  // channels of a block
 
   // Floats of scratch that forward and backward need; aligned to 64 bytes.
@@ -97,16 +97,6 @@ struct SelectiveScanKernels {
                std::int64_t states, float* out);
 };
 
-#if defined(__x86_64__)
-namespace avx512 {
-extern const SelectiveScanKernels selective_scan_kernels;
-}
-namespace avx2 {
-extern const SelectiveScanKernels selective_scan_kernels;
-}
-#endif
-namespace portable {
-extern const SelectiveScanKernels selective_scan_kernels;
-}
+COMPRESSM_KERNELS(SelectiveScanKernels, selective_scan_kernels)
 
 }  // namespace compressm

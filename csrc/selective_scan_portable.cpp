@@ -4,7 +4,6 @@
 #include <cstring>
 
 #define COMPRESSM_ISA portable
-#define COMPRESSM_ISA_NAME "portable"
 #define COMPRESSM_WIDTH 4
 #include "selective_scan_vector.inc"
 #include "selective_scan_forward.inc"
