@@ -84,7 +84,7 @@ variable_list Formula::forward(AutogradContext* ctx, c10::DispatchKeySet keys, c
     at::AutoDispatchBelowAutograd guard;
     op_.redispatchBoxed(keys, &stack);
   }
-  variable_list outputs, saved, without;
+  variable_list outputs, saved;
   for (const c10::IValue& output : stack) outputs.push_back(output.toTensor());
   const auto& wanted = backward_.schema().arguments();
   for (std::size_t k = 0; k < sources_.size(); ++k) {
@@ -96,9 +96,7 @@ variable_list Formula::forward(AutogradContext* ctx, c10::DispatchKeySet keys, c
     if (source.kind == Kind::output) saved.push_back(outputs[source.index]);
     if (source.kind == Kind::setting) ctx->saved_data[wanted[k].name()] = arguments[source.index];
   }
-  for (const std::size_t i : without_) without.push_back(outputs[i]);
   ctx->save_for_backward(std::move(saved));
-  ctx->mark_non_differentiable(without);
   ctx->set_materialize_grads(false);
   return outputs;
 }

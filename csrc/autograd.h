@@ -30,6 +30,7 @@ class Formula {
 
   const c10::OperatorHandle& op() const { return op_; }
   const std::vector<std::size_t>& tensors() const { return tensors_; }  // indices of the op's tensor arguments
+  const std::vector<std::size_t>& without() const { return without_; }  // outputs that have no gradient
 
   // The outputs of the op, run by the kernel of `keys`; `ctx` keeps what the backward needs.
   torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, c10::DispatchKeySet keys,
@@ -48,7 +49,7 @@ class Formula {
   std::vector<std::size_t> tensors_;
   std::vector<Source> sources_;       // of every argument of the backward
   std::vector<std::size_t> targets_;  // of every result of the backward: which of the tensor arguments
-  std::vector<std::size_t> without_;  // outputs that have no gradient
+  std::vector<std::size_t> without_;
   std::optional<std::size_t> passed_;
 };
 
@@ -94,6 +95,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
     }
     const torch::jit::Stack arguments(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
     torch::autograd::variable_list outputs = Differentiable::apply(below, &arguments, at::TensorList(tensors));
+    for (const std::size_t i : formula().without()) outputs[i] = outputs[i].detach();
     torch::jit::drop(*stack, count);
     for (at::Tensor& output : outputs) stack->emplace_back(std::move(output));
   }

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -176,6 +177,15 @@ def test_compiles_into_one_node(call):
     actual = gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), leaves)
     for a, b in zip(actual, gradients(function, leaves), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_autograd_takes_an_eager_graph(call):
+    _, function, leaves = call
+    expected = gradients(function, leaves)
+    with compiled_autograd._enable(lambda graph: graph):
+        function(*leaves).square().sum().backward()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
