@@ -10,6 +10,7 @@ from torch import nn
 
 import compressm
 from compressm.errors import ConfigError, NumericalError
+from compressm.experiments.batches import SEEDS_PER_BLOCK, Batches, step_seed
 from compressm.experiments.models import Classifier, SequenceBlock, evaluate, parameter_groups
 from compressm.experiments.settings import PRESETS, parse_assignments, resolve
 from compressm.experiments.tasks import make_task
@@ -132,6 +133,24 @@ def test_learning_rate_warms_up_and_falls():
     assert math.isclose(values[55], 0.5)
     assert values[100] < 1e-12
     assert learning_rate(resolve("smnist-baseline", {}))(123_456) == 1.0
+
+
+def test_every_step_has_a_seed_of_its_own():
+    steps = [*range(SEEDS_PER_BLOCK + 3), 5 * SEEDS_PER_BLOCK]
+    seeds = {seed: [step_seed(seed, step) for step in steps] for seed in (0, 1)}
+    assert len({value for values in seeds.values() for value in values}) == 2 * len(steps)
+    assert [step_seed(0, step) for step in reversed(steps)] == seeds[0][::-1]
+
+
+def test_batches_are_the_examples_in_a_shuffled_order():
+    x, y = torch.randn(7, 3, 1), torch.arange(7)
+    first, again = (Batches(x, y, 2, seed=1) for _ in range(2))
+    for step in (5, 0, 1, 2, 3):
+        inputs, labels = first[step]
+        assert torch.equal(inputs, x[labels])
+        assert torch.equal(labels, again[step][1])
+    epoch = torch.cat([first[step][1] for step in range(3)])
+    assert len(epoch.unique()) == 6
 
 
 def test_paper_presets():
