@@ -57,4 +57,5 @@ for step in range(1, STEPS + 1):
         print(report or f"step {step}: loss {loss:.3f}")
 if dist.get_rank() == 0:
     print("states per layer:", compressor.ranks)
+del model, optimizer, compressor, loss  # the last holders of the group, whose threads end with it
 dist.destroy_process_group()
