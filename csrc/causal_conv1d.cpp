@@ -14,13 +14,13 @@
 #include <type_traits>
 
 #include "causal_conv1d.h"
+#include "ops.h"
 #include "partial_sums.h"
 
 namespace compressm {
 namespace {
 
-using at::Tensor;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, weight, bias and state
+using Gradients = ConvGradientTensors;
 
 constexpr int64_t kStretch = 256;   // steps
 constexpr int64_t kChannels = 512;  // of one task
@@ -141,12 +141,15 @@ Tensor channels_forward_of(const Tensor& x, const Tensor& weight, const Tensor& 
   return out;
 }
 
-// x, out (batch, L, D), weight (width, D), bias (D,), state (batch, width - 1, D).
-Tensor channels_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
+}  // namespace
+
+Tensor conv_channels(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
   check_channels(x, weight, bias, state);
   const auto run = x.scalar_type() == at::kBFloat16 ? channels_forward_of<BFloat16> : channels_forward_of<float>;
   return run(x, weight, bias, state, silu);
 }
+
+namespace {
 
 // Where the gradients of one task's inputs go: rows of grad_x, of grad_state in front of it, or nowhere.
 template <typename Element>
@@ -215,13 +218,17 @@ Gradients channels_backward_of(const Tensor& grad, const Tensor& x, const Tensor
   return {grad_x, total.narrow(0, 0, width).clone(), total[width].clone(), grad_state};
 }
 
-Gradients channels_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                            const Tensor& state, bool silu) {
+}  // namespace
+
+Gradients conv_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                 const Tensor& state, bool silu) {
   check_channels(x, weight, bias, state);
   check_rows(grad, "grad", x.sizes(), x.scalar_type());
   const auto run = x.scalar_type() == at::kBFloat16 ? channels_backward_of<BFloat16> : channels_backward_of<float>;
   return run(grad, x, weight, bias, state, silu);
 }
+
+namespace {
 
 void check_steps(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state) {
   TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "expected x (batch, D, L) and weight (D, width)");
@@ -315,10 +322,10 @@ Gradients steps_backward(const Tensor& grad, const Tensor& x, const Tensor& weig
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("causal_conv1d_channels(Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu) -> Tensor",
-        &compressm::channels_forward);
+        &compressm::conv_channels);
   m.def("causal_conv1d_channels_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
-        &compressm::channels_backward);
+        &compressm::conv_channels_backward);
   m.def("causal_conv1d_steps(Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu) -> Tensor",
         &compressm::steps_forward);
   m.def("causal_conv1d_steps_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu)"

@@ -12,13 +12,12 @@
 #include <tuple>
 #include <vector>
 
+#include "ops.h"
+#include "partial_sums.h"
 #include "selective_scan.h"
 
 namespace compressm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kParts = 16;          // backward tasks to aim for
 constexpr int64_t kSegmentTiles = 8;    // tiles of a segment
@@ -134,9 +133,8 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
   });
 }
 
-// u, delta and z are float32 or bfloat16, all else is float32.  Returns (out, last state (sequences, D, N), checkpoints
-// (tiles, N, D), output in front of the gate), the first and the last as u; the last two are empty unless train (and there is
-// a gate).
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> selective_forward(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
     const OptionalTensor& z, const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
@@ -157,6 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_forward(
   });
   return {out, last, checkpoints, y};
 }
+
+namespace {
 
 // How the backward's tasks share the work: lanes of sequences, each with about as many steps, and shares of the blocks.
 struct Shares {
@@ -207,13 +207,6 @@ struct Partials {
   }
 };
 
-// Sum over the first axis, in order.
-Tensor ordered_sum(const Tensor& partials) {
-  Tensor sum = partials[0].clone();
-  for (int64_t k = 1; k < partials.size(0); ++k) sum.add_(partials[k]);
-  return sum;
-}
-
 void backward_segments(const Scan& scan, const ScanGradients& gradients, const Tensor& grad_B, const Tensor& grad_C,
                        const Shares& shares, Partials& partials) {
   const int64_t blocks = scan.blocks(), tiles = ceil_div(scan.longest(), kScanTile);
@@ -240,23 +233,25 @@ void backward_segments(const Scan& scan, const ScanGradients& gradients, const T
   }
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-// Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); empty for an argument that is None.
-Gradients selective_backward(const Tensor& grad_out, const OptionalTensor& grad_last, const Tensor& u, const Tensor& delta,
-                             const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
-                             const OptionalTensor& z, const OptionalTensor& delta_bias,
-                             const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                             const Tensor& checkpoints, const Tensor& y, bool softplus) {
+ScanGradientTensors selective_backward(const Tensor& grad_out, const OptionalTensor& grad_last, const Tensor& u,
+                                       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                       const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                       const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                       const Tensor& checkpoints, const Tensor& y, bool softplus, const Tensor& grad_B,
+                                       const Tensor& grad_C) {
   const Scan scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus);
   check(grad_out, "grad_out", u.sizes(), u.scalar_type());
   check(grad_last, "grad_last", {scan.count(), scan.channels, scan.states});
   check(checkpoints, "checkpoints", {scan.tiles, scan.states, scan.channels});
   TORCH_CHECK(checkpoints.is_contiguous(), "checkpoints: expected a contiguous tensor");
   if (z) check(y, "y", u.sizes(), u.scalar_type());
+  check(grad_B, "grad_B", B.sizes());
+  check(grad_C, "grad_C", C.sizes());
   const auto options = A.options();
   const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, u.options()); };
-  Tensor grad_u = like(u), grad_delta = like(delta), grad_z = like(z), grad_B = like(B), grad_C = like(C);
+  Tensor grad_u = like(u), grad_delta = like(delta), grad_z = like(z);
   Tensor state = at::zeros({scan.count(), scan.states, scan.channels}, options);
   if (grad_last) state.copy_(grad_last->transpose(1, 2));
   const Shares shares(scan);
@@ -267,11 +262,23 @@ Gradients selective_backward(const Tensor& grad_out, const OptionalTensor& grad_
   gradients.checkpoints = checkpoints.const_data_ptr<float>(), gradients.state = state.data_ptr<float>();
   backward_segments(scan, gradients, grad_B, grad_C, shares, partials);
   Tensor grad_A = like(A), grad_D = like(D), grad_bias = like(delta_bias), grad_initial = like(initial_state);
-  grad_A.copy_(ordered_sum(partials.A).t());
-  if (D) grad_D.copy_(ordered_sum(partials.D));
-  if (delta_bias) grad_bias.copy_(ordered_sum(partials.bias));
+  grad_A.copy_(sum_partials(partials.A).view({scan.states, scan.channels}).t());
+  if (D) grad_D.copy_(sum_partials(partials.D));
+  if (delta_bias) grad_bias.copy_(sum_partials(partials.bias));
   if (initial_state) grad_initial.copy_(state.transpose(1, 2));
   return {grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial};
+}
+
+namespace {
+
+ScanGradientTensors selective_backward_op(const Tensor& grad_out, const OptionalTensor& grad_last, const Tensor& u,
+                                          const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                          const OptionalTensor& D, const OptionalTensor& z,
+                                          const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                                          const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& y,
+                                          bool softplus) {
+  return selective_backward(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints,
+                            y, softplus, at::empty_like(B), at::empty_like(C));
 }
 
 // One step: state (batch, D, N) in place; the output (batch, D).  B and C are (batch, G, N).
@@ -319,7 +326,7 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("selective_backward(Tensor grad_out, Tensor? grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
         " Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, Tensor y,"
         " bool softplus) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        &compressm::selective_backward);
+        &compressm::selective_backward_op);
   m.def("selective_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
         " Tensor? dt_bias, bool softplus) -> Tensor",
         &compressm::selective_step);

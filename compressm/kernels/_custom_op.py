@@ -60,7 +60,7 @@ class CustomOp:
         self._function = type(self._name, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _observed() or not _PLAIN.issuperset(map(type, args)):
+        if not plain_call(*args):
             return self.op(*args)
         if self._differentiable:
             return self._kernel(*args)
@@ -79,8 +79,13 @@ def custom_op(
     return lambda kernel: CustomOp(name, kernel, mutates, differentiable)
 
 
-def _observed() -> bool:
-    """Whether something expects to meet the op: a dispatch mode (tracing, fake tensors), torch.func, torch.jit.trace."""
-    return bool(
-        torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
-    )
+def plain_call(*args: Any) -> bool:
+    """Whether an op may go straight to its kernel.
+
+    Not so where something expects to meet the op (torch.compile, a dispatch mode such as fake tensors, torch.func,
+    torch.jit.trace), or a tensor is more than a tensor.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    seen = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+    return not seen and _PLAIN.issuperset(map(type, args))
