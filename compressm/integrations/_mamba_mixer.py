@@ -19,6 +19,7 @@ from compressm.kernels import (
     selective_state_update,
 )
 from compressm.kernels.causal_conv1d import MAX_WIDTH
+from compressm.layers._whole_mixer import whole_mixer, working_dtype
 
 
 class AcceleratedMambaMixer(MambaMixer):
@@ -35,13 +36,15 @@ class AcceleratedMambaMixer(MambaMixer):
         Returns:
             (B, L, hidden_size).
         """
-        length = hidden_states.shape[1]
+        batch, length, _ = hidden_states.shape
+        if not torch.compiler.is_compiling() and (self.training or "_last_call" not in vars(self)):
+            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, self.intermediate_size, length)
+        if cache is None and attention_mask is None and (out := whole_mixer(self, hidden_states)) is not None:
+            return out
         conv_state = state = None
         if cache is not None:
             conv_state, state = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
         x, z = self.in_proj(_without_padding(hidden_states, attention_mask)).mT.chunk(2, dim=1)
-        if not torch.compiler.is_compiling() and (self.training or "_last_call" not in vars(self)):
-            self._last_call = (x.device.type, x.dtype, *x.shape)
         x = _without_padding(self._convolve(x, cache, conv_state).mT, attention_mask)
         rank, order = self.dt_proj.weight.shape[1], self.A_log.shape[1]
         low_rank, B, C = self.x_proj(x).split([rank, order, order], dim=-1)

@@ -18,22 +18,9 @@ from compressm.kernels import (
     selective_scan,
     selective_state_update,
 )
-from compressm.kernels._mamba_mixer_cpu import mamba_mixer
+from compressm.layers._whole_mixer import whole_mixer, working_dtype
 
 MAX_TAPS = 8  # of the causal convolution's kernels
-
-
-def _working_dtype(hidden_states: Tensor) -> torch.dtype:
-    """That of the projections, which autocast may choose."""
-    device, dtype = hidden_states.device.type, hidden_states.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and dtype != torch.float64 else dtype
-
-
-def _plain(projection: nn.Module) -> bool:
-    """Whether a projection is its weight and bias and nothing else: no adapter around it, no hook on it."""
-    m = projection
-    hooked = m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
-    return type(m) is nn.Linear and not hooked
 
 
 class Mamba(nn.Module):
@@ -168,15 +155,9 @@ class Mamba(nn.Module):
         """The whole mixer from a zero state; writes the final states into ``cache``."""
         batch, length, _ = hidden_states.shape
         if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
-            self._last_call = (hidden_states.device.type, _working_dtype(hidden_states), batch, length)
-        if cache is None and all(map(_plain, (self.in_proj, self.x_proj, self.dt_proj, self.out_proj))):
-            out = mamba_mixer(
-                hidden_states, self.in_proj.weight, self.in_proj.bias, self.conv1d.weight, self.conv1d.bias,
-                self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight,
-                self.out_proj.bias,
-            )  # fmt: skip
-            if out is not None:
-                return out
+            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, length)
+        if cache is None and (out := whole_mixer(self, hidden_states)) is not None:
+            return out
         x, z = self._project_in(hidden_states)
         if cache is not None:
             cache[0].copy_(F.pad(x.detach(), (self.d_conv, 0))[..., length:])

@@ -77,6 +77,9 @@ class TestAccelerate:
         for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
             assert_close(q.grad, p.grad, name)
         assert all(m.kernel_plan.backend == "cpp" for m in mixers(ours))
+        with torch.profiler.profile() as recorded:
+            ours(input_ids=x, labels=x)
+        assert len([e for e in recorded.events() if e.name == "compressm_cpp::mamba_mixer"]) == len(mixers(ours))
 
     def test_prefill_and_decode(self, pair, assert_close):
         x = tokens()
