@@ -13,6 +13,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "autograd.h"
 #include "causal_conv1d.h"
 #include "ops.h"
 #include "partial_sums.h"
@@ -317,18 +318,57 @@ Gradients steps_backward(const Tensor& grad, const Tensor& x, const Tensor& weig
           grad_state};
 }
 
-}  // namespace
-}  // namespace compressm
+// The tensor itself where its last axis is dense in memory, else a copy.
+Tensor dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+// x (batch, D, L), weight (D, width) and what may be missing, in the layout of the form that reads x in place.
+struct Arguments {
+  bool channels;  // rows of channels: (batch, L, D), (width, D), (D,), (batch, width - 1, D)
+  Tensor x, weight, bias, state;
+  Arguments(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_, const OptionalTensor& initial_state) {
+    TORCH_CHECK(x_.dim() == 3 && weight_.dim() == 2, "expected x (batch, D, L) and weight (D, width)");
+    check_width(weight_.size(1));
+    channels = x_.stride(1) == 1 && x_.size(1) > 1;
+    bias = bias_ ? bias_->contiguous() : at::zeros({x_.size(1)}, weight_.options());
+    state = initial_state ? *initial_state : at::zeros({x_.size(0), x_.size(1), weight_.size(1) - 1}, x_.options());
+    x = dense_rows(turned(x_));
+    weight = turned(weight_).contiguous(), state = turned(state).contiguous();
+  }
+  // Between the layouts of the arguments and of the form, either way.
+  Tensor turned(const Tensor& t) const { return channels ? t.transpose(-2, -1) : t; }
+};
+
+// Output (batch, D, L) in x's layout.
+Tensor causal_conv1d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& initial_state,
+                     bool silu) {
+  const Arguments a(x, weight, bias, initial_state);
+  return a.turned((a.channels ? conv_channels : steps_forward)(a.x, a.weight, a.bias, a.state, silu));
+}
+
+// Gradients of (x, weight, bias, initial_state); the first in x's layout, the last two empty for None.
+Gradients causal_conv1d_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& initial_state, bool silu) {
+  const Arguments a(x, weight, bias, initial_state);
+  const auto run = a.channels ? conv_channels_backward : steps_backward;
+  const auto [to_x, to_weight, to_bias, to_state] =
+      run(dense_rows(a.turned(grad_out)), a.x, a.weight, a.bias, a.state, silu);
+  const auto none = [&] { return at::empty({0}, weight.options()); };
+  return {a.turned(to_x), a.turned(to_weight).contiguous(), bias ? to_bias : none(),
+          initial_state ? a.turned(to_state).contiguous() : none()};
+}
+
+struct CausalConv1DOp {
+  static constexpr const char *name = "causal_conv1d", *passed = "";
+};
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
-  m.def("causal_conv1d_channels(Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu) -> Tensor",
-        &compressm::conv_channels);
-  m.def("causal_conv1d_channels_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        &compressm::conv_channels_backward);
-  m.def("causal_conv1d_steps(Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu) -> Tensor",
-        &compressm::steps_forward);
-  m.def("causal_conv1d_steps_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor state, bool silu)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        &compressm::steps_backward);
+  m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, bool silu) -> (Tensor out)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(causal_conv1d)));
+  m.def("causal_conv1d_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, bool silu)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_initial_state)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(causal_conv1d_backward)));
+  register_gradient<CausalConv1DOp>(m);
 }
+
+}  // namespace
+}  // namespace compressm

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
 #include "ops.h"
 #include "partial_sums.h"
 #include "selective_scan.h"
@@ -271,15 +272,19 @@ ScanGradientTensors selective_backward(const Tensor& grad_out, const OptionalTen
 
 namespace {
 
-ScanGradientTensors selective_backward_op(const Tensor& grad_out, const OptionalTensor& grad_last, const Tensor& u,
-                                          const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                                          const OptionalTensor& D, const OptionalTensor& z,
-                                          const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
-                                          const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& y,
-                                          bool softplus) {
-  return selective_backward(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints,
-                            y, softplus, at::empty_like(B), at::empty_like(C));
+ScanGradientTensors selective_scan_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_last, const Tensor& u,
+                                            const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                            const OptionalTensor& D, const OptionalTensor& z,
+                                            const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                                            const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& y,
+                                            bool softplus) {
+  return selective_backward(grad_out ? *grad_out : at::zeros_like(u), grad_last, u, delta, A, B, C, D, z, delta_bias,
+                            initial_state, cu_seqlens, checkpoints, y, softplus, at::empty_like(B), at::empty_like(C));
 }
+
+struct SelectiveScanOp {
+  static constexpr const char *name = "selective_scan", *passed = "";
+};
 
 // One step: state (batch, D, N) in place; the output (batch, D).  B and C are (batch, G, N).
 Tensor selective_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
@@ -316,18 +321,21 @@ Tensor selective_step(Tensor state, const Tensor& x, const Tensor& dt, const Ten
   return out;
 }
 
-}  // namespace
-}  // namespace compressm
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
-  m.def("selective_forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
-        " Tensor? initial_state, Tensor? cu_seqlens, bool softplus, bool train) -> (Tensor, Tensor, Tensor, Tensor)",
-        &compressm::selective_forward);
-  m.def("selective_backward(Tensor grad_out, Tensor? grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
+  m.def("selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
+        " Tensor? initial_state, Tensor? cu_seqlens, bool softplus, bool train)"
+        " -> (Tensor out, Tensor last, Tensor checkpoints, Tensor y)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(selective_forward)));
+  m.def("selective_scan_backward(Tensor? grad_out, Tensor? grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
         " Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, Tensor y,"
-        " bool softplus) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        &compressm::selective_backward_op);
+        " bool softplus) -> (Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,"
+        " Tensor grad_z, Tensor grad_delta_bias, Tensor grad_initial_state)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(selective_scan_backward)));
+  register_gradient<SelectiveScanOp>(m);
   m.def("selective_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
         " Tensor? dt_bias, bool softplus) -> Tensor",
-        &compressm::selective_step);
+        &selective_step);
 }
+
+}  // namespace
+}  // namespace compressm

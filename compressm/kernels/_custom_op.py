@@ -18,6 +18,11 @@ from torch import Tensor, nn
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})  # types of arguments that hide nothing
 
 
+def in_cpp(*arguments: Any) -> bool:
+    """Of an op whose last argument is the name of the backend, one of which has a gradient of its own."""
+    return arguments[-1] == "cpp"
+
+
 class CustomOp:
     """A custom op; call it like its kernel.
 
@@ -25,18 +30,20 @@ class CustomOp:
         name: ``"namespace::name"``.
         kernel: what it computes; annotated, returns new tensors.
         mutates: names of the arguments that it writes to.  With any, no gradient passes through the op.
-        differentiable: the kernel has a gradient of its own (csrc/autograd.h), the same as the registered formula.
+        differentiable: whether the kernel has a gradient of its own (csrc/autograd.h), the same as the registered formula; a
+            function of the arguments where it depends on them.
 
     Attributes:
         op: the op as ``torch.library`` knows it.
     """
 
     def __init__(
-        self, name: str, kernel: Callable, mutates: tuple[str, ...] = (), differentiable: bool = False
+        self, name: str, kernel: Callable, mutates: tuple[str, ...] = (), differentiable: bool | Callable[..., bool] = False
     ) -> None:
         self.op = torch.library.custom_op(name, kernel, mutates_args=mutates)
         self._name = name.partition("::")[2]
-        self._kernel, self._differentiable = kernel, differentiable
+        self._kernel = kernel
+        self._differentiable = differentiable if callable(differentiable) else lambda *_: differentiable
         self._written = [k for k, argument in enumerate(inspect.signature(kernel).parameters) if argument in mutates]
         self._function: type[torch.autograd.Function] | None = None
 
@@ -47,8 +54,6 @@ class CustomOp:
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
         """The formula of the gradient, as ``torch.library.register_autograd`` takes it, positional arguments only."""
         self.op.register_autograd(backward, setup_context=setup_context)
-        if self._differentiable:
-            return
         kernel = self._kernel
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -62,7 +67,7 @@ class CustomOp:
     def __call__(self, *args: Any) -> Any:
         if not plain_call(*args):
             return self.op(*args)
-        if self._differentiable:
+        if self._differentiable(*args):
             return self._kernel(*args)
         if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
             for k in self._written:
@@ -73,7 +78,7 @@ class CustomOp:
 
 
 def custom_op(
-    name: str, mutates: tuple[str, ...] = (), differentiable: bool = False
+    name: str, mutates: tuple[str, ...] = (), differentiable: bool | Callable[..., bool] = False
 ) -> Callable[[Callable], CustomOp]:
     """Decorator: makes a kernel the :class:`CustomOp` ``name``."""
     return lambda kernel: CustomOp(name, kernel, mutates, differentiable)

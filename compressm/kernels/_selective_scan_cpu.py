@@ -63,8 +63,8 @@ def forward(
     delta_softplus: bool,
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, last state, checkpoints, output in front of the gate); see ``selective_scan_op``."""
-    return _cpp.library().selective_forward(
+    """(out, last state, checkpoints, output in front of the gate), the first two differentiable; see ``selective_scan_op``."""
+    return _cpp.library().selective_scan(
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, train
     )
 
@@ -87,7 +87,7 @@ def backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """The nine gradients; see ``selective_scan_backward_op``.  The same bits for any number of threads."""
-    return _cpp.library().selective_backward(
+    return _cpp.library().selective_scan_backward(
         grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints, y, delta_softplus
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _causal_conv1d_cpu, _causal_conv1d_ref, _cpp
-from compressm.kernels._custom_op import custom_op
+from compressm.kernels._custom_op import custom_op, in_cpp
 from compressm.kernels._dispatch import choose, compiled_first
 
 MAX_WIDTH = 8
@@ -128,7 +128,7 @@ def _backend(name: str):
     return _causal_conv1d_triton
 
 
-@custom_op("compressm::causal_conv1d")
+@custom_op("compressm::causal_conv1d", differentiable=in_cpp)
 def causal_conv1d_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, backend: str
 ) -> Tensor:

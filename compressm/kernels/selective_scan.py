@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _selective_scan_cpu, _selective_scan_ref
-from compressm.kernels._custom_op import custom_op
+from compressm.kernels._custom_op import custom_op, in_cpp
 from compressm.kernels._dispatch import choose, compiled_first
 from compressm.kernels._plan import KernelPlan
 
@@ -150,7 +150,7 @@ def _launch(*shapes_and_backend) -> str:
     return plan_for_shapes(*shapes_and_backend).backend
 
 
-@custom_op("compressm::selective_scan")
+@custom_op("compressm::selective_scan", differentiable=in_cpp)
 def selective_scan_op(
     u: Tensor,
     delta: Tensor,
