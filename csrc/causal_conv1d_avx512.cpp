@@ -5,6 +5,8 @@
 #include <type_traits>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "isa_avx512.inc"
 #include "vector.inc"
 #include "causal_conv1d_kernels.inc"

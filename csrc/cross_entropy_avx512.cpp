@@ -5,6 +5,8 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "isa_avx512.inc"
 #include "vector.inc"
 #include "cross_entropy_kernels.inc"
