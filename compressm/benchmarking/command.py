@@ -12,6 +12,7 @@ from rich.table import Table
 
 from compressm.benchmarking import environment
 from compressm.benchmarking.cases import OPS, Case, case
+from compressm.benchmarking.layer_problems import SEPARATE
 from compressm.benchmarking.limits import measure_ceilings
 from compressm.benchmarking.op_problems import COMPILED, CONV1D, REFERENCE
 from compressm.benchmarking.problems import Contender, Problem
@@ -127,6 +128,8 @@ def _makers(chosen: Case, with_compile: bool) -> dict[str, Make]:
         names.append(CONV1D)
     elif level in ("op", "layer"):
         names.append(REFERENCE)
+    if chosen.op == "mamba":
+        names.append(SEPARATE)
     if with_compile and level != "reduction":
         names.append(COMPILED)
     return {name: _built_in(name) for name in names}

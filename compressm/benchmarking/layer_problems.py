@@ -16,6 +16,7 @@ from compressm.benchmarking.results import Counts, Pass
 from compressm.kernels import causal_conv1d, lti_scan_planar, selective_scan
 from compressm.layers import LRU, Mamba
 
+SEPARATE = "compressm, step by step"
 
 def _problem(
     layer: nn.Module, sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, least: Counts, cells: int
@@ -98,6 +99,19 @@ def mamba_with(scan, convolve):
     return call
 
 
+class _Projection(nn.Linear):
+    """More than a ``nn.Linear`` as far as a mixer can see."""
+
+
+def step_by_step(layer: Mamba) -> Mamba:
+    """The layer, with the same parameters, whose mixer does not run as one op."""
+    result = copy.copy(layer)
+    result._modules = dict(layer._modules)
+    result.x_proj = copy.copy(layer.x_proj)
+    result.x_proj.__class__ = _Projection
+    return result
+
+
 def torch_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """With torch's own operators."""
     width = weight.shape[1]
@@ -123,6 +137,8 @@ def mamba(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: to
 
     problem.built_in[REFERENCE] = reference
     problem.built_in[COMPILED] = lambda: problem.contender(mamba_with(compiled.selective_scan(), torch_convolution))
+    separate = step_by_step(layer)
+    problem.built_in[SEPARATE] = lambda: problem.contender(lambda p: separate(p["x"]))
     return problem
 
 
