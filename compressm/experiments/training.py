@@ -74,6 +74,39 @@ def learning_rate(settings: Settings) -> Callable[[int], float]:
     return factor
 
 
+class _Recent:
+    """Two numbers of every step, left on their device until they are taken.
+
+    They are copied to one place: small tensors that live on between a step's large ones would keep the allocator from using
+    that memory again.
+    """
+
+    capacity = 128
+
+    def __init__(self) -> None:
+        self._places: tuple[tuple[torch.Tensor, ...], ...] = ()  # of each number, a view for every step
+        self._count = 0
+
+    @property
+    def full(self) -> bool:
+        return self._count == self.capacity
+
+    def append(self, *numbers: torch.Tensor) -> None:
+        if not self._places:
+            self._places = tuple(torch.empty(self.capacity, dtype=n.dtype, device=n.device).unbind() for n in numbers)
+        for places, number in zip(self._places, numbers, strict=True):
+            places[self._count].copy_(number)
+        self._count += 1
+
+    def take(self) -> tuple[list[float], list[float]]:
+        """The numbers of the steps since the last time."""
+        count, self._count = self._count, 0
+        if count == 0:
+            return [], []
+        first, second = (torch.stack(places[:count]).double().tolist() for places in self._places)
+        return first, second
+
+
 class TrainingRun:
     """One model on its way.
 
@@ -91,7 +124,7 @@ class TrainingRun:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(self.settings))
         self.compressor = self._compressor() if name == "compressed" else None
         self.record = Record()
-        self._recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # loss and tally of the steps not yet in the record
+        self._recent = _Recent()  # loss and tally of the steps not yet in the record
 
     def _compressor(self) -> compressm.Compressor:
         s = self.settings
@@ -157,7 +190,9 @@ class TrainingRun:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self._recent.append((loss.detach(), tally))
+        self._recent.append(loss.detach(), tally)
+        if self._recent.full:
+            self._add_recent()
 
     def _autocast(self) -> AbstractContextManager:
         return nullcontext() if self.settings.autocast is None else torch.autocast(self.task.device.type, torch.bfloat16)
@@ -170,16 +205,15 @@ class TrainingRun:
             torch.manual_seed(seed)
 
     def _gather(self) -> None:
-        """Move losses and tallies from the device into the record's window."""
-        if not self._recent:
-            return
+        """Move losses and tallies from the device into the record's window, whose time this counts for."""
         started = time.perf_counter()
-        window = self.record.window
-        for key, values in zip(("loss", "tally"), zip(*self._recent, strict=True), strict=True):
-            for value in torch.stack(values).double().tolist():
-                window[key] += value
-        self._recent.clear()
-        window["seconds"] += time.perf_counter() - started
+        self._add_recent()
+        self.record.window["seconds"] += time.perf_counter() - started
+
+    def _add_recent(self) -> None:
+        for key, values in zip(("loss", "tally"), self._recent.take(), strict=True):
+            for value in values:
+                self.record.window[key] += value
 
     def _close_window(self, observer: Observer) -> None:
         self._gather()

@@ -10,6 +10,7 @@ from torch import nn
 
 import compressm
 from compressm.errors import ConfigError, NumericalError
+from compressm.experiments import training
 from compressm.experiments.batches import SEEDS_PER_BLOCK, Batches, step_seed
 from compressm.experiments.models import Classifier, SequenceBlock, evaluate, parameter_groups
 from compressm.experiments.settings import PRESETS, parse_assignments, resolve
@@ -69,6 +70,15 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_result(tmp_path, recipe):
         for (name, a), b in zip(whole.model.named_parameters(), rest.model.parameters(), strict=True):
             assert torch.equal(a, b), (cut, name)
         assert rest.compressor.history[-1].ranks == whole.compressor.history[-1].ranks
+
+
+def test_the_record_is_the_sum_of_the_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(training._Recent, "capacity", 3)
+    run, losses = make(tmp_path / "a", "full", steps=8, log_every=8, eval_every=8), []
+    append = run._recent.append
+    monkeypatch.setattr(run._recent, "append", lambda loss, tally: (losses.append(float(loss)), append(loss, tally)))
+    assert run.train(Listener(), never)
+    assert [point["loss"] for point in run.record.curve] == [sum(losses) / 8]
 
 
 def test_autocast_rounds_products_and_trains_to_the_same_loss(tmp_path):
