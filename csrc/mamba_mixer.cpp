@@ -31,7 +31,8 @@ struct Mixer {
         const Tensor& x_weight, const Tensor& dt_weight, const Tensor& dt_bias_, const Tensor& A_log, const Tensor& D_,
         const Tensor& out_weight, bool half) {
     TORCH_CHECK(hidden_states.dim() == 3 && A_log.dim() == 2 && dt_weight.dim() == 2 && conv_weight.dim() == 3,
-                "expected hidden (batch, L, d_model), A_log (d_inner, N), dt_weight (d_inner, R), conv_weight (d_inner, 1, width)");
+                "expected hidden (batch, L, d_model), A_log (d_inner, N), dt_weight (d_inner, R) and conv_weight (d_inner, 1, "
+                "width)");
     batch = hidden_states.size(0), length = hidden_states.size(1), model = hidden_states.size(2);
     inner = A_log.size(0), states = A_log.size(1), rank = dt_weight.size(1), width = conv_weight.size(2);
     check(in_weight, "in_weight", {2 * inner, model});
