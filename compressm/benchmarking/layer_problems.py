@@ -18,6 +18,7 @@ from compressm.layers import LRU, Mamba
 
 SEPARATE = "compressm, step by step"
 
+
 def _problem(
     layer: nn.Module, sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, least: Counts, cells: int
 ) -> Problem:

@@ -13,7 +13,10 @@ from compressm.kernels import _cpp
 
 
 def channels_next(x: Tensor) -> bool:
-    """Whether the rows of x (batch, D, L) are rows of channels: the convolution's output has the same layout."""
+    """Whether the rows of x (batch, D, L) are rows of channels, as ``Arguments`` in csrc/causal_conv1d.cpp decides.
+
+    The convolution's output has the same layout.
+    """
     return x.stride(1) == 1 and x.shape[1] > 1
 
 

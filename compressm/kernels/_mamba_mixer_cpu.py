@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressm.errors import ArgumentError
 from compressm.kernels import _cpp
 from compressm.kernels._custom_op import plain_call
 from compressm.kernels.causal_conv1d import choose_backend as backend_of_convolution
@@ -40,7 +41,7 @@ def mamba_mixer(
         (batch, L, d_model).
 
     Raises:
-        ValueError: A_log is not finite, or too large.
+        ArgumentError: A_log is not finite, or too large.
     """
     work, allowed = hidden.dtype, {hidden.dtype}
     if work in _NARROW and torch.is_autocast_enabled("cpu"):
@@ -55,7 +56,10 @@ def mamba_mixer(
     )  # fmt: skip
     if not plain_call(*arguments) or not _chosen(hidden.device.type, work):
         return None
-    return _cpp.library().mamba_mixer(*arguments, work == torch.bfloat16, torch.is_grad_enabled())[0]
+    try:
+        return _cpp.library().mamba_mixer(*arguments, work == torch.bfloat16, torch.is_grad_enabled())[0]
+    except ValueError as error:  # of the values of A_log, which the op looks at on its way
+        raise ArgumentError(str(error)) from error
 
 
 def _chosen(device: str, dtype: torch.dtype) -> bool:

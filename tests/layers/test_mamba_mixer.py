@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from compressm.errors import ArgumentError
 from compressm.layers import Mamba
 
 OPTIONS = [
@@ -205,5 +206,5 @@ def test_a_decay_that_is_not_finite_is_named(value):
     layer = layer_of({})
     with torch.no_grad():
         layer.A_log[1, 2] = value
-    with pytest.raises(ValueError, match=r"^A_log:"):
+    with pytest.raises(ArgumentError, match=r"^A_log:"):
         layer(torch.randn(2, 9, 6))
