@@ -50,13 +50,15 @@ Formula::Formula(const std::string& op, const char* passed) : op_(find(op)), bac
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     if (is_tensor(arguments[i])) tensors_.push_back(i);
   }
-  std::vector<bool> has_grad(outputs.size(), false);
+  has_list_ = outputs.back().type()->kind() == c10::TypeKind::ListType;
+  const std::size_t tensors = outputs.size() - has_list_;  // that the op returns
+  std::vector<bool> has_grad(tensors, false);
   for (const c10::Argument& wanted : backward_.schema().arguments()) {
     const std::string& name = wanted.name();
     if (const auto argument = index_of(arguments, name)) {
       sources_.push_back({is_tensor(arguments[*argument]) ? Kind::argument : Kind::setting, *argument});
     } else if (const auto output = index_of(outputs, name)) {
-      sources_.push_back({Kind::output, *output});
+      sources_.push_back({*output < tensors ? Kind::output : Kind::list, *output});
     } else if (const auto needed = after("need_", name)) {
       sources_.push_back({Kind::need, tensor(*needed)});
     } else {
@@ -67,7 +69,7 @@ Formula::Formula(const std::string& op, const char* passed) : op_(find(op)), bac
       has_grad[*output_of_grad] = true;
     }
   }
-  for (std::size_t i = 0; i < outputs.size(); ++i) {
+  for (std::size_t i = 0; i < tensors; ++i) {
     if (!has_grad[i]) without_.push_back(i);
   }
   for (const c10::Argument& result : backward_.schema().returns()) {
@@ -84,7 +86,8 @@ variable_list Formula::forward(AutogradContext* ctx, c10::DispatchKeySet keys, c
     at::AutoDispatchBelowAutograd guard;
     op_.redispatchBoxed(keys, &stack);
   }
-  variable_list outputs, saved;
+  variable_list outputs, saved, list;
+  if (has_list_) list = torch::jit::pop(stack).toTensorVector();
   for (const c10::IValue& output : stack) outputs.push_back(output.toTensor());
   const auto& wanted = backward_.schema().arguments();
   for (std::size_t k = 0; k < sources_.size(); ++k) {
@@ -96,6 +99,7 @@ variable_list Formula::forward(AutogradContext* ctx, c10::DispatchKeySet keys, c
     if (source.kind == Kind::output) saved.push_back(outputs[source.index]);
     if (source.kind == Kind::setting) ctx->saved_data[wanted[k].name()] = arguments[source.index];
   }
+  saved.insert(saved.end(), list.begin(), list.end());
   ctx->save_for_backward(std::move(saved));
   ctx->set_materialize_grads(false);
   return outputs;
@@ -108,6 +112,8 @@ variable_list Formula::backward(AutogradContext* ctx, const variable_list& grads
   if (std::none_of(targets_.begin(), targets_.end(), needed)) return results;
   const auto& wanted = backward_.schema().arguments();
   const variable_list saved = ctx->get_saved_variables();
+  const auto single = [](const Source& source) { return source.kind == Kind::argument || source.kind == Kind::output; };
+  const std::size_t listed = saved.size() - static_cast<std::size_t>(std::count_if(sources_.begin(), sources_.end(), single));
   auto next = saved.begin();
   torch::jit::Stack stack;
   const auto push = [&](const at::Tensor& tensor) { stack.push_back(tensor.defined() ? c10::IValue(tensor) : c10::IValue()); };
@@ -120,6 +126,9 @@ variable_list Formula::backward(AutogradContext* ctx, const variable_list& grads
       case Kind::argument:
       case Kind::output:
         push(*next++);
+        break;
+      case Kind::list:
+        stack.emplace_back(variable_list(saved.end() - static_cast<std::ptrdiff_t>(listed), saved.end()));
         break;
       case Kind::setting:
         stack.push_back(ctx->saved_data.at(wanted[k].name()));

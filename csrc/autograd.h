@@ -1,13 +1,14 @@
 // The gradient of an op, made from the op of its backward: their schemas say how the two fit together.
 //
-//   scale(Tensor x, Tensor? bias, float by) -> (Tensor y, Tensor kept)
-//   scale_backward(Tensor? grad_y, Tensor x, Tensor kept, float by, bool need_x) -> (Tensor grad_x, Tensor grad_bias)
+//   scale(Tensor x, Tensor? bias, float by) -> (Tensor y, Tensor largest, Tensor[] kept)
+//   scale_backward(Tensor? grad_y, Tensor x, Tensor[] kept, float by, bool need_x) -> (Tensor grad_x, Tensor grad_bias)
 //
 // An argument of the backward is one of
 // - `grad_<output>`: that output's gradient; `Tensor?` where it can be missing, as it can be if two outputs have one;
 // - an argument or an output of the op, by its name;
 // - `need_<argument>`: whether that argument's gradient is asked for.
-// It returns `grad_<argument>`s.  Outputs of which it takes no gradient have none.  Its own derivative is refused.
+// It returns `grad_<argument>`s.  Outputs of which it takes no gradient have none.  A list, the last output, is for the
+// backward alone: a caller who asks for a gradient gets an empty one.  The backward's own derivative is refused.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -31,8 +32,9 @@ class Formula {
   const c10::OperatorHandle& op() const { return op_; }
   const std::vector<std::size_t>& tensors() const { return tensors_; }  // indices of the op's tensor arguments
   const std::vector<std::size_t>& without() const { return without_; }  // outputs that have no gradient
+  bool has_list() const { return has_list_; }                           // whether the last output is a list
 
-  // The outputs of the op, run by the kernel of `keys`; `ctx` keeps what the backward needs.
+  // The outputs of the op but the list, run by the kernel of `keys`; `ctx` keeps what the backward needs.
   torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, c10::DispatchKeySet keys,
                                          const torch::jit::Stack& arguments) const;
   // One gradient for every tensor argument.
@@ -40,7 +42,7 @@ class Formula {
                                           const torch::autograd::variable_list& grads) const;
 
  private:
-  enum class Kind { grad, argument, output, setting, need };
+  enum class Kind { grad, argument, output, list, setting, need };
   struct Source {
     Kind kind;
     std::size_t index;  // of the output, of the argument, or (need) of the tensor argument
@@ -50,6 +52,7 @@ class Formula {
   std::vector<Source> sources_;       // of every argument of the backward
   std::vector<std::size_t> targets_;  // of every result of the backward: which of the tensor arguments
   std::vector<std::size_t> without_;
+  bool has_list_ = false;
   std::optional<std::size_t> passed_;
 };
 
@@ -98,6 +101,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
     for (const std::size_t i : formula().without()) outputs[i] = outputs[i].detach();
     torch::jit::drop(*stack, count);
     for (at::Tensor& output : outputs) stack->emplace_back(std::move(output));
+    if (formula().has_list()) stack->emplace_back(c10::List<at::Tensor>());
   }
 };
 

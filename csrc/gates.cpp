@@ -15,17 +15,16 @@
 
 #include "autograd.h"
 #include "checks.h"
+#include "ops.h"
 #include "partial_sums.h"
 
 namespace compressm {
 namespace {
 
-using at::Tensor;
-
 constexpr int64_t kBlocksPerTask = 128;
 constexpr int64_t kRowsPerTask = 1024;  // a multiple of kMaskBlock
 
-Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
+Dropout dropout_of(const OptionalTensor& seed, double p) {
   TORCH_CHECK(p >= 0 && p <= 1, "p: expected a probability, got ", p);
   TORCH_CHECK(seed.has_value() || p == 0, "seed: expected a tensor where p is not 0");
   if (!seed.has_value()) return {0, 0, 1.0f};
@@ -43,59 +42,12 @@ void for_each_range(int64_t count, const Body& body) {
   });
 }
 
-// x, out of any shape.
-Tensor gelu(const Tensor& x, const std::optional<Tensor>& seed, double p) {
-  const Tensor input = dense(x, "x", x.sizes());
-  const Dropout dropout = dropout_of(seed, p);
-  Tensor out = at::empty(x.sizes(), x.options());
-  const float* in = input.const_data_ptr<float>();
-  float* y = out.data_ptr<float>();
-  for_each_range(x.numel(), [&](int64_t begin, int64_t end) { gate_kernels().gelu(in, y, begin, end, dropout); });
-  return out;
-}
-
-Tensor gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& seed, double p) {
-  const Tensor input = dense(x, "x", x.sizes()), grad_all = dense(grad, "grad_out", x.sizes());
-  const Dropout dropout = dropout_of(seed, p);
-  Tensor grad_x = at::empty(x.sizes(), x.options());
-  const float *g = grad_all.const_data_ptr<float>(), *in = input.const_data_ptr<float>();
-  float* out = grad_x.data_ptr<float>();
-  for_each_range(x.numel(),
-                 [&](int64_t begin, int64_t end) { gate_kernels().gelu_backward(g, in, out, begin, end, dropout); });
-  return grad_x;
-}
-
 // The shape (..., H) of what a gate makes of pre (..., 2H).
 std::vector<int64_t> gated_shape(const Tensor& pre) {
   TORCH_CHECK(pre.dim() > 0 && pre.size(-1) % 2 == 0, "pre: expected (..., 2H), got ", pre.sizes());
   std::vector<int64_t> shape = pre.sizes().vec();
   shape.back() /= 2;
   return shape;
-}
-
-// pre (..., 2H), residual and out (..., H).
-Tensor glu(const Tensor& pre, const Tensor& residual, const std::optional<Tensor>& seed, double p) {
-  const Tensor halves = dense(pre, "pre", pre.sizes()), stream = dense(residual, "residual", gated_shape(pre));
-  const Dropout dropout = dropout_of(seed, p);
-  Tensor out = at::empty(residual.sizes(), residual.options());
-  const float *in = halves.const_data_ptr<float>(), *rest = stream.const_data_ptr<float>();
-  float* y = out.data_ptr<float>();
-  for_each_range(out.numel(), [&](int64_t begin, int64_t end) {
-    gate_kernels().glu(in, rest, y, out.size(-1), begin, end, dropout);
-  });
-  return out;
-}
-
-Tensor glu_backward(const Tensor& grad, const Tensor& pre, const std::optional<Tensor>& seed, double p) {
-  const Tensor halves = dense(pre, "pre", pre.sizes()), grad_all = dense(grad, "grad_out", gated_shape(pre));
-  const Dropout dropout = dropout_of(seed, p);
-  Tensor grad_pre = at::empty(pre.sizes(), pre.options());
-  const float *g = grad_all.const_data_ptr<float>(), *in = halves.const_data_ptr<float>();
-  float* out = grad_pre.data_ptr<float>();
-  for_each_range(grad.numel(), [&](int64_t begin, int64_t end) {
-    gate_kernels().glu_backward(g, in, out, grad.size(-1), begin, end, dropout);
-  });
-  return grad_pre;
 }
 
 struct NarrowLayer {
@@ -130,9 +82,55 @@ struct NarrowLayer {
   }
 };
 
-// x (..., K), weight (2H, K), bias (2H), residual and out (..., H).
+}  // namespace
+
+Tensor gelu(const Tensor& x, const OptionalTensor& seed, double p) {
+  const Tensor input = dense(x, "x", x.sizes());
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor out = at::empty(x.sizes(), x.options());
+  const float* in = input.const_data_ptr<float>();
+  float* y = out.data_ptr<float>();
+  for_each_range(x.numel(), [&](int64_t begin, int64_t end) { gate_kernels().gelu(in, y, begin, end, dropout); });
+  return out;
+}
+
+Tensor gelu_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& seed, double p) {
+  const Tensor input = dense(x, "x", x.sizes()), grad_all = dense(grad, "grad_out", x.sizes());
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor grad_x = at::empty(x.sizes(), x.options());
+  const float *g = grad_all.const_data_ptr<float>(), *in = input.const_data_ptr<float>();
+  float* out = grad_x.data_ptr<float>();
+  for_each_range(x.numel(),
+                 [&](int64_t begin, int64_t end) { gate_kernels().gelu_backward(g, in, out, begin, end, dropout); });
+  return grad_x;
+}
+
+Tensor glu(const Tensor& pre, const Tensor& residual, const OptionalTensor& seed, double p) {
+  const Tensor halves = dense(pre, "pre", pre.sizes()), stream = dense(residual, "residual", gated_shape(pre));
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor out = at::empty(residual.sizes(), residual.options());
+  const float *in = halves.const_data_ptr<float>(), *rest = stream.const_data_ptr<float>();
+  float* y = out.data_ptr<float>();
+  for_each_range(out.numel(), [&](int64_t begin, int64_t end) {
+    gate_kernels().glu(in, rest, y, out.size(-1), begin, end, dropout);
+  });
+  return out;
+}
+
+Tensor glu_backward(const Tensor& grad, const Tensor& pre, const OptionalTensor& seed, double p) {
+  const Tensor halves = dense(pre, "pre", pre.sizes()), grad_all = dense(grad, "grad_out", gated_shape(pre));
+  const Dropout dropout = dropout_of(seed, p);
+  Tensor grad_pre = at::empty(pre.sizes(), pre.options());
+  const float *g = grad_all.const_data_ptr<float>(), *in = halves.const_data_ptr<float>();
+  float* out = grad_pre.data_ptr<float>();
+  for_each_range(grad.numel(), [&](int64_t begin, int64_t end) {
+    gate_kernels().glu_backward(g, in, out, grad.size(-1), begin, end, dropout);
+  });
+  return grad_pre;
+}
+
 Tensor gated_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual,
-                    const std::optional<Tensor>& seed, double p) {
+                    const OptionalTensor& seed, double p) {
   const NarrowLayer narrow(x, weight, bias);
   const Tensor stream = dense(residual, "residual", narrow.output_shape());
   const Dropout dropout = dropout_of(seed, p);
@@ -145,9 +143,9 @@ Tensor gated_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, c
   return out;
 }
 
-// Gradients of (x, weight, bias); every task has its own sums of the last two, added in order.
+// Every task has its own sums of the gradients of weight and bias, added in order.
 std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                         const Tensor& bias, const std::optional<Tensor>& seed,
+                                                         const Tensor& bias, const OptionalTensor& seed,
                                                          double p) {
   const NarrowLayer narrow(x, weight, bias);
   const Tensor grad_all = dense(grad, "grad_out", narrow.output_shape());
@@ -163,6 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& grad, con
   const Tensor total = sum_partials(partials);
   return {grad_x, total.narrow(0, 0, weights).view(weight.sizes()).clone(), total.narrow(0, weights, each - weights).clone()};
 }
+
+namespace {
 
 struct GeluDropoutOp {
   static constexpr const char *name = "gelu_dropout", *passed = "";

@@ -17,12 +17,10 @@
 #include "autograd.h"
 #include "checks.h"
 #include "diagonal_scan.h"
+#include "ops.h"
 
 namespace compressm {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxLanes = 16;
 
@@ -88,8 +86,9 @@ void add_feedthrough(Tensor y, const Tensor& u, const OptionalTensor& feed) {
   }
 }
 
-// (y, last state (batch, 2n), saved): saved is every state (batch, length, 2n) if store, else the state in front of each
-// tile (batch, chunks, 2n).
+}  // namespace
+
+// saved is every state (batch, length, 2n) if store, else the state in front of each tile (batch, chunks, 2n).
 std::tuple<Tensor, Tensor, Tensor> lti_core(const Tensor& input, const Tensor& log_decay, const Tensor& phase,
                                             const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed,
                                             const OptionalTensor& initial_state, bool shifted, bool store, int64_t rows) {
@@ -134,6 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> lti_core(const Tensor& input, const Tensor& l
   });
   return {y, last, saved};
 }
+
+namespace {
 
 struct LanePartials {
   Tensor w_in, w_out, feed, log_decay, phase;
@@ -197,8 +198,9 @@ void backward_tile(const BackwardInputs& in, const Tiling& tiling, const Tile& t
   if (in.feed && in.feed->dim() == 2) gu_tile.addmm_(gy_tile, *in.feed);
 }
 
-// Gradients of (u, log_decay, phase, w_in, w_out, feed, initial_state); u's is empty unless need_u, feed's without feed.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lti_core_backward(
+}  // namespace
+
+CoreGradientTensors lti_core_backward(
     const OptionalTensor& grad_out, const OptionalTensor& grad_last, const Tensor& input, const Tensor& log_decay,
     const Tensor& phase, const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed,
     const OptionalTensor& initial_state, const Tensor& saved, bool shifted, bool stored, int64_t rows, bool need_u) {
@@ -248,6 +250,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lti_core_back
           w_in_sums.sum(0), w_out_sums.sum(0),                     feed_sums.sum(0),
           grad_state};
 }
+
+namespace {
 
 // All states (batch, length, 2n) of h_t = lam h_{t-1} + x_t; reverse walks time backwards.
 Tensor diagonal_scan(const Tensor& x, const Tensor& log_decay, const Tensor& phase, const OptionalTensor& initial_state,

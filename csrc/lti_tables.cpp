@@ -13,12 +13,11 @@
 
 #include "autograd.h"
 #include "checks.h"
+#include "ops.h"
 
 namespace compressm {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;  // which would round the small products
 
 // lam^j for j = 0 .. tau, (tau + 1, n), formed in double.
@@ -110,7 +109,8 @@ void for_lower_rows(const Sizes& s, const Body& body) {
   }
 }
 
-// (log_decay (n), phase (n), w_in (2n, tau H), w_out (tau H_out, 2n), feedthrough (tau H_out, tau H)) of the blocked system.
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lti_tables(const Tensor& log_decay, const Tensor& phase,
                                                               const Tensor& w_in, const Tensor& w_out,
                                                               const OptionalTensor& D, int64_t tau) {
@@ -130,6 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lti_tables(const Tensor& log_
   for_lower_rows(s, [&](int64_t row, int64_t at) { std::copy_n(from + row * s.channels, s.channels, to + at); });
   return {system.log_decay * tau, system.phase * tau, table_in, table_out, feed};
 }
+
+namespace {
 
 // Adds the adjoint of blocked_inputs to grad_in (2n, H) and to the powers' gradients (tau + 1, n).
 void add_input_adjoint(const Powers& p, const Tensor& w_in, const Tensor& grad_table, Tensor& grad_in,
@@ -174,7 +176,8 @@ void add_output_adjoint(const Powers& p, const Tensor& w_out, const Tensor& grad
   }
 }
 
-// Gradients of (log_decay, phase, w_in, w_out, D) by way of the blocked system's, None for zero; `blocked_out` is its w_out.
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lti_tables_backward(
     const OptionalTensor& grad_blocked_decay, const OptionalTensor& grad_blocked_phase,
     const OptionalTensor& grad_blocked_in, const OptionalTensor& grad_blocked_out, const OptionalTensor& grad_blocked_feed,
@@ -222,6 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lti_tables_backward(
   return {grad_decay, grad_phase, grad_in, grad_out,
           s.outputs == s.channels ? first.diagonal().clone() : at::empty({0}, w_in.options())};
 }
+
+namespace {
 
 struct LtiTablesOp {
   static constexpr const char *name = "lti_tables", *passed = "";

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "autograd.h"
 #include "ops.h"
@@ -90,14 +91,14 @@ bool finite(const Tensor& t) {
   return found == 0;
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // Returns out (batch, L, d_model), and what the backward needs, empty unless train: x, z, u (batch L, d_inner), mix (batch L,
 // R + 2N) in float32, delta (batch L, d_inner), the scan's checkpoints, its output y in front of the gate and behind it.
-Outputs mamba_mixer(const Tensor& hidden, const Tensor& in_weight, const OptionalTensor& in_bias, const Tensor& conv_weight,
-                    const OptionalTensor& conv_bias, const Tensor& x_weight, const Tensor& dt_weight, const Tensor& dt_bias,
-                    const Tensor& A_log, const Tensor& D, const Tensor& out_weight, const OptionalTensor& out_bias, bool half,
-                    bool train) {
+std::tuple<Tensor, std::vector<Tensor>> mamba_mixer(const Tensor& hidden, const Tensor& in_weight,
+                                                    const OptionalTensor& in_bias, const Tensor& conv_weight,
+                                                    const OptionalTensor& conv_bias, const Tensor& x_weight,
+                                                    const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log,
+                                                    const Tensor& D, const Tensor& out_weight, const OptionalTensor& out_bias,
+                                                    bool half, bool train) {
   const Mixer m(hidden, in_weight, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, D, out_weight, half);
   TORCH_CHECK_VALUE(finite(m.A), "A_log: expected numbers with a finite exponential, got NaN or larger ones");
   const Tensor x = project(m.hidden, m.w_x, part(in_bias, 0, m.inner));
@@ -110,11 +111,8 @@ Outputs mamba_mixer(const Tensor& hidden, const Tensor& in_weight, const Optiona
       selective_forward(m.planes(u), m.planes(delta), m.A, m.part_B(mix), m.part_C(mix), m.D, m.planes(z), m.dt_bias,
                         std::nullopt, std::nullopt, true, train);
   const Tensor gated = rows_of(scanned), out = m.sequences(project(gated, m.w_out, out_bias));
-  if (!train) {
-    const auto none = [&] { return at::empty({0}, out.options()); };
-    return {out, none(), none(), none(), none(), none(), none(), none(), none()};
-  }
-  return {out, x, z, u, mix, delta, checkpoints, rows_of(y), gated};
+  if (!train) return {out, {}};
+  return {out, {x, z, u, mix, delta, checkpoints, rows_of(y), gated}};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -124,10 +122,12 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients mamba_mixer_backward(const Tensor& grad_out, const Tensor& hidden, const Tensor& in_weight,
                                const OptionalTensor& in_bias, const Tensor& conv_weight, const OptionalTensor& conv_bias,
                                const Tensor& x_weight, const Tensor& dt_weight, const Tensor& dt_bias, const Tensor& A_log,
-                               const Tensor& D, const Tensor& out_weight, const OptionalTensor& out_bias, const Tensor& x,
-                               const Tensor& z, const Tensor& u, const Tensor& mix, const Tensor& delta,
-                               const Tensor& checkpoints, const Tensor& y, const Tensor& gated, bool half, bool need_hidden,
-                               bool need_in_weight, bool need_x_weight, bool need_dt_weight, bool need_out_weight) {
+                               const Tensor& D, const Tensor& out_weight, const OptionalTensor& out_bias,
+                               at::TensorList kept, bool half, bool need_hidden, bool need_in_weight, bool need_x_weight,
+                               bool need_dt_weight, bool need_out_weight) {
+  TORCH_CHECK(kept.size() == 8, "kept: expected what mamba_mixer returns with train");
+  const Tensor &x = kept[0], &z = kept[1], &u = kept[2], &mix = kept[3], &delta = kept[4], &checkpoints = kept[5];
+  const Tensor &y = kept[6], &gated = kept[7];
   const Mixer m(hidden, in_weight, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, D, out_weight, half);
   const at::ScalarType type = m.hidden.scalar_type();
   const auto like = [](const Tensor& grad, const Tensor& t) { return grad.to(t.scalar_type()); };
@@ -175,16 +175,14 @@ struct MambaMixerOp {
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("mamba_mixer(Tensor hidden, Tensor in_weight, Tensor? in_bias, Tensor conv_weight, Tensor? conv_bias,"
         " Tensor x_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_weight, Tensor? out_bias,"
-        " bool half, bool train) -> (Tensor out, Tensor x, Tensor z, Tensor u, Tensor mix, Tensor delta, Tensor checkpoints,"
-        " Tensor y, Tensor gated)",
+        " bool half, bool train) -> (Tensor out, Tensor[] kept)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(mamba_mixer)));
   m.def("mamba_mixer_backward(Tensor grad_out, Tensor hidden, Tensor in_weight, Tensor? in_bias, Tensor conv_weight,"
         " Tensor? conv_bias, Tensor x_weight, Tensor dt_weight, Tensor dt_bias, Tensor A_log, Tensor D, Tensor out_weight,"
-        " Tensor? out_bias, Tensor x, Tensor z, Tensor u, Tensor mix, Tensor delta, Tensor checkpoints, Tensor y, Tensor gated,"
-        " bool half, bool need_hidden, bool need_in_weight, bool need_x_weight, bool need_dt_weight, bool need_out_weight)"
-        " -> (Tensor grad_hidden, Tensor grad_in_weight, Tensor grad_in_bias, Tensor grad_conv_weight, Tensor grad_conv_bias,"
-        " Tensor grad_x_weight, Tensor grad_dt_weight, Tensor grad_dt_bias, Tensor grad_A_log, Tensor grad_D,"
-        " Tensor grad_out_weight, Tensor grad_out_bias)",
+        " Tensor? out_bias, Tensor[] kept, bool half, bool need_hidden, bool need_in_weight, bool need_x_weight,"
+        " bool need_dt_weight, bool need_out_weight) -> (Tensor grad_hidden, Tensor grad_in_weight, Tensor grad_in_bias,"
+        " Tensor grad_conv_weight, Tensor grad_conv_bias, Tensor grad_x_weight, Tensor grad_dt_weight, Tensor grad_dt_bias,"
+        " Tensor grad_A_log, Tensor grad_D, Tensor grad_out_weight, Tensor grad_out_bias)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(mamba_mixer_backward)));
   register_gradient<MambaMixerOp>(m);
 }

@@ -14,12 +14,11 @@
 
 #include "autograd.h"
 #include "checks.h"
+#include "ops.h"
 #include "partial_sums.h"
 
 namespace compressm {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kChunk = 8192;  // floats, about
 constexpr int64_t kRows = 16;     // fewest of a chunk; a multiple of every kernel's rows of a tile
@@ -38,8 +37,9 @@ struct Chunks {
   }
 };
 
-// x, out (..., length), not empty; weight, bias (length).
-Tensor norm_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double eps, bool centred) {
+}  // namespace
+
+Tensor norm_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps, bool centred) {
   TORCH_CHECK(x.dim() > 0 && x.numel() > 0, "x: expected rows");
   const Chunks chunks(x);
   const Tensor input = dense(x, "x", x.sizes()), scale = dense(weight, "weight", {chunks.length});
@@ -53,7 +53,6 @@ Tensor norm_forward(const Tensor& x, const Tensor& weight, const std::optional<T
   return out;
 }
 
-// Gradients of (x, weight, bias); the last is empty unless `centred`.
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double eps,
                                                  bool centred) {
   TORCH_CHECK(x.dim() > 0 && x.numel() > 0, "x: expected rows");
@@ -73,6 +72,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tenso
   if (!centred) return {grad_x, total, at::empty({0}, x.options())};
   return {grad_x, total.narrow(0, 0, length).clone(), total.narrow(0, length, length).clone()};
 }
+
+namespace {
 
 struct NormOp {
   static constexpr const char *name = "norm", *passed = "";

@@ -7,32 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compressm.kernels import gelu_dropout, linear_glu_dropout_add
-from compressm.layers import LRU, LayerNorm
-
-
-class SequenceBlock(nn.Module):
-    """x + dropout(GLU(dropout(GELU(LRU(norm(x)))))), the residual block of the LRU paper (section 4).
-
-    Args:
-        d_model: channels H.
-        d_state: states N of the LRU.
-        dropout: probability, elementwise.
-        r_min, r_max, max_phase: initial eigenvalues, see :class:`compressm.layers.LRU`.
-    """
-
-    def __init__(self, d_model: int, d_state: int, dropout: float, r_min: float, r_max: float, max_phase: float) -> None:
-        super().__init__()
-        self.norm = LayerNorm(d_model)
-        self.lru = LRU(d_model, d_state, r_min=r_min, r_max=r_max, max_phase=max_phase)
-        self.glu = nn.Linear(d_model, 2 * d_model)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (batch, L, H) -> (batch, L, H)."""
-        p, training = self.dropout.p, self.dropout.training
-        y = gelu_dropout(self.lru(self.norm(x)), p, training)
-        return linear_glu_dropout_add(y, self.glu.weight, self.glu.bias, x, p, training)
+from compressm.layers import LayerNorm, LRUBlock
 
 
 class Classifier(nn.Module):
@@ -43,7 +18,7 @@ class Classifier(nn.Module):
         d_model: H.
         d_states: states of every block.
         mean, std: (channels,) of the pixels, kept as buffers.
-        dropout, r_min, r_max, max_phase: see :class:`SequenceBlock`.
+        dropout, r_min, r_max, max_phase: see :class:`compressm.layers.LRUBlock`.
     """
 
     def __init__(
@@ -64,7 +39,8 @@ class Classifier(nn.Module):
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         self.encoder = nn.Linear(channels, d_model)
-        self.blocks = nn.ModuleList(SequenceBlock(d_model, n, dropout, r_min, r_max, max_phase) for n in d_states)
+        ring = {"r_min": r_min, "r_max": r_max, "max_phase": max_phase}
+        self.blocks = nn.ModuleList(LRUBlock(d_model, n, dropout=dropout, **ring) for n in d_states)
         self.norm = LayerNorm(d_model)
         self.decoder = nn.Linear(d_model, classes)
 

@@ -40,7 +40,7 @@ def gelu_dropout(x: Tensor, p: float, training: bool = True, *, backend: str | N
     _check_tensor("x", x)
     p = _probability(p, training)
     chosen = cpp_or_reference("gelu_dropout", x.device.type, x.dtype, backend)
-    seed = _draw_seed(x, p)
+    seed = draw_seed(x, p)
     if chosen == "reference":
         return _gates_ref.gelu_dropout(x, seed, p)
     return gelu_dropout_op(x.float(), seed, p).to(x.dtype)
@@ -75,7 +75,7 @@ def glu_dropout_add(
     p = _probability(p, training)
     dtype = torch.promote_types(pre.dtype, residual.dtype)
     chosen = cpp_or_reference("glu_dropout_add", pre.device.type, dtype, backend)
-    seed = _draw_seed(pre, p)
+    seed = draw_seed(pre, p)
     if chosen == "reference":
         return _gates_ref.glu_dropout_add(pre, residual, seed, p)
     return glu_dropout_add_op(pre.float(), residual.float(), seed, p).to(dtype)
@@ -118,7 +118,7 @@ def linear_glu_dropout_add(
     if chosen == "cpp" and not narrow:
         return glu_dropout_add(torch.nn.functional.linear(x, weight, bias), residual, p, training, backend=backend).to(dtype)
     p = _probability(p, training)
-    seed = _draw_seed(x, p)
+    seed = draw_seed(x, p)
     if chosen == "reference":
         return _gates_ref.linear_glu_dropout_add(x, weight, bias, residual, seed, p).to(dtype)
     bias = weight.new_zeros(weight.shape[:1]) if bias is None else bias
@@ -154,7 +154,7 @@ def _probability(p: float, training: bool) -> float:
     return float(p) if training else 0.0
 
 
-def _draw_seed(like: Tensor, p: float) -> Tensor | None:
+def draw_seed(like: Tensor, p: float) -> Tensor | None:
     """The key of a mask: 63 bits from torch's default generator.  None where the kernels make no mask."""
     return torch.randint(2**63 - 1, ()) if p > 0 and like.device.type == "cpu" else None
 

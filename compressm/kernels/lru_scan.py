@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compressm.kernels import _cpp, _lru_ref
-from compressm.kernels._custom_op import custom_op
+from compressm.kernels._custom_op import plain_call
 from compressm.kernels.lti_scan import Operands, check_arguments, launch, planar, scan, without_autocast
 
 
@@ -49,57 +49,20 @@ def lru_scan(
     how = launch(x.device.type, x.dtype, *x.shape, C_re.shape[0], nu_log.shape[0], backend)
     work = torch.promote_types(x.dtype, torch.float32)
     parameters = [t.to(work) for t in (nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im)]
-    with without_autocast(x.device.type):
-        operands = (lru_operands_op if how[0] == "cpp" else _lru_ref.lru_operands)(*parameters)
-        y, last = scan(x, Operands(*operands, None if D is None else D.to(work)), start, *how)
+    skip = None if D is None else D.to(work)
+    if how[0] == "cpp" and plain_call(x, *parameters, skip, start):
+        y, last = scan_in_one_op(x.to(work), parameters, skip, start, *how[1:])
+        y = y.to(x.dtype)
+    else:
+        with without_autocast(x.device.type):
+            y, last = scan(x, Operands(*_lru_ref.lru_operands(*parameters), skip), start, *how)
     return (y, torch.complex(*last.chunk(2, -1))) if return_last_state else y
 
 
-@custom_op("compressm::lru_operands", differentiable=True)
-def lru_operands_op(
-    nu_log: Tensor, theta_log: Tensor, gamma_log: Tensor, B_re: Tensor, B_im: Tensor, C_re: Tensor, C_im: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_decay (N,), phase (N,), w_in (2N, H), w_out (H_out, 2N) by the C++ kernel, float32."""
-    return _cpp.library().lru_operands(nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im)
-
-
-@lru_operands_op.register_fake
-def _(nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im):
-    (states, channels), outputs = B_re.shape, C_re.shape[0]
-    return tuple(B_re.new_empty(shape) for shape in ((states,), (states,), (2 * states, channels), (outputs, 2 * states)))
-
-
-@custom_op("compressm::lru_operands_backward")
-def lru_operands_backward_op(
-    grad_log_decay: Tensor,
-    grad_phase: Tensor,
-    grad_w_in: Tensor,
-    grad_w_out: Tensor,
-    gamma_log: Tensor,
-    log_decay: Tensor,
-    phase: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im)."""
-    return _cpp.library().lru_operands_backward(
-        grad_log_decay, grad_phase, grad_w_in, grad_w_out, gamma_log, log_decay, phase, w_in, w_out
-    )
-
-
-@lru_operands_backward_op.register_fake
-def _(grad_log_decay, grad_phase, grad_w_in, grad_w_out, gamma_log, log_decay, phase, w_in, w_out):
-    (states,), channels, outputs = gamma_log.shape, w_in.shape[1], w_out.shape[0]
-    shapes = ((states,),) * 3 + ((states, channels),) * 2 + ((outputs, states),) * 2
-    return tuple(w_in.new_empty(shape) for shape in shapes)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(inputs[2], *output)
-
-
-def _backward(ctx, *grads):
-    return lru_operands_backward_op(*grads, *ctx.saved_tensors)
-
-
-lru_operands_op.register_autograd(_backward, _setup_context)
+def scan_in_one_op(
+    x: Tensor, parameters: list[Tensor], D: Tensor | None, start: Tensor | None, tau: int, rows: int, store: bool
+) -> tuple[Tensor, Tensor]:
+    """y and the last state (batch, 2N), float32, by the C++ library's op, which has its gradient there (csrc/lru.cpp)."""
+    start = None if start is None else start.to(x.dtype)
+    y, last, _ = _cpp.library().lru_scan(x, *parameters, D, start, tau, rows, store and torch.is_grad_enabled())
+    return y, last

@@ -1,7 +1,8 @@
 """Drop-in state-space layers and norms, plain ``nn.Module``s."""
 
 from compressm.layers.lru import LRU
+from compressm.layers.lru_block import LRUBlock
 from compressm.layers.mamba import Mamba
 from compressm.layers.norms import LayerNorm, RMSNorm
 
-__all__ = ["LRU", "LayerNorm", "Mamba", "RMSNorm"]
+__all__ = ["LRU", "LRUBlock", "LayerNorm", "Mamba", "RMSNorm"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.kernels._mamba_mixer_cpu import mamba_mixer
+from compressm.layers._plain import plain
 
 
 def whole_mixer(layer: nn.Module, hidden_states: Tensor) -> Tensor | None:
@@ -15,19 +16,12 @@ def whole_mixer(layer: nn.Module, hidden_states: Tensor) -> Tensor | None:
     weight and bias.
     """
     in_proj, x_proj, dt_proj, out_proj = projections = layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj
-    if not all(map(_plain, projections)):
+    if not all(plain(projection, nn.Linear) for projection in projections):
         return None
     return mamba_mixer(
         hidden_states, in_proj.weight, in_proj.bias, layer.conv1d.weight, layer.conv1d.bias, x_proj.weight, dt_proj.weight,
         dt_proj.bias, layer.A_log, layer.D, out_proj.weight, out_proj.bias,
     )  # fmt: skip
-
-
-def _plain(projection: nn.Module) -> bool:
-    """Whether a projection is its weight and bias and nothing else: no adapter around it, no hook on it."""
-    m = projection
-    hooked = m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks
-    return type(m) is nn.Linear and not hooked
 
 
 def working_dtype(hidden_states: Tensor) -> torch.dtype:

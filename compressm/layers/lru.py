@@ -93,6 +93,11 @@ class LRU(nn.Module):
         H, N = self.d_model, self.d_state
         return plan("lti_scan", {"u": (batch, length, H), "B": (N, H), "C": (H, N)}, dtype, device)
 
+    def remember(self, x: Tensor) -> None:
+        """Take x (batch, L, H) for the call that :attr:`kernel_plan` is about, if it is one to remember."""
+        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
+            self._last_call = (x.device.type, x.dtype, x.shape[0], x.shape[1])
+
     def initial_state(self, batch: int) -> Tensor:
         """The zero state (batch, N), complex."""
         dtype = torch.promote_types(self.nu_log.dtype, torch.float32).to_complex()
@@ -113,8 +118,7 @@ class LRU(nn.Module):
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, length, {self.d_model})")
-        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
-            self._last_call = (x.device.type, x.dtype, x.shape[0], x.shape[1])
+        self.remember(x)
         return lru_scan(
             x, self.nu_log, self.theta_log, self.gamma_log, self.B_re, self.B_im, self.C_re, self.C_im, self.D,
             initial_state=initial_state, return_last_state=return_last_state,

@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import compressm
 from compressm.errors import ConfigError, NumericalError
 from compressm.experiments import training
 from compressm.experiments.batches import SEEDS_PER_BLOCK, Batches, step_seed
-from compressm.experiments.models import Classifier, SequenceBlock, evaluate, parameter_groups
+from compressm.experiments.models import Classifier, evaluate, parameter_groups
 from compressm.experiments.settings import PRESETS, parse_assignments, resolve
 from compressm.experiments.tasks import make_task
 from compressm.experiments.training import TrainingRun, learning_rate, pick_device
@@ -197,13 +196,6 @@ def test_wrong_settings_name_the_allowed_ones():
     for name in ("nonsense", "cuda:99"):
         with pytest.raises(ConfigError, match=f"device: got '{name}'"):
             pick_device(name)
-
-
-def test_block_is_the_residual_block_of_the_paper():
-    block = SequenceBlock(6, 5, 0.3, 0.9, 0.999, 6.28).eval()
-    x = torch.randn(2, 7, 6)
-    left, right = block.glu(nn.functional.gelu(block.lru(block.norm(x)))).chunk(2, -1)
-    torch.testing.assert_close(block(x), x + left * torch.sigmoid(right))
 
 
 def test_classifier_normalises_pixels_and_groups_parameters():

@@ -20,7 +20,6 @@ from compressm.kernels._lti_scan_cpu import lti_core, lti_tables
 from compressm.kernels.cross_entropy import cross_entropy_op
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gates import gated_linear_op, gelu_dropout_op, glu_dropout_add_op
-from compressm.kernels.lru_scan import lru_operands_op
 from compressm.kernels.norms import norm_op
 
 B, D, L, N = 2, 6, 40, 4
@@ -36,10 +35,6 @@ def core(u, log_decay, phase, w_in, w_out, feed):
 
 def tables(log_decay, phase, w_in, w_out, D):
     return lti_tables(log_decay, phase, w_in, w_out, D, 3)[4]
-
-
-def operands(*parameters):
-    return lru_operands_op(*parameters)[2]
 
 
 def norm(x, weight, bias):
@@ -70,7 +65,6 @@ CALLS = {
     "lti_core": (core, [(B, L, D), (N,), (N,), (2 * N, D), (D, 2 * N), (D,)]),
     "diagonal_scan": (diagonal, [(B, L, 2 * N), (N,), (N,)]),
     "lti_tables": (tables, [(N,), (N,), (2 * N, D), (D, 2 * N), (D,)]),
-    "lru_operands": (operands, [(N,), (N,), (N,), (N, D), (N, D), (D, N), (D, N)]),
     "norm": (norm, [(B, L, D), (D,), (D,)]),
     "gelu_dropout": (gelu, [(B, L, D)]),
     "glu_dropout_add": (glu, [(B, L, 2 * D), (B, L, D)]),
@@ -208,7 +202,7 @@ def test_hooks_on_saved_tensors(call):
 
 def test_a_changed_argument_is_noticed(call):
     name, function, leaves = call
-    kept = {"diagonal_scan": 1, "lru_operands": 2}.get(name, 0)  # an argument that the backward reads
+    kept = 1 if name == "diagonal_scan" else 0  # an argument that the backward reads
     changed = leaves[kept] * 1
     out = function(*leaves[:kept], changed, *leaves[kept + 1 :])
     changed.mul_(2)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from compressm.errors import ArgumentError, BackendError
 from compressm.kernels import lru_scan
-from compressm.kernels.lru_scan import lru_operands_op
+from compressm.kernels.lru_scan import scan_in_one_op
+from compressm.kernels.lti_scan import planar
 
 NAMES = ["x", "nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im", "D"]
 SHAPES = [(1, 1, 1, 1, 1), (2, 9, 3, 4, 3), (2, 40, 2, 5, 7), (3, 0, 2, 3, 2), (1, 6, 33, 300, 33)]  # batch, L, H, N, H_out
@@ -65,11 +71,124 @@ def test_it_is_the_definition(assert_close, shape, backend, dtype):
         assert_close(results[name].to(expected.dtype), expected, name, dtype)
 
 
-def test_operands_read_any_strides():
-    inputs, _ = random_inputs(1, 1, 5, 6, 4)
-    dense = [inputs[name].float() for name in NAMES[1:8]]
-    strided = [torch.stack([t, t], -1)[..., 0] for t in dense]
-    assert all(torch.equal(a, b) for a, b in zip(lru_operands_op(*strided), lru_operands_op(*dense), strict=True))
+@pytest.mark.parametrize("length", [0, 1, 4, 7, 24])
+@pytest.mark.parametrize(("tau", "rows", "store"), [(1, 5, True), (2, 3, False), (4, 2, True), (5, 64, False)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_heads_and_tables(assert_close, length, tau, rows, store):
+    for outputs in (3, 2):
+        inputs, state = random_inputs(2, length, 3, 4, outputs)
+
+        def run(x, *parameters, D, initial_state):
+            y, last = scan_in_one_op(x, parameters, D, planar(initial_state), tau, rows, store)
+            return y, torch.complex(*last.chunk(2, -1))
+
+        def call(run, x, nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im, D, *, initial_state):
+            return run(x, nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im, D=D, initial_state=initial_state)
+
+        oracle = evaluate(partial(call, definition), inputs, state, torch.float64)
+        results = evaluate(partial(call, run), inputs, state, torch.float32)
+        for name, expected in oracle.items():
+            assert_close(results[name].to(expected.dtype), expected, name, torch.float32)
+
+
+class Seen(TorchDispatchMode):
+    """Counts our ops that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "compressm":
+            self.ops[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_parts_are_seen_where_something_looks(leaves):
+    y = lru_scan(*leaves)
+    assert "LruScanOp" in y.grad_fn.name()
+    with Seen() as seen:
+        torch.testing.assert_close(lru_scan(*leaves), y)
+    assert seen.ops == {"lti_core": 1}
+
+
+def test_any_strides():
+    inputs, _ = random_inputs(2, 9, 5, 6, 4)
+    dense = [inputs[name].float() for name in NAMES[:8]]
+    strided = [torch.stack([t, t], -1)[..., 0].requires_grad_() for t in dense]
+    dense = [t.requires_grad_() for t in dense]
+    ys = [lru_scan(*tensors) for tensors in (dense, strided)]
+    assert torch.equal(*ys)
+    grads = [torch.autograd.grad(y.square().sum(), tensors) for y, tensors in zip(ys, (dense, strided), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.fixture
+def leaves():
+    inputs, _ = random_inputs(2, 21, 3, 4, 3)
+    return [t.float().requires_grad_() for t in inputs.values()]
+
+
+def gradients(leaves, run=lru_scan):
+    return torch.autograd.grad(run(*leaves).square().sum(), leaves)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_in_the_backward(leaves, reentrant):
+    expected = gradients(leaves)
+    checkpoint(lru_scan, *leaves, use_reentrant=reentrant).square().sum().backward()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected, strict=True))
+
+
+def test_hooks_meet_all_that_is_kept(leaves):
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t.clone(), lambda t: t):
+        y = lru_scan(*leaves)
+    assert len(packed) == 3 + 4 + 1  # x, gamma_log and D; the operands; the states
+    actual = torch.autograd.grad(y.square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, gradients(leaves), strict=True))
+
+
+def test_what_is_kept_is_let_go_after_the_backward(leaves):
+    y = lru_scan(*leaves)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+
+
+def test_a_changed_input_is_noticed(leaves):
+    x = leaves[0] * 1
+    y = lru_scan(x, *leaves[1:])
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_second_derivative_is_refused(leaves):
+    y = lru_scan(*leaves)
+    first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
+        torch.autograd.grad(sum(grad.sum() for grad in first), leaves)
+
+
+def test_autocast_does_not_round_it(leaves):
+    expected = lru_scan(*leaves), gradients(leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lru_scan(*leaves), expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients(leaves), expected[1], strict=True))
+
+
+@pytest.mark.slow
+def test_compiles_into_one_graph(leaves):
+    compiled = torch.compile(lru_scan, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(leaves, compiled), gradients(leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_vectorized(leaves):
+    x, *rest = (leaf.detach() for leaf in leaves)
+    both = torch.func.vmap(lambda u: lru_scan(u, *rest))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(both, torch.stack([lru_scan(x, *rest), lru_scan(2 * x, *rest)]))
 
 
 def test_half_precision_parameters_are_used_in_float32(assert_close):

@@ -302,8 +302,6 @@ def test_custom_ops_are_well_formed():
     torch.library.opcheck(torch.ops.compressm.diagonal_scan.default, scan_args, test_utils=tests)
     tables_args = (log_decay, phase, args[3], args[4], torch.randn(3, requires_grad=True), 3)
     torch.library.opcheck(torch.ops.compressm.lti_tables.default, tables_args, test_utils=tests)
-    lru_args = [torch.randn(shape, requires_grad=True) for shape in ((4,), (4,), (4,), (4, 3), (4, 3), (2, 4), (2, 4))]
-    torch.library.opcheck(torch.ops.compressm.lru_operands.default, lru_args, test_utils=tests)
 
 
 @pytest.mark.slow
