@@ -7,6 +7,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
 
@@ -65,32 +67,54 @@ void forward_of(const Rows& rows, float* losses, float* normalizers) {
 }
 
 template <typename Element>
-void backward_of(const Rows& rows, const float* normalizers, const float* grad, void* grad_scores) {
+void backward_of(const Rows& rows, const float* normalizers, const float* grad, int64_t pitch, void* grad_scores) {
   in_parts<Element>(rows, [&](const Scores<Element>& part, int64_t begin) {
     Element* to = static_cast<Element*>(grad_scores) + begin * part.classes;
-    row_kernels<Element>().backward(part, normalizers + 2 * begin, grad + begin, to);
+    row_kernels<Element>().backward(part, normalizers + 2 * begin, grad + begin * pitch, pitch, to);
   });
 }
 
-// scores (rows, classes), targets (rows) -> losses (rows) and normalizers (rows, 2), float32.
-std::tuple<Tensor, Tensor> cross_entropy(const Tensor& scores, const Tensor& targets, int64_t ignore_index) {
+enum class Reduction { none, mean, sum };
+
+Reduction reduction_of(std::string_view name) {
+  TORCH_CHECK(name == "none" || name == "mean" || name == "sum", "reduction: expected none, mean or sum, got ", name);
+  return name == "none" ? Reduction::none : name == "mean" ? Reduction::mean : Reduction::sum;
+}
+
+// By what the sum of the losses is divided; there is nothing to divide by where all rows are ignored.
+double divisor(const Rows& rows, Reduction reduction) {
+  if (reduction != Reduction::mean) return 1;
+  const int64_t* each = rows.targets.const_data_ptr<int64_t>();
+  return static_cast<double>(rows.scores.size(0) - std::count(each, each + rows.scores.size(0), rows.ignored));
+}
+
+// scores (rows, classes), targets (rows) -> loss (rows) or, reduced, () and normalizers (rows, 2), float32.
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& scores, const Tensor& targets, int64_t ignore_index,
+                                         std::string_view reduction) {
+  const Reduction reduce = reduction_of(reduction);
   const Rows rows(scores, targets, ignore_index);
   const auto options = scores.options().dtype(at::kFloat);
   Tensor losses = at::empty({scores.size(0)}, options), normalizers = at::empty({scores.size(0), 2}, options);
   const auto run = scores.scalar_type() == at::kBFloat16 ? forward_of<BFloat16> : forward_of<float>;
   run(rows, losses.data_ptr<float>(), normalizers.data_ptr<float>());
-  return {losses, normalizers};
+  if (reduce == Reduction::none) return {losses, normalizers};
+  const float* each = losses.const_data_ptr<float>();
+  const double total = std::accumulate(each, each + losses.numel(), 0.0);
+  return {at::full({}, total / divisor(rows, reduce), options), normalizers};
 }
 
 // The gradient of scores, as they are.
 Tensor cross_entropy_backward(const Tensor& grad, const Tensor& scores, const Tensor& targets, const Tensor& normalizers,
-                              int64_t ignore_index) {
+                              int64_t ignore_index, std::string_view reduction) {
+  const Reduction reduce = reduction_of(reduction);
+  const bool reduced = reduce != Reduction::none;
   const Rows rows(scores, targets, ignore_index);
-  const Tensor grads = dense(grad, "grad_losses", {scores.size(0)});
+  Tensor grads = reduced ? dense(grad, "grad_loss", {}) : dense(grad, "grad_loss", {scores.size(0)});
+  if (reduced) grads = at::div(grads, divisor(rows, reduce));
   const Tensor kept = dense(normalizers, "normalizers", {scores.size(0), 2});
   Tensor grad_scores = at::empty(scores.sizes(), scores.options());
   const auto run = scores.scalar_type() == at::kBFloat16 ? backward_of<BFloat16> : backward_of<float>;
-  run(rows, kept.const_data_ptr<float>(), grads.const_data_ptr<float>(), grad_scores.data_ptr());
+  run(rows, kept.const_data_ptr<float>(), grads.const_data_ptr<float>(), reduced ? 0 : 1, grad_scores.data_ptr());
   return grad_scores;
 }
 
@@ -99,10 +123,10 @@ struct CrossEntropyOp {
 };
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
-  m.def("cross_entropy(Tensor scores, Tensor targets, int ignore_index) -> (Tensor losses, Tensor normalizers)",
+  m.def("cross_entropy(Tensor scores, Tensor targets, int ignore_index, str reduction) -> (Tensor loss, Tensor normalizers)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(cross_entropy)));
-  m.def("cross_entropy_backward(Tensor grad_losses, Tensor scores, Tensor targets, Tensor normalizers, int ignore_index)"
-        " -> (Tensor grad_scores)",
+  m.def("cross_entropy_backward(Tensor grad_loss, Tensor scores, Tensor targets, Tensor normalizers, int ignore_index,"
+        " str reduction) -> (Tensor grad_scores)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(cross_entropy_backward)));
   register_gradient<CrossEntropyOp>(m);
 }

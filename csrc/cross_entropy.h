@@ -26,8 +26,9 @@ struct CrossEntropyRows {
   // rounded where m is large.  Targets are valid.
   void (*forward)(const Scores<Element>& scores, float* losses, float* normalizers);
 
-  // grad_scores (rows, classes) from grad (rows), the gradient of the losses.
-  void (*backward)(const Scores<Element>& scores, const float* normalizers, const float* grad, Element* grad_scores);
+  // grad_scores (rows, classes) from the gradient of the losses: a number every `pitch` (0 or 1) for a row.
+  void (*backward)(const Scores<Element>& scores, const float* normalizers, const float* grad, std::int64_t pitch,
+                   Element* grad_scores);
 };
 
 struct CrossEntropyKernels {

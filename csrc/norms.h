@@ -23,10 +23,13 @@ struct NormKernels {
   // x, out (rows, length).
   void (*forward)(const Norm& norm, const float* x, float* out, std::int64_t rows);
 
-  // Its adjoint; grad: dL/dout.  grad_x (rows, length), grad_weight (length) and, with `centred`, grad_bias (length) are
-  // written, the last two with the sums over these rows.
-  void (*backward)(const Norm& norm, const float* x, const float* grad, float* grad_x, float* grad_weight,
-                   float* grad_bias, std::int64_t rows);
+  // Adds the sums over the rows of (x - mean) / sqrt(variance + eps) to sums (length).
+  void (*add_rows)(const Norm& norm, const float* x, float* sums, std::int64_t rows);
+
+  // The adjoint of forward; grad: dL/dout, a row every `pitch` floats, which is 0 where all rows have the same.  grad_x (rows,
+  // length) is written; the sums over these rows are added to grad_weight (length) and, with `centred`, grad_bias (length).
+  void (*backward)(const Norm& norm, const float* x, const float* grad, std::int64_t pitch, float* grad_x,
+                   float* grad_weight, float* grad_bias, std::int64_t rows);
 };
 
 COMPRESSM_KERNELS(NormKernels, norm_kernels)

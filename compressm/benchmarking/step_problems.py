@@ -29,6 +29,7 @@ from compressm.experiments.settings import Settings, resolve
 from compressm.experiments.tasks import ImageTask, Task, TextTask
 from compressm.experiments.texts import Text, WindowBatches
 from compressm.experiments.training import TrainingRun
+from compressm.kernels import cross_entropy
 
 BATCHES_OF_NOISE = 4
 Change = Callable[[nn.Module], None]  # of a model, in place, before its optimizer is made
@@ -119,7 +120,7 @@ def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
             if isinstance(task, TextTask):
                 part = prediction_loss(model, batch[chosen])
             else:
-                part = nn.functional.cross_entropy(model(batch[0][chosen]), batch[1][chosen])
+                part = cross_entropy(model(batch[0][chosen]), batch[1][chosen])
         share = len(chosen) / len(examples)
         (part * share).backward()
         total += part.detach().double() * share

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from compressm.kernels import standardized_linear
 from compressm.layers import LayerNorm, LRUBlock
 
 
@@ -46,10 +47,10 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (batch, L, channels), any real dtype -> scores (batch, classes)."""
-        x = self.encoder((pixels.to(self.mean.dtype) - self.mean) / self.std)
+        x = standardized_linear(pixels, self.mean, self.std, self.encoder.weight, self.encoder.bias)
         for block in self.blocks:
             x = block(x)
-        return self.decoder(self.norm(x).sum(1) / x.shape[1])  # mean(1) would divide the gradient of every step
+        return self.decoder(self.norm.mean_over_time(x))
 
     @property
     def states(self) -> list[int]:

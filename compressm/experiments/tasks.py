@@ -20,7 +20,7 @@ from compressm.experiments.language_model import parameter_groups as language_gr
 from compressm.experiments.metrics import ACCURACY, BITS_PER_BYTE, Metric
 from compressm.experiments.models import Classifier, evaluate, parameter_groups
 from compressm.experiments.settings import Settings
-from compressm.kernels import KernelPlan
+from compressm.kernels import KernelPlan, cross_entropy
 
 EVALUATION_BATCH = 250
 NATS_PER_BIT = math.log(2)
@@ -141,7 +141,7 @@ class ImageTask(Task):
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         x, y = self.batches[step]
         scores = model(x)
-        return nn.functional.cross_entropy(scores, y), (scores.detach().argmax(-1) == y).sum()
+        return cross_entropy(scores, y), (scores.detach().argmax(-1) == y).sum()
 
     def from_tally(self, tally: float, steps: int) -> float:
         return tally / (steps * self.settings.batch_size)

@@ -8,10 +8,11 @@ from compressm.kernels.gates import gelu_dropout, glu_dropout_add, linear_glu_dr
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lru_scan import lru_scan
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
-from compressm.kernels.norms import layer_norm, rms_norm
+from compressm.kernels.norms import layer_norm, layer_norm_mean, rms_norm
 from compressm.kernels.planning import plan
 from compressm.kernels.selective_scan import selective_scan
 from compressm.kernels.selective_state_update import selective_state_update
+from compressm.kernels.standardized_linear import standardized_linear
 
 __all__ = [
     "Gramians",
@@ -25,6 +26,7 @@ __all__ = [
     "gramians",
     "gramians_many",
     "layer_norm",
+    "layer_norm_mean",
     "linear_glu_dropout_add",
     "lru_scan",
     "lti_scan",
@@ -33,4 +35,5 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "standardized_linear",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def cross_entropy(scores: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Losses (rows,) of scores (rows, classes); 0 where the target is ``ignore_index``."""
+def cross_entropy(scores: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Losses (rows,) of scores (rows, classes), 0 where the target is ``ignore_index``, or their reduction."""
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="none")
+    return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction=reduction)

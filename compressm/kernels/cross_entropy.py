@@ -39,51 +39,48 @@ def cross_entropy(
     rows, classes = scores.reshape(-1, scores.shape[-1]), targets.reshape(-1)
     chosen = cpp_or_reference("cross_entropy", scores.device.type, scores.dtype, backend)
     if chosen == "reference" or scores.numel() == 0:
-        losses = _cross_entropy_ref.cross_entropy(rows, classes, ignore_index)
+        loss = _cross_entropy_ref.cross_entropy(rows, classes, ignore_index, reduction)
     else:
         rows = rows if rows.dtype == torch.bfloat16 else rows.float()
-        losses, _normalizers = cross_entropy_op(rows, classes, ignore_index)
-    if reduction == "none":
-        return losses.reshape(targets.shape)
-    total = losses.sum()
-    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+        loss, _normalizers = cross_entropy_op(rows, classes, ignore_index, reduction)
+    return loss.reshape(targets.shape) if reduction == "none" else loss
 
 
 @custom_op("compressm::cross_entropy", differentiable=True)
-def cross_entropy_op(scores: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Losses (rows,) and what the backward needs (rows, 2), float32, by the C++ kernels.
+def cross_entropy_op(scores: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """The losses (rows,), or a scalar, and what the backward needs (rows, 2), float32, by the C++ kernels.
 
     scores (rows, V) is float32 or bfloat16, targets (rows,) int64.
     """
-    return _cpp.library().cross_entropy(scores, targets, ignore_index)
+    return _cpp.library().cross_entropy(scores, targets, ignore_index, reduction)
 
 
 @cross_entropy_op.register_fake
-def _(scores, targets, ignore_index):
-    losses = scores.new_empty(targets.shape, dtype=torch.float32)
-    return losses, losses.new_empty((*targets.shape, 2))
+def _(scores, targets, ignore_index, reduction):
+    normalizers = scores.new_empty((*targets.shape, 2), dtype=torch.float32)
+    return normalizers.new_empty(targets.shape if reduction == "none" else ()), normalizers
 
 
 @custom_op("compressm::cross_entropy_backward")
 def cross_entropy_backward_op(
-    grad_losses: Tensor, scores: Tensor, targets: Tensor, normalizers: Tensor, ignore_index: int
+    grad_loss: Tensor, scores: Tensor, targets: Tensor, normalizers: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
     """Gradient of scores."""
-    return _cpp.library().cross_entropy_backward(grad_losses, scores, targets, normalizers, ignore_index)
+    return _cpp.library().cross_entropy_backward(grad_loss, scores, targets, normalizers, ignore_index, reduction)
 
 
 @cross_entropy_backward_op.register_fake
-def _(grad_losses, scores, targets, normalizers, ignore_index):
+def _(grad_loss, scores, targets, normalizers, ignore_index, reduction):
     return scores.new_empty(scores.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    scores, targets, ctx.ignore_index = inputs
+    scores, targets, *ctx.settings = inputs
     ctx.save_for_backward(scores, targets, output[1])
 
 
-def _backward(ctx, grad_losses, _grad_normalizers):
-    return cross_entropy_backward_op(grad_losses, *ctx.saved_tensors, ctx.ignore_index), None, None
+def _backward(ctx, grad_loss, _grad_normalizers):
+    return cross_entropy_backward_op(grad_loss, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 cross_entropy_op.register_autograd(_backward, _setup_context)

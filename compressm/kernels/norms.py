@@ -48,6 +48,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
     return _normalise("rms_norm", x, weight, None, eps, False, backend)
 
 
+def layer_norm_mean(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, backend: str | None = None
+) -> Tensor:
+    """``layer_norm(x, weight, bias, eps).mean(-2)``: the mean over time of normalised states, of which none is stored.
+
+    Args:
+        x: (..., L, H), as in :func:`layer_norm`.
+        weight, bias, eps, backend: as in :func:`layer_norm`.
+
+    Returns:
+        (..., H) in x's dtype.  x, weight and bias are differentiable.
+
+    Raises:
+        as :func:`layer_norm`.
+    """
+    _check_rows(x)
+    if x.dim() < 2:
+        raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected="(..., L, H)")
+    _check_channels("weight", weight, x)
+    if bias is not None:
+        _check_channels("bias", bias, x)
+    chosen = cpp_or_reference("layer_norm_mean", x.device.type, x.dtype, backend)
+    if chosen == "reference" or x.numel() == 0:
+        return _norms_ref.norm(x, weight, bias, eps, True).mean(-2)
+    bias = None if bias is None else bias.float()
+    rows = x.float() if x.dim() == 3 else x.float().reshape(-1, *x.shape[-2:])
+    out = norm_mean_op(rows, weight.float(), bias, float(eps), True).to(x.dtype)
+    return out if x.dim() == 3 else out.reshape(*x.shape[:-2], x.shape[-1])
+
+
 def _normalise(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, backend: str | None
 ) -> Tensor:
@@ -94,6 +124,38 @@ def _backward(ctx, grad_out):
 
 
 norm_op.register_autograd(_backward, _setup_context)
+
+
+@custom_op("compressm::norm_mean", differentiable=True)
+def norm_mean_op(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
+    """The mean over L of :func:`norm_op`'s output for x (batch, L, H): (batch, H)."""
+    return _cpp.library().norm_mean(x, weight, bias, eps, centred)
+
+
+@norm_mean_op.register_fake
+def _(x, weight, bias, eps, centred):
+    return x.new_empty((x.shape[0], x.shape[2]))
+
+
+@custom_op("compressm::norm_mean_backward")
+def norm_mean_backward_op(
+    grad_out: Tensor, x: Tensor, weight: Tensor, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x, weight, bias); the last is empty unless ``centred``."""
+    return _cpp.library().norm_mean_backward(grad_out, x, weight, eps, centred)
+
+
+@norm_mean_backward_op.register_fake
+def _(grad_out, x, weight, eps, centred):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if centred else (0,))
+
+
+def _mean_backward(ctx, grad_out):
+    grad_x, grad_weight, grad_bias = norm_mean_backward_op(grad_out, *ctx.saved_tensors, ctx.eps, ctx.centred)
+    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
+
+
+norm_mean_op.register_autograd(_mean_backward, _setup_context)
 
 
 def _check_rows(x: Tensor) -> None:

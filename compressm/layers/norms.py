@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressm.kernels import layer_norm, rms_norm
+from compressm.kernels import layer_norm, layer_norm_mean, rms_norm
+from compressm.layers._plain import plain
 
 
 class LayerNorm(nn.LayerNorm):
@@ -16,6 +17,12 @@ class LayerNorm(nn.LayerNorm):
         if not _taken(self, x):
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def mean_over_time(self, x: Tensor) -> Tensor:
+        """``self(x).mean(-2)`` of x (..., L, H) -> (..., H), in one pass where the kernels take the call."""
+        if not (_taken(self, x) and plain(self, LayerNorm)):
+            return self(x).mean(-2)
+        return layer_norm_mean(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -148,10 +148,12 @@ def test_custom_ops_are_well_formed():
     ops = torch.ops.compressm
     scores, targets = torch.randn(5, 9), torch.tensor([0, 8, 3, IGNORED, 1])
     forward = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
-    torch.library.opcheck(ops.cross_entropy.default, (scores.clone().requires_grad_(), targets, IGNORED), test_utils=forward)
-    _losses, normalizers = ops.cross_entropy(scores, targets, IGNORED)
-    arguments = (torch.randn(5), scores, targets, normalizers, IGNORED)
-    torch.library.opcheck(ops.cross_entropy_backward.default, arguments, test_utils=forward[:2])
+    for reduction in ("mean", "sum", "none"):
+        arguments = (scores.clone().requires_grad_(), targets, IGNORED, reduction)
+        torch.library.opcheck(ops.cross_entropy.default, arguments, test_utils=forward)
+        loss, normalizers = ops.cross_entropy(scores, targets, IGNORED, reduction)
+        arguments = (torch.randn(loss.shape), scores, targets, normalizers, IGNORED, reduction)
+        torch.library.opcheck(ops.cross_entropy_backward.default, arguments, test_utils=forward[:2])
 
 
 def test_compiles_into_one_graph(assert_close):

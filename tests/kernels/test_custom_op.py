@@ -20,7 +20,8 @@ from compressm.kernels._lti_scan_cpu import lti_core, lti_tables
 from compressm.kernels.cross_entropy import cross_entropy_op
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gates import gated_linear_op, gelu_dropout_op, glu_dropout_add_op
-from compressm.kernels.norms import norm_op
+from compressm.kernels.norms import norm_mean_op, norm_op
+from compressm.kernels.standardized_linear import standardized_linear_op
 
 B, D, L, N = 2, 6, 40, 4
 
@@ -54,7 +55,16 @@ def gated(x, weight, bias, residual):
 
 
 def losses(scores):
-    return cross_entropy_op(scores, torch.arange(L) % D, -100)[0]
+    return cross_entropy_op(scores, torch.arange(L) % D, -100, "none")[0]
+
+
+def norm_mean(x, weight, bias):
+    return norm_mean_op(x, weight, bias, 1e-5, True)
+
+
+def first(weight, bias):
+    data = torch.arange(2.0 * B * L).view(B, L, 2)
+    return standardized_linear_op(data, torch.tensor([40.0, 50.0]), torch.tensor([20.0, 30.0]), weight, bias)
 
 
 conv = partial(causal_conv1d, activation="silu", backend="cpp")
@@ -70,6 +80,8 @@ CALLS = {
     "glu_dropout_add": (glu, [(B, L, 2 * D), (B, L, D)]),
     "gated_linear": (gated, [(B, L, D), (2 * D, D), (2 * D,), (B, L, D)]),
     "cross_entropy": (losses, [(L, D)]),
+    "norm_mean": (norm_mean, [(B, L, D), (D,), (D,)]),
+    "standardized_linear": (first, [(D, 2), (D,)]),
 }
 # The argument that must not be positive.
 DECAYS = {"selective_scan": 2, "lti_core": 1, "diagonal_scan": 1, "lti_tables": 0}

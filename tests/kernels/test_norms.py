@@ -8,7 +8,7 @@ from kernels.layouts import lay_out
 from torch import nn
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import layer_norm, rms_norm
+from compressm.kernels import layer_norm, layer_norm_mean, rms_norm
 from compressm.layers import LayerNorm, RMSNorm
 
 CHANNELS = (2, 3, 8, 15, 16, 31, 32, 33, 64, 129)
@@ -53,6 +53,47 @@ def test_cpp(assert_close, cpp_calls, layout):
     with cpp_calls() as seen:
         evaluate(inputs, torch.float32, None, layout=layout)
     assert seen == {"norm": 3, "norm_backward": 3}
+
+
+def evaluate_mean(inputs, dtype, backend, layout="dense"):
+    """The mean over time and its gradients by name."""
+    leaves = {key: lay_out(t.to(dtype), layout).requires_grad_() for key, t in inputs.items()}
+    out = layer_norm_mean(*leaves.values(), eps=1e-2, backend=backend)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    return {"out": out.detach(), **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), weights), strict=True))}
+
+
+@pytest.mark.parametrize("layout", ["dense", "slice", "transposed"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_mean_over_time(assert_close, cpp_calls, layout):
+    for channels in CHANNELS:
+        for rows in ((1, 1), (3, 37), (2, 2, 1100)):
+            inputs = random_inputs(*rows, channels)
+            oracle = evaluate_mean(inputs, torch.float64, "reference")
+            with cpp_calls() as seen:
+                results = evaluate_mean(inputs, torch.float32, None, layout)
+            assert seen == {"norm_mean": 1, "norm_mean_backward": 1}
+            check(results, oracle, assert_close, torch.float32)
+
+
+@pytest.mark.parametrize("channels", [7, 16, 41, 64])
+def test_mean_on_every_instruction_set(assert_close, isa, channels):
+    inputs = random_inputs(5, 70, channels)
+    oracle = evaluate_mean(inputs, torch.float64, "reference")
+    check(evaluate_mean(inputs, torch.float32, "cpp"), oracle, assert_close, torch.float32)
+
+
+@pytest.mark.parametrize("channels", [8, 33])
+def test_a_gradient_that_all_rows_share(assert_close, channels):
+    inputs = random_inputs(3, 70, channels)
+    shared = torch.randn(3, 1, channels, generator=torch.Generator().manual_seed(5)).double()
+    results = {}
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpp")):
+        leaves = {key: t.to(dtype).requires_grad_() for key, t in inputs.items()}
+        out = layer_norm(*leaves.values(), backend=backend)
+        grads = torch.autograd.grad(out, list(leaves.values()), shared.to(dtype).expand_as(out))
+        results[dtype] = dict(zip(leaves, grads, strict=True))
+    check(results[torch.float32], results[torch.float64], assert_close, torch.float32)
 
 
 @pytest.mark.parametrize("channels", [7, 16, 41, 64])
