@@ -50,7 +50,7 @@ class Batches:
         if batch_size > len(y):
             raise ConfigError(f"batch_size: got {batch_size}, expected at most {len(y)}, the number of training examples")
         self.x, self.y, self.batch_size, self.seed = x, y, batch_size, seed
-        self._epoch, self._order = -1, torch.empty(0)
+        self._epoch, self._order, self._labels = -1, torch.empty(0), torch.empty(0)  # of the present epoch
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of a step, counted from 0."""
@@ -58,8 +58,9 @@ class Batches:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(stream(self.seed, ORDER, epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.y), generator=generator).to(self.y.device)
-        chosen = self._order[position * self.batch_size : (position + 1) * self.batch_size]
-        return self.x.index_select(0, chosen), self.y.index_select(0, chosen)
+            self._labels = self.y[self._order]
+        part = slice(position * self.batch_size, (position + 1) * self.batch_size)
+        return self.x.index_select(0, self._order[part]), self._labels[part]
 
     def calibration(self, sequences: int) -> list[Tensor]:
         """Batches of training inputs for data Gramians, the same at every call."""

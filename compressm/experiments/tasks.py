@@ -141,7 +141,7 @@ class ImageTask(Task):
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         x, y = self.batches[step]
         scores = model(x)
-        return cross_entropy(scores, y), (scores.detach().argmax(-1) == y).sum()
+        return cross_entropy(scores, y), (scores.argmax(-1) == y).sum()
 
     def from_tally(self, tally: float, steps: int) -> float:
         return tally / (steps * self.settings.batch_size)

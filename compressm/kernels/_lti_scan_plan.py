@@ -17,7 +17,7 @@ class Rates:
     table: float
 
 
-CPU_RATES = Rates(flops=300e9, bytes=24e9, table=8e-9)
+CPU_RATES = Rates(flops=190e9, bytes=24e9, table=8e-9)
 GPU_RATES = Rates(flops=200e12, bytes=3.0e12, table=1e-11)
 
 MAX_TAU = 64
