@@ -43,7 +43,7 @@ def lru_block(
     tensors = (x, *norm, *lru, glu_weight, glu_bias)
     if any(t is not None and t.dtype != torch.float32 for t in tensors) or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return None
-    if not plain_call(*tensors):
+    if not plain_call(*tensors) or norm_weight.device != x.device:
         return None
     backend, tau, rows, store = launch(x.device.type, x.dtype, *x.shape, C_re.shape[0], nu_log.shape[0], None)
     if backend != "cpp":

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from kernels.seen_ops import Seen
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from compressm.kernels import causal_conv1d, selective_scan, selective_state_update
@@ -95,19 +94,6 @@ def call(request):
     if request.param in DECAYS:
         leaves[DECAYS[request.param]] = -leaves[DECAYS[request.param]].abs()
     return request.param, function, [leaf.requires_grad_() for leaf in leaves]
-
-
-class Seen(TorchDispatchMode):
-    """Counts our ops that pass the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "compressm":
-            self.ops[func._opname] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def gradients(function, leaves) -> tuple[Tensor, ...]:

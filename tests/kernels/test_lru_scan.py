@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernels.seen_ops import Seen
 from torch.utils.checkpoint import checkpoint
 
 from compressm.errors import ArgumentError, BackendError
@@ -89,19 +88,6 @@ def test_heads_and_tables(assert_close, length, tau, rows, store):
         results = evaluate(partial(call, run), inputs, state, torch.float32)
         for name, expected in oracle.items():
             assert_close(results[name].to(expected.dtype), expected, name, torch.float32)
-
-
-class Seen(TorchDispatchMode):
-    """Counts our ops that pass the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "compressm":
-            self.ops[func._opname] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_parts_are_seen_where_something_looks(leaves):
