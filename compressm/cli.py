@@ -199,7 +199,3 @@ def main() -> None:
     except CompressmError as error:
         print(f"compressm: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

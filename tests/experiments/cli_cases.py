@@ -18,7 +18,7 @@ def run(*arguments):
 
 
 def spawn(*arguments):
-    command = [sys.executable, "-m", "compressm.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "compressm", *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(compressm.__file__).parents[1]
     )
