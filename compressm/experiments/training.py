@@ -189,9 +189,7 @@ class TrainingRun:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
-        for group in self.optimizer.param_groups:  # what zero_grad() comes to, without its record for profilers
-            for parameter in group["params"]:
-                parameter.grad = None
+        self.optimizer.zero_grad()
         self._recent.append(loss.detach(), tally)
         if self._recent.full:
             self._add_recent()
