@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from compressm.errors import bad_argument
@@ -31,10 +33,7 @@ def layer_norm(
         ArgumentError: shapes, dtypes or devices do not fit.
         BackendError: the named backend cannot run.
     """
-    _check_rows(x)
-    _check_channels("weight", weight, x)
-    if bias is not None:
-        _check_channels("bias", bias, x)
+    _check(x, weight, bias)
     return _normalise("layer_norm", x, weight, bias, eps, True, backend)
 
 
@@ -43,8 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str | Non
 
     Arguments, result and errors as in :func:`layer_norm`.
     """
-    _check_rows(x)
-    _check_channels("weight", weight, x)
+    _check(x, weight, None)
     return _normalise("rms_norm", x, weight, None, eps, False, backend)
 
 
@@ -63,12 +61,9 @@ def layer_norm_mean(
     Raises:
         as :func:`layer_norm`.
     """
-    _check_rows(x)
+    _check(x, weight, bias)
     if x.dim() < 2:
         raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected="(..., L, H)")
-    _check_channels("weight", weight, x)
-    if bias is not None:
-        _check_channels("bias", bias, x)
     chosen = cpp_or_reference("layer_norm_mean", x.device.type, x.dtype, backend)
     if chosen == "reference" or x.numel() == 0:
         return _norms_ref.norm(x, weight, bias, eps, True).mean(-2)
@@ -107,9 +102,11 @@ def norm_backward_op(
     return _cpp.library().norm_backward(grad_out, x, weight, eps, centred)
 
 
-@norm_backward_op.register_fake
-def _(grad_out, x, weight, eps, centred):
+def _fake_gradients(grad_out, x, weight, eps, centred):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if centred else (0,))
+
+
+norm_backward_op.register_fake(_fake_gradients)
 
 
 def _setup_context(ctx, inputs, output):
@@ -118,12 +115,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx, grad_out):
-    grad_x, grad_weight, grad_bias = norm_backward_op(grad_out, *ctx.saved_tensors, ctx.eps, ctx.centred)
+def _backward(backward_op, ctx, grad_out):
+    grad_x, grad_weight, grad_bias = backward_op(grad_out, *ctx.saved_tensors, ctx.eps, ctx.centred)
     return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
 
 
-norm_op.register_autograd(_backward, _setup_context)
+norm_op.register_autograd(partial(_backward, norm_backward_op), _setup_context)
 
 
 @custom_op("compressm::norm_mean", differentiable=True)
@@ -145,22 +142,16 @@ def norm_mean_backward_op(
     return _cpp.library().norm_mean_backward(grad_out, x, weight, eps, centred)
 
 
-@norm_mean_backward_op.register_fake
-def _(grad_out, x, weight, eps, centred):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if centred else (0,))
+norm_mean_backward_op.register_fake(_fake_gradients)
+norm_mean_op.register_autograd(partial(_backward, norm_mean_backward_op), _setup_context)
 
 
-def _mean_backward(ctx, grad_out):
-    grad_x, grad_weight, grad_bias = norm_mean_backward_op(grad_out, *ctx.saved_tensors, ctx.eps, ctx.centred)
-    return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
-
-
-norm_mean_op.register_autograd(_mean_backward, _setup_context)
-
-
-def _check_rows(x: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0 or not x.is_floating_point():
         raise bad_argument("x", got=f"{tuple(x.shape)} of {x.dtype}", expected="a real tensor (..., H)")
+    _check_channels("weight", weight, x)
+    if bias is not None:
+        _check_channels("bias", bias, x)
 
 
 def _check_channels(name: str, tensor: Tensor, x: Tensor) -> None:

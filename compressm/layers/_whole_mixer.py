@@ -16,7 +16,7 @@ def whole_mixer(layer: nn.Module, hidden_states: Tensor) -> Tensor | None:
     weight and bias.
     """
     in_proj, x_proj, dt_proj, out_proj = projections = layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj
-    if not all(plain(projection, nn.Linear) for projection in projections):
+    if hidden_states.device.type != "cpu" or not all(plain(projection, nn.Linear) for projection in projections):
         return None
     return mamba_mixer(
         hidden_states, in_proj.weight, in_proj.bias, layer.conv1d.weight, layer.conv1d.bias, x_proj.weight, dt_proj.weight,

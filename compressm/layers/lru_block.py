@@ -59,6 +59,8 @@ class LRUBlock(nn.Module):
 
     def _in_one_op(self, x: Tensor) -> Tensor | None:
         """None where the steps have to run one by one: the op cannot run, or a module is more than its parameters."""
+        if x.device.type != "cpu":
+            return None
         norm, lru, glu = self.norm, self.lru, self.glu
         whole = plain(norm, LayerNorm) and plain(lru, LRU) and plain(glu, nn.Linear)
         if not whole or norm.weight is None or x.dim() != 3 or x.shape[-1] != lru.d_model:

@@ -42,6 +42,13 @@ def evaluate(run, block: LRUBlock, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad((y * weight).sum(), list(leaves.values())), strict=True))}
 
 
+def assert_same_bits_separately(block: LRUBlock, x: Tensor) -> None:
+    ours = evaluate(block, block, x)
+    run_separately(block)
+    for name, value in evaluate(block, block, x).items():
+        assert torch.equal(ours[name], value), name
+
+
 def definition(block: LRUBlock, x: Tensor) -> Tensor:
     left, right = block.glu(nn.functional.gelu(block.lru(block.norm(x)))).chunk(2, -1)
     return x + left * torch.sigmoid(right)
@@ -65,20 +72,14 @@ def test_values_and_gradients_are_those_of_float64(assert_close, shape):
 def test_the_same_bits_as_the_separate_steps(shape, training):
     *rows, channels, states = shape
     block, x = block_of(channels, states, 0.4).train(training), torch.randn(*rows, channels)
-    ours = evaluate(block, block, x)
-    run_separately(block)
-    for name, value in evaluate(block, block, x).items():
-        assert torch.equal(ours[name], value), name
+    assert_same_bits_separately(block, x)
 
 
 def test_without_biases():
     block, x = block_of(), torch.randn(2, 11, 6)
     block.norm.bias = block.glu.bias = None
     assert one_op(block(x))
-    ours = evaluate(block, block, x)
-    run_separately(block)
-    for name, value in evaluate(block, block, x).items():
-        assert torch.equal(ours[name], value), name
+    assert_same_bits_separately(block, x)
 
 
 def test_under_no_grad():
