@@ -1,6 +1,7 @@
 #include "autograd.h"
 
 #include <ATen/core/stack.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
 
 #include <algorithm>
 #include <utility>
@@ -12,6 +13,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr const char* kNamespace = "compressm_cpp::";
+constexpr const char* kWayOut =
+    "Compute on the reference, which torch differentiates in any mode: backend=\"reference\" of the function, "
+    "COMPRESSM_BACKEND=reference for all, or float64 tensors";
 
 c10::OperatorHandle find(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((kNamespace + name).c_str(), "");
@@ -33,7 +37,98 @@ std::optional<std::string> after(const std::string& prefix, const std::string& n
   return name.substr(prefix.size());
 }
 
+// The level of the innermost batch (torch.func.vmap, is_grads_batched) that a tensor on the stack is part of; 0 for none.
+int64_t batch_level(const torch::jit::Stack& stack) {
+  int64_t level = 0;
+  for (const c10::IValue& value : stack) {
+    const auto* batched = value.isTensor() ? at::functorch::maybeGetBatchedImpl(value.toTensor()) : nullptr;
+    if (batched) level = std::max(level, batched->level());
+  }
+  return level;
+}
+
+// Calls a backward, for batched gradients once for each of the batch: torch's own fallback takes no lists of tensors.
+void call_backward(const c10::OperatorHandle& backward, torch::jit::Stack& stack) {
+  const int64_t level = batch_level(stack);
+  if (level == 0) return backward.callBoxed(&stack);
+  int64_t count = 0;
+  std::vector<variable_list> results(backward.schema().returns().size());
+  do {
+    torch::jit::Stack one;
+    for (const c10::IValue& value : stack) {
+      auto* batched = value.isTensor() ? at::functorch::maybeGetBatchedImpl(value.toTensor()) : nullptr;
+      if (batched && batched->level() == level) {
+        one.emplace_back(batched->value().select(batched->bdim(), static_cast<int64_t>(results[0].size())));
+        count = batched->value().size(batched->bdim());
+      } else {
+        one.push_back(value);
+      }
+    }
+    call_backward(backward, one);
+    for (std::size_t k = 0; k < results.size(); ++k) results[k].push_back(one[k].toTensor());
+  } while (static_cast<int64_t>(results[0].size()) < count);
+  stack.clear();
+  for (const variable_list& parts : results) {
+    stack.emplace_back(parts[0].defined() ? at::functorch::makeBatched(at::stack(parts), 0, level) : at::Tensor());
+  }
+}
+
+// Passes the results of a backward on; its own backward is not there.
+struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
+  static variable_list forward(AutogradContext* ctx, const c10::OperatorHandle* op, const variable_list* results,
+                               at::TensorList) {
+    ctx->saved_data["op"] = op->schema().name();
+    return *results;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, ctx->saved_data.at("op").toStringRef(),
+                                ": compressm's compiled kernels have no second derivative. ", kWayOut);
+  }
+};
+
 }  // namespace
+
+void refuse_tangents(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  const std::size_t count = op.schema().arguments().size();
+  for (std::size_t i = 0; i < count; ++i) {
+    const c10::IValue& value = torch::jit::peek(stack, i, count);
+    if (value.isTensor() && value.toTensor().defined()) {
+      TORCH_CHECK_NOT_IMPLEMENTED(!value.toTensor()._fw_grad(0).defined(), op.schema().name(),
+                                  ": compressm's compiled kernels have no forward-mode derivative. ", kWayOut);
+    }
+  }
+}
+
+void call_once_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  refuse_tangents(op, *stack);
+  const std::size_t count = op.schema().arguments().size(), results = op.schema().returns().size();
+  variable_list tensors;
+  bool wanted = false;
+  for (std::size_t i = 0; at::GradMode::is_enabled() && i < count; ++i) {
+    const c10::IValue& value = torch::jit::peek(*stack, i, count);
+    if (value.isTensor()) {
+      tensors.push_back(tensor_of(value));
+      wanted |= tensors.back().requires_grad();
+    }
+  }
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  if (!wanted) return;
+  variable_list outputs;
+  for (std::size_t i = 0; i < results; ++i) {
+    if (torch::jit::peek(*stack, i, results).toTensor().defined()) {
+      outputs.push_back(torch::jit::peek(*stack, i, results).toTensor());
+    }
+  }
+  outputs = OnceDifferentiable::apply(&op, &outputs, at::TensorList(tensors));
+  auto next = outputs.begin();
+  for (std::size_t i = 0; i < results; ++i) {
+    c10::IValue& result = torch::jit::peek(*stack, i, results);
+    if (result.toTensor().defined()) result = *next++;
+  }
+}
 
 const at::Tensor& tensor_of(const c10::IValue& value) {
   static const at::Tensor& none = *new at::Tensor(at::empty({0}));
@@ -83,7 +178,7 @@ Formula::Formula(const std::string& op, const char* passed) : op_(find(op)), bac
 variable_list Formula::forward(AutogradContext* ctx, c10::DispatchKeySet keys, const torch::jit::Stack& arguments) const {
   torch::jit::Stack stack = arguments;
   {
-    at::AutoDispatchBelowAutograd guard;
+    at::AutoDispatchBelowADInplaceOrView guard;  // results that are views inside of the op are plain tensors outside
     op_.redispatchBoxed(keys, &stack);
   }
   variable_list outputs, saved, list;
@@ -109,7 +204,9 @@ variable_list Formula::backward(AutogradContext* ctx, const variable_list& grads
   variable_list results(tensors_.size());
   if (passed_ && ctx->needs_input_grad(*passed_)) results[*passed_] = grads[0];
   const auto needed = [&](std::size_t tensor) { return ctx->needs_input_grad(tensor); };
+  const auto arrives = [&](const Source& source) { return source.kind == Kind::grad && grads[source.index].defined(); };
   if (std::none_of(targets_.begin(), targets_.end(), needed)) return results;
+  if (std::none_of(sources_.begin(), sources_.end(), arrives)) return results;
   const auto& wanted = backward_.schema().arguments();
   const variable_list saved = ctx->get_saved_variables();
   const auto single = [](const Source& source) { return source.kind == Kind::argument || source.kind == Kind::output; };
@@ -138,7 +235,7 @@ variable_list Formula::backward(AutogradContext* ctx, const variable_list& grads
         break;
     }
   }
-  backward_.callBoxed(&stack);
+  call_backward(backward_, stack);
   for (std::size_t k = 0; k < targets_.size(); ++k) {
     if (needed(targets_[k])) results[targets_[k]] = stack[k].toTensor();
   }

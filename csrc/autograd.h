@@ -8,11 +8,11 @@
 // - an argument or an output of the op, by its name;
 // - `need_<argument>`: whether that argument's gradient is asked for.
 // It returns `grad_<argument>`s.  Outputs of which it takes no gradient have none.  A list, the last output, is for the
-// backward alone: a caller who asks for a gradient gets an empty one.  The backward's own derivative is refused.
+// backward alone: a caller who asks for a gradient gets an empty one.  Where no gradient comes in at all none goes out, as in
+// torch's own functions.  The backward's own derivative and forward-mode derivatives are refused, with the way out.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -59,6 +59,12 @@ class Formula {
 // The tensor, or one without elements and gradient for None, as torch's functions take defined tensors only.
 const at::Tensor& tensor_of(const c10::IValue& value);
 
+// Raises where a tensor carries a tangent: an op that dropped it would answer with a derivative of zero.
+void refuse_tangents(const c10::OperatorHandle& op, const torch::jit::Stack& stack);
+
+// The autograd kernel of a backward: runs it, and raises where its results are differentiated in turn.
+void call_once_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
+
 // `Op` names the op (`Op::name`) and may name an argument that is passed on (`Op::passed`, else "").
 template <typename Op>
 struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
@@ -81,6 +87,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
 
   // The autograd kernel.
   static void call(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    refuse_tangents(op, *stack);
     const std::size_t count = op.schema().arguments().size();
     torch::autograd::variable_list tensors;
     bool wanted = false;
@@ -90,9 +97,9 @@ struct Differentiable : torch::autograd::Function<Differentiable<Op>> {
         wanted |= tensors.back().requires_grad();
       }
     }
-    const c10::DispatchKeySet below = keys & c10::after_autograd_keyset;
+    const c10::DispatchKeySet below = keys & c10::after_ADInplaceOrView_keyset;
     if (!wanted) {
-      at::AutoDispatchBelowAutograd guard;
+      at::AutoDispatchBelowADInplaceOrView guard;
       op.redispatchBoxed(below, stack);
       return;
     }
@@ -111,8 +118,8 @@ void register_gradient(torch::Library& library) {
   const std::string backward = std::string(Op::name) + "_backward";
   library.impl(Op::name, torch::dispatch(c10::DispatchKey::AutogradCPU,
                                          torch::CppFunction::makeFromBoxedFunction<&Differentiable<Op>::call>()));
-  library.impl(backward.c_str(),
-               torch::dispatch(c10::DispatchKey::AutogradCPU, torch::autograd::autogradNotImplementedFallback()));
+  library.impl(backward.c_str(), torch::dispatch(c10::DispatchKey::AutogradCPU,
+                                                 torch::CppFunction::makeFromBoxedFunction<&call_once_differentiable>()));
 }
 
 }  // namespace compressm

@@ -72,6 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lru_operands_
   const int64_t n = gamma_log.numel(), channels = w_in.size(1), outputs = g_out.size(0);
   const auto options = w_in.options();
   const Tensor gamma = dense(gamma_log, "gamma_log", {n});
+  TORCH_CHECK(log_decay.numel() == n && phase.numel() == n && w_in.size(0) == 2 * n && g_out.size(1) == 2 * n,
+              "gamma_log: expected as many states as lru_scan had, got ", n);
   Tensor gamma_sums = at::empty({n}, options);
   Tensor b_re = at::empty({n, channels}, options), b_im = at::empty({n, channels}, options);
   Tensor c_re = at::empty({outputs, n}, options), c_im = at::empty({outputs, n}, options);

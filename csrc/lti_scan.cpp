@@ -24,19 +24,26 @@ namespace {
 
 constexpr int64_t kMaxLanes = 16;
 
+void check_rows(const Tensor& t, const char* name, int64_t dim) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous() && t.dim() == dim, name,
+              ": expected a contiguous float32 CPU tensor of ", dim, " dimensions");
+}
+
+void check_real(const Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK(t.device().is_cpu() && t.is_floating_point() && t.sizes() == shape, name,
+              ": expected a real CPU tensor of shape ", shape, ", got ", t.sizes());
+}
+
 struct Eigenvalues {
   Tensor re, im;
-  Eigenvalues(const Tensor& log_decay, const Tensor& phase) {
+  Eigenvalues(const Tensor& log_decay, const Tensor& phase, int64_t n2) {
+    check_real(log_decay, "log_decay", {n2 / 2});
+    check_real(phase, "phase", {n2 / 2});
     const Tensor modulus = log_decay.to(at::kDouble).exp(), angle = phase.to(at::kDouble);
     re = (modulus * angle.cos()).to(at::kFloat).contiguous();
     im = (modulus * angle.sin()).to(at::kFloat).contiguous();
   }
 };
-
-void check_rows(const Tensor& t, const char* name, int64_t dim) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous() && t.dim() == dim, name,
-              ": expected a contiguous float32 CPU tensor of ", dim, " dimensions");
-}
 
 // How (batch, length) rows fall into tiles of at most `rows` rows: several whole sequences, or a stretch of one.
 struct Tiling {
@@ -51,6 +58,25 @@ struct Tiling {
         lanes(std::min(items, kMaxLanes)) {}
   int64_t lane_begin(int64_t lane) const { return lane * items / lanes; }
 };
+
+// Raises unless w_in (2n, H), w_out (H_out, 2n), feed and initial_state fit u (batch, L, H), and tiles have rows.
+void check_system(const Tensor& u, const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed,
+                  const OptionalTensor& initial_state, int64_t rows) {
+  TORCH_CHECK(u.dim() == 3, "u: expected (batch, L, H)");
+  check_rows(w_in, "w_in", 2);
+  check_rows(w_out, "w_out", 2);
+  const int64_t channels = u.size(2), n2 = w_in.size(0), outputs = w_out.size(0);
+  TORCH_CHECK(n2 % 2 == 0 && w_in.size(1) == channels && w_out.size(1) == n2, "expected w_in (2N, ", channels,
+              ") and w_out (H_out, 2N), got ", w_in.sizes(), " and ", w_out.sizes());
+  if (feed) {
+    const bool fits = feed->dim() == 1 ? feed->size(0) == channels && outputs == channels
+                                       : feed->dim() == 2 && feed->size(0) == outputs && feed->size(1) == channels;
+    TORCH_CHECK(fits && feed->device().is_cpu() && feed->scalar_type() == at::kFloat, "feed: expected float32 (", channels,
+                ",) for as many outputs, or (", outputs, ", ", channels, "), got ", feed->sizes());
+  }
+  if (initial_state) check_real(*initial_state, "initial_state", {u.size(0), n2});
+  TORCH_CHECK(rows > 0, "rows: expected a positive number, got ", rows);
+}
 
 struct Tile {
   int64_t sequence, sequences, start, steps, chunk;  // of one item
@@ -93,22 +119,20 @@ std::tuple<Tensor, Tensor, Tensor> lti_core(const Tensor& input, const Tensor& l
                                             const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed,
                                             const OptionalTensor& initial_state, bool shifted, bool store, int64_t rows) {
   const Tensor u = dense(input, "u", input.sizes());
-  TORCH_CHECK(u.dim() == 3, "u: expected (batch, L, H)");
-  check_rows(w_in, "w_in", 2);
-  check_rows(w_out, "w_out", 2);
+  check_system(u, w_in, w_out, feed, initial_state, rows);
   const int64_t batch = u.size(0), length = u.size(1), channels = u.size(2), n2 = w_in.size(0), outputs = w_out.size(0);
-  const Eigenvalues lam(log_decay, phase);
+  const Eigenvalues lam(log_decay, phase, n2);
   Tensor y = at::empty({batch, length, outputs}, u.options());
   Tensor last = initial_state ? initial_state->to(at::kFloat).clone(at::MemoryFormat::Contiguous)
                               : at::zeros({batch, n2}, u.options());
   if (batch * length == 0) return {y, last, at::empty({batch, 0, n2}, u.options())};
   const Tiling tiling(batch, length, rows);
   Tensor saved = at::empty({batch, store ? length : tiling.chunks, n2}, u.options());
-  const Tensor u_rows = u.view({-1, channels}), y_rows = y.view({-1, outputs});
+  const Tensor u_rows = u.view({batch * length, channels}), y_rows = y.view({batch * length, outputs});
   const Tensor w_in_t = w_in.t(), w_out_t = w_out.t();
   float* carry = last.data_ptr<float>();
   for_each_lane(tiling.lanes, [&](int64_t lane) {
-    Tensor buffer = store ? saved.view({-1, n2}) : at::empty({tiling.group * tiling.steps, n2}, u.options());
+    Tensor buffer = store ? saved.view({batch * length, n2}) : at::empty({tiling.group * tiling.steps, n2}, u.options());
     for (int64_t item = tiling.lane_begin(lane); item < tiling.lane_begin(lane + 1); ++item) {
       for (int64_t chunk = 0; chunk < tiling.chunks; ++chunk) {
         const Tile tile = tile_at(tiling, item, chunk);
@@ -150,7 +174,7 @@ struct BackwardInputs {
 Tensor tile_states(const BackwardInputs& in, const Tiling& tiling, const Tile& tile, const Eigenvalues& lam,
                    const Tensor& u_tile, Tensor& buffer, Tensor& carry) {
   const int64_t n2 = in.w_in.size(0);
-  if (in.stored) return in.saved.view({-1, n2}).narrow(0, tile.row(tiling), tile.rows());
+  if (in.stored) return in.saved.view({tiling.batch * tiling.length, n2}).narrow(0, tile.row(tiling), tile.rows());
   Tensor h = buffer.narrow(0, 0, tile.rows());
   at::mm_out(h, u_tile, in.w_in.t());
   for (int64_t s = 0; s < tile.sequences; ++s) {
@@ -173,8 +197,8 @@ const float* state_before(const BackwardInputs& in, const Tiling& tiling, const 
 void backward_tile(const BackwardInputs& in, const Tiling& tiling, const Tile& tile, const Eigenvalues& lam, Tensor& g,
                    const Tensor& h, float* grad_state, const Tensor& grad_u, LanePartials& sums) {
   const int64_t n2 = in.w_in.size(0), row = tile.row(tiling), count = tile.rows();
-  const Tensor u_tile = in.u.view({-1, in.u.size(2)}).narrow(0, row, count);
-  const Tensor gy_tile = in.grad_y.view({-1, in.grad_y.size(2)}).narrow(0, row, count);
+  const Tensor u_tile = in.u.view({tiling.batch * tiling.length, in.u.size(2)}).narrow(0, row, count);
+  const Tensor gy_tile = in.grad_y.view({tiling.batch * tiling.length, in.grad_y.size(2)}).narrow(0, row, count);
   at::mm_out(g, gy_tile, in.w_out);
   for (int64_t s = 0; s < tile.sequences; ++s) {
     scan_kernels().adjoint(g.data_ptr<float>() + s * tile.steps * n2, h.const_data_ptr<float>() + s * tile.steps * n2,
@@ -192,7 +216,7 @@ void backward_tile(const BackwardInputs& in, const Tiling& tiling, const Tile& t
     }
   }
   if (!in.need_u) return;
-  Tensor gu_tile = grad_u.view({-1, in.u.size(2)}).narrow(0, row, count);
+  Tensor gu_tile = grad_u.view({tiling.batch * tiling.length, in.u.size(2)}).narrow(0, row, count);
   at::mm_out(gu_tile, g, in.w_in);
   if (in.feed && in.feed->dim() == 1) gu_tile.addcmul_(gy_tile, *in.feed);
   if (in.feed && in.feed->dim() == 2) gu_tile.addmm_(gy_tile, *in.feed);
@@ -205,17 +229,21 @@ CoreGradientTensors lti_core_backward(
     const Tensor& phase, const Tensor& w_in, const Tensor& w_out, const OptionalTensor& feed,
     const OptionalTensor& initial_state, const Tensor& saved, bool shifted, bool stored, int64_t rows, bool need_u) {
   const Tensor u = dense(input, "u", input.sizes());
-  TORCH_CHECK(u.dim() == 3, "u: expected (batch, L, H)");
+  check_system(u, w_in, w_out, feed, initial_state, rows);
   check_rows(saved, "saved", 3);
   const int64_t batch = u.size(0), length = u.size(1), n2 = w_in.size(0), outputs = w_out.size(0);
   const Tensor grad_y = grad_out ? dense(*grad_out, "grad_y", {batch, length, outputs})
                                  : at::zeros({batch, length, outputs}, u.options());
   const auto options = u.options();
-  const Eigenvalues lam(log_decay, phase);
+  const Eigenvalues lam(log_decay, phase, n2);
+  if (grad_last) check_real(*grad_last, "grad_last", {batch, n2});
   Tensor grad_u = need_u ? at::empty_like(u) : at::empty({0}, options);
   Tensor grad_state = grad_last ? grad_last->to(at::kFloat).clone(at::MemoryFormat::Contiguous)
                                 : at::zeros({batch, n2}, options);
   const Tiling tiling(std::max<int64_t>(batch, 1), std::max<int64_t>(length, 1), rows);
+  const int64_t kept = batch * length == 0 ? 0 : stored ? length : tiling.chunks;
+  TORCH_CHECK(saved.sizes() == at::IntArrayRef({batch, kept, n2}), "saved: expected what lti_core returns, got ",
+              saved.sizes());
   const int64_t lanes = batch * length == 0 ? 0 : tiling.lanes, held = std::max<int64_t>(lanes, 1);
   const auto partial = [&](const Tensor& like) {
     std::vector<int64_t> shape = like.sizes().vec();
@@ -234,7 +262,7 @@ CoreGradientTensors lti_core_backward(
     const int64_t most = tiling.group * tiling.steps;
     Tensor g_buffer = at::empty({most, n2}, options), carry = at::empty({n2}, options);
     Tensor h_buffer = stored ? Tensor() : at::empty({most, n2}, options);
-    const Tensor u_rows = u.view({-1, u.size(2)});
+    const Tensor u_rows = u.view({batch * length, u.size(2)});
     for (int64_t item = tiling.lane_begin(lane); item < tiling.lane_begin(lane + 1); ++item) {
       for (int64_t chunk = tiling.chunks - 1; chunk >= 0; --chunk) {
         const Tile tile = tile_at(tiling, item, chunk);
@@ -258,7 +286,8 @@ Tensor diagonal_scan(const Tensor& x, const Tensor& log_decay, const Tensor& pha
                      bool reverse) {
   check_rows(x, "x", 3);
   const int64_t batch = x.size(0), length = x.size(1), n2 = x.size(2);
-  const Eigenvalues lam(log_decay, phase);
+  const Eigenvalues lam(log_decay, phase, n2);
+  if (initial_state) check_real(*initial_state, "initial_state", {batch, n2});
   Tensor h = at::empty_like(x);
   Tensor carry = initial_state ? initial_state->to(at::kFloat).clone(at::MemoryFormat::Contiguous)
                                : at::zeros({batch, n2}, x.options());
@@ -279,9 +308,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> diagonal_scan_backward(const Tensor& 
                                                                   const Tensor& log_decay, const Tensor& phase,
                                                                   const OptionalTensor& initial_state, bool reverse) {
   check_rows(h, "h", 3);
+  check_real(grad_h, "grad_h", h.sizes());
   const int64_t batch = h.size(0), length = h.size(1), n2 = h.size(2);
-  const Eigenvalues lam(log_decay, phase);
-  Tensor grad_x = grad_h.clone(at::MemoryFormat::Contiguous);
+  const Eigenvalues lam(log_decay, phase, n2);
+  if (initial_state) check_real(*initial_state, "initial_state", {batch, n2});
+  Tensor grad_x = grad_h.to(at::kFloat, false, true, at::MemoryFormat::Contiguous);
   Tensor grad_state = at::zeros({batch, n2}, h.options());
   Tensor sums = at::zeros({std::max<int64_t>(batch, 1), n2}, h.options().dtype(at::kDouble));
   const Tensor before = initial_state ? initial_state->to(at::kFloat).contiguous() : at::zeros({batch, n2}, h.options());

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -59,6 +60,7 @@ bool shared_by_rows(const Tensor& grad, const Tensor& x) {
 }  // namespace
 
 Tensor norm_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps, bool centred) {
+  if (x.numel() == 0) return at::empty_like(x);
   const Chunks chunks = chunks_of(x);
   const Tensor input = dense(x, "x", x.sizes()), scale = dense(weight, "weight", {chunks.length});
   const Tensor shift = bias ? dense(*bias, "bias", {chunks.length}) : at::zeros_like(scale);
@@ -73,6 +75,7 @@ Tensor norm_forward(const Tensor& x, const Tensor& weight, const OptionalTensor&
 
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double eps,
                                                  bool centred) {
+  if (x.numel() == 0) return {at::empty_like(x), at::zeros_like(weight), at::zeros({centred ? weight.numel() : 0}, x.options())};
   const bool shared = shared_by_rows(grad, x);
   const Chunks chunks = shared ? Chunks(x, x.size(1)) : chunks_of(x);
   const int64_t length = chunks.length, sums = centred ? 2 : 1;
@@ -97,7 +100,8 @@ namespace {
 
 // The mean over L of the norm of x (batch, L, H): (batch, H).
 Tensor norm_mean(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double eps, bool centred) {
-  TORCH_CHECK(x.dim() == 3 && x.numel() > 0, "x: expected (batch, L, H) with elements");
+  TORCH_CHECK(x.dim() == 3, "x: expected (batch, L, H)");
+  if (x.numel() == 0) return at::full({x.size(0), x.size(2)}, std::numeric_limits<float>::quiet_NaN(), x.options());
   const Chunks chunks(x, x.size(1));
   const int64_t length = chunks.length;
   const Tensor input = dense(x, "x", x.sizes()), scale = dense(weight, "weight", {length});

@@ -36,9 +36,10 @@ struct Layer {
   Tensor x, mean, std;
   int64_t inputs, outputs, rows, chunk;
   Layer(const Tensor& data, const Tensor& means, const Tensor& stds, const Tensor& weight) {
-    TORCH_CHECK(data.dim() > 0 && data.numel() > 0 && weight.dim() == 2, "expected x (..., K) with elements and weight (H, K)");
-    inputs = data.size(-1), outputs = weight.size(0), rows = data.numel() / inputs;
-    TORCH_CHECK(inputs <= kMaxInputs && outputs > 0, "expected at most ", kMaxInputs, " inputs, and outputs");
+    TORCH_CHECK(data.dim() > 0 && weight.dim() == 2, "expected x (..., K) and weight (H, K)");
+    inputs = data.size(-1), outputs = weight.size(0);
+    TORCH_CHECK(inputs > 0 && inputs <= kMaxInputs && outputs > 0, "expected 1 to ", kMaxInputs, " inputs, and outputs");
+    rows = data.numel() / inputs;
     TORCH_CHECK(data.scalar_type() == at::kByte || data.scalar_type() == at::kFloat, "x: expected uint8 or float32");
     x = dense(data, "x", data.sizes(), data.scalar_type());
     mean = dense(means, "mean", {inputs}), std = dense(stds, "std", {inputs});

@@ -25,10 +25,10 @@ from compressm.control import (
     singular_values,
 )
 from compressm.errors import DataError, ModelError, NumericalError
-from compressm.kernels import causal_conv1d, selective_scan
+from compressm.kernels import selective_scan
+from compressm.layers.mamba_mixer import scan_inputs
 
 NAMES = ("x_proj.weight", "A_log")
-READ = (*NAMES, "dt_proj.weight", "dt_proj.bias")
 STEP_BYTES = 64 << 20  # of M_t kept per layer
 SLAB_BYTES = 64 << 20  # of intermediate (channels, N, N) tensors
 MIN_LOG_DECAY = 1e-12
@@ -64,7 +64,7 @@ class MambaAdapter(Adapter):
 
     The spectrum of the default recipe is that of P = sum_d E[h_d h_d^T] and Q = E[C C^T]: its squares are the output energy
     that a projection of independent h and C would lose.  Without calibration data the inputs of the scan count as white noise
-    of unit variance and the step sizes as those of ``dt_proj.bias``.
+    of unit variance and the step sizes as ``dt_proj`` makes them of nothing.
     """
 
     paper_uses_data = True
@@ -73,19 +73,20 @@ class MambaAdapter(Adapter):
         return NAMES
 
     def reads(self, module: nn.Module) -> tuple[str, ...]:
-        return READ
+        return (*NAMES, *(f"dt_proj.{name}" for name, _ in module.dt_proj.named_parameters()))
 
     def rank(self, module: nn.Module) -> int:
         return plain_parameters(module, ("A_log",))["A_log"].shape[1]
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, int]:
-        width = module.dt_proj.weight.shape[1] + 2 * rank
+        parameters = plain_parameters(module, NAMES)
+        width = parameters["x_proj.weight"].shape[0] - 2 * (parameters["A_log"].shape[1] - rank)
         own = {name: rank for name in ("d_state", "ssm_state_size") if name in vars(module)}
         return {**own, "x_proj.out_features": width}
 
     def slowest(self, module: nn.Module) -> float:
         parameters = self._checked(module, "")
-        dt = F.softplus(parameters["dt_proj.bias"].detach().double())
+        dt = F.softplus(parameters["dt_bias"].double())
         return float(torch.exp(-dt * parameters["A_log"].detach().double().exp().amin(1)).max())
 
     @torch.no_grad()
@@ -133,23 +134,28 @@ class MambaAdapter(Adapter):
         rows = weight.shape[0] - 2 * (A_log.shape[1] - rank)
         return {"x_proj.weight": weight.new_zeros(rows, weight.shape[1]), "A_log": A_log.new_zeros(A_log.shape[0], rank)}
 
-    def _checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-        """The parameters that the scan depends on, finite.
+    def _checked(self, module: nn.Module, name: str) -> dict[str, Tensor]:
+        """What the scan depends on, finite: parameters, and ``dt_bias``, what ``dt_proj`` makes of nothing.
 
         Raises:
             ModelError, NumericalError: a parameter is missing or not finite.
         """
-        parameters = plain_parameters(module, READ, name)
-        check_finite(module, parameters, name)
+        parameters = plain_parameters(module, NAMES, name)
+        inner = {f"dt_proj.{key}": parameter for key, parameter in module.dt_proj.named_parameters()}
+        check_finite(module, {**parameters, **inner}, name)
         check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
         if getattr(module.x_proj, "bias", None) is not None:
             raise ModelError(f"{label(module, name)}: x_proj has a bias, expected none: C could not be refitted through it")
-        return parameters
+        weight, A_log = parameters["x_proj.weight"], parameters["A_log"]
+        dtype = next(module.dt_proj.parameters(), weight).dtype
+        with torch.no_grad():
+            dt_bias = module.dt_proj(weight.new_zeros(weight.shape[0] - 2 * A_log.shape[1], dtype=dtype))
+        return {**parameters, "dt_bias": dt_bias}
 
 
 def white_moments(parameters: dict[str, Tensor]) -> SelectiveMoments:
-    """Moments for white inputs of unit variance and the step sizes of ``dt_proj.bias``."""
-    weight, A_log, bias = (parameters[key].detach().double() for key in ("x_proj.weight", "A_log", "dt_proj.bias"))
+    """Moments for white inputs of unit variance and the step sizes of ``dt_bias``."""
+    weight, A_log, bias = (parameters[key].detach().double() for key in ("x_proj.weight", "A_log", "dt_bias"))
     order = A_log.shape[1]
     B, C = weight[-2 * order : -order], weight[-order:]
     dt = F.softplus(bias)
@@ -206,8 +212,9 @@ class MambaMeter(Meter):
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             got = type(hidden).__name__ if not isinstance(hidden, Tensor) else f"a tensor of shape {tuple(hidden.shape)}"
             raise DataError(f"calibration: a {type(module).__name__} layer got {got}, expected (batch, length, d_model)")
-        x, delta, B, C = scan_inputs(module, hidden)
-        bias = module.dt_proj.bias
+        x, selection = scan_inputs(module, hidden)
+        delta, B, C = selection.dt.mT, selection.B.mT, selection.C.mT
+        bias = x.new_zeros(x.shape[1]) if selection.dt_bias is None else selection.dt_bias
         length = x.shape[-1]
         stride = max(1, self.sequences * length // self.steps)
         first = int(torch.randint(min(stride, length), (1,), generator=self.random))
@@ -247,13 +254,3 @@ class MambaMeter(Meter):
                     "data. Look for NaN or infinity in the batches"
                 )
         return moments
-
-
-def scan_inputs(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(u, delta before its bias, B, C) of a mixer's scan for hidden states (batch, L, d_model); (batch, D or N, L) each."""
-    channels, order = module.A_log.shape
-    low_rank = module.dt_proj.weight.shape[1]
-    x = module.in_proj(hidden)[..., :channels].mT
-    x = causal_conv1d(x, module.conv1d.weight[:, 0], module.conv1d.bias, activation="silu")
-    dt, B, C = module.x_proj(x.mT).split([low_rank, order, order], dim=-1)
-    return x, F.linear(dt, module.dt_proj.weight).mT, B.mT, C.mT

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from compressm.benchmarking.problems import Op, Problem, in_slabs, slabs_for
 from compressm.benchmarking.results import Counts, Pass
 from compressm.kernels import causal_conv1d, lti_scan_planar, selective_scan
 from compressm.layers import LRU, Mamba
+from compressm.layers.mamba_mixer import mix
 
 SEPARATE = "compressm, step by step"
 
@@ -70,6 +72,16 @@ def lru(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torc
     return problem
 
 
+class _Mixer(Mamba):
+    """A Mamba layer around another scan and another convolution."""
+
+    scan: Callable[..., Tensor]
+    convolution: Callable[..., Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mix(self, x, scan=self.scan, convolution=self.convolution)
+
+
 def mamba_with(scan, convolve):
     """A Mamba layer as a function of x and its parameters around another scan and another convolution.
 
@@ -78,38 +90,29 @@ def mamba_with(scan, convolve):
         convolve: (x (batch, D, L), weight (D, width), bias) -> silu of the causal convolution.
     """
 
-    def call(p: dict[str, Tensor]) -> Tensor:
-        x, z = (p["x"] @ p["in_proj.weight"].T).mT.chunk(2, dim=1)
-        x = convolve(x, p["conv1d.weight"][:, 0], p["conv1d.bias"])
-        rank, states = p["dt_proj.weight"].shape[1], p["A_log"].shape[1]
-        low, B, C = (x.mT @ p["x_proj.weight"].T).split([rank, states, states], dim=-1)
-        y = scan(
-            {
-                "u": x,
-                "delta": (low @ p["dt_proj.weight"].T).mT,
-                "A": -p["A_log"].exp(),
-                "B": B.mT.unsqueeze(1),
-                "C": C.mT.unsqueeze(1),
-                "D": p["D"],
-                "z": z,
-                "delta_bias": p["dt_proj.bias"],
-            }
+    def by_name(u, delta, A, B, C, D, z, delta_bias, **_) -> Tensor:
+        return scan(
+            {"u": u, "delta": delta, "A": A, "B": B.unsqueeze(1), "C": C.unsqueeze(1), "D": D, "z": z, "delta_bias": delta_bias}
         )
-        return y.mT @ p["out_proj.weight"].T
+
+    @functools.cache
+    def mixer(channels: int, states: int, taps: int) -> _Mixer:
+        with torch.device("meta"):
+            layer = _Mixer(channels, states, taps)
+        layer.scan, layer.convolution = by_name, lambda x, weight, bias, **_: convolve(x, weight, bias)
+        return layer
+
+    def call(p: dict[str, Tensor]) -> Tensor:
+        layer = mixer(p["x"].shape[-1], p["A_log"].shape[1], p["conv1d.weight"].shape[-1])
+        return functional_call(layer, {name: t for name, t in p.items() if name != "x"}, (p["x"],))
 
     return call
-
-
-class _Projection(nn.Linear):
-    """More than a ``nn.Linear`` as far as a mixer can see."""
 
 
 def step_by_step(layer: Mamba) -> Mamba:
     """The layer, with the same parameters, whose mixer does not run as one op."""
     result = copy.copy(layer)
-    result._modules = dict(layer._modules)
-    result.x_proj = copy.copy(layer.x_proj)
-    result.x_proj.__class__ = _Projection
+    result.use_fast_path = False
     return result
 
 

@@ -6,20 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from compressm.errors import ModelError
-from compressm.kernels import (
-    KernelPlan,
-    causal_conv1d,
-    causal_conv1d_update,
-    plan,
-    selective_scan,
-    selective_state_update,
-)
-from compressm.kernels.causal_conv1d import MAX_WIDTH
-from compressm.layers._whole_mixer import whole_mixer, working_dtype
+from compressm.kernels import KernelPlan, plan, selective_scan, selective_state_update
+from compressm.layers.mamba_mixer import convolve, convolve_step, decay, mix, project, select, working_dtype
 
 
 class AcceleratedMambaMixer(MambaMixer):
@@ -39,24 +30,21 @@ class AcceleratedMambaMixer(MambaMixer):
         batch, length, _ = hidden_states.shape
         if not torch.compiler.is_compiling() and (self.training or "_last_call" not in vars(self)):
             self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, self.intermediate_size, length)
-        if cache is None and attention_mask is None and (out := whole_mixer(self, hidden_states)) is not None:
-            return out
+        if cache is None and attention_mask is None:
+            return mix(self, hidden_states)
         conv_state = state = None
         if cache is not None:
             conv_state, state = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
-        x, z = self.in_proj(_without_padding(hidden_states, attention_mask)).mT.chunk(2, dim=1)
+        x, z = project(self, _without_padding(hidden_states, attention_mask))
         x = _without_padding(self._convolve(x, cache, conv_state).mT, attention_mask)
-        rank, order = self.dt_proj.weight.shape[1], self.A_log.shape[1]
-        low_rank, B, C = self.x_proj(x).split([rank, order, order], dim=-1)
-        dt, x = F.linear(low_rank, self.dt_proj.weight).mT, x.mT
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        dt, B, C, dt_bias = select(self, x)
         if state is not None and length == 1:
             y = selective_state_update(
-                state, x[..., 0], dt[..., 0], A, B[:, 0], C[:, 0], self.D, z[..., 0], self.dt_proj.bias, dt_softplus=True
+                state, x[:, 0], dt[:, 0], decay(self), B[:, 0], C[:, 0], self.D, z[..., 0], dt_bias, dt_softplus=True
             ).unsqueeze(-1)
         else:
             y = selective_scan(
-                x, dt, A, B.mT, C.mT, self.D, z, self.dt_proj.bias, delta_softplus=True,
+                x.mT, dt.mT, decay(self), B.mT, C.mT, self.D, z, dt_bias, delta_softplus=True,
                 return_last_state=cache is not None, initial_state=state,
             )  # fmt: skip
             if cache is not None:
@@ -66,12 +54,12 @@ class AcceleratedMambaMixer(MambaMixer):
 
     def _convolve(self, x: Tensor, cache: Any, conv_state: Tensor | None) -> Tensor:
         """silu(causal convolution) of x (B, D, L) behind what the cache remembers."""
-        length, weight, bias = x.shape[-1], self.conv1d.weight[:, 0], self.conv1d.bias
+        length = x.shape[-1]
         if conv_state is not None and length == 1 and not cache.is_recording_past(self.layer_idx):
-            return causal_conv1d_update(x[..., 0], conv_state, weight, bias, activation="silu").unsqueeze(-1)
+            return convolve_step(self, x[..., 0], conv_state).unsqueeze(-1)
         if cache is not None:
-            x = cache.update_conv_state(x, self.layer_idx, conv_kernel_size=weight.shape[1])
-        return causal_conv1d(x, weight, bias, activation="silu")[..., -length:]
+            x = cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        return convolve(self, x)[..., -length:]
 
     @property
     def kernel_plan(self) -> KernelPlan | None:
@@ -104,8 +92,7 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
         the model.
 
     Raises:
-        ModelError: no Mamba mixer, one with an activation or convolution that the kernels do not have, or one whose
-            forward has been replaced; nothing has changed.
+        ModelError: no Mamba mixer, or one whose forward has been replaced; nothing has changed.
     """
     old, new = (MambaMixer, AcceleratedMambaMixer) if mode else (AcceleratedMambaMixer, MambaMixer)
     mixers = {name: module for name, module in model.named_modules() if isinstance(module, MambaMixer)}
@@ -124,10 +111,6 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
 def _check(name: str, mixer: MambaMixer) -> None:
     if type(mixer) not in (MambaMixer, AcceleratedMambaMixer):
         raise ModelError(f"layer {name!r}: {type(mixer).__qualname__} overrides MambaMixer, expected transformers' own class")
-    if mixer.activation not in ("silu", "swish"):
-        raise ModelError(f"layer {name!r}: activation {mixer.activation!r}, expected 'silu'. Leave this model as it is")
-    if mixer.conv_kernel_size > MAX_WIDTH:
-        raise ModelError(f"layer {name!r}: {mixer.conv_kernel_size} taps of the convolution, expected at most {MAX_WIDTH}")
     if "forward" in vars(mixer) or any(hasattr(module, "_hf_hook") for module in mixer.modules()):
         raise ModelError(
             f"layer {name!r}: its forward is wrapped (device_map with several devices or offloading does that), expected "

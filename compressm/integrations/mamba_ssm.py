@@ -9,11 +9,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.errors import BackendError, DependencyError, bad_argument
-from compressm.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from compressm.kernels import causal_conv1d, selective_scan
+from compressm.layers.mamba_mixer import mix, step
 
 __all__ = ["patch"]
 
@@ -23,8 +24,9 @@ EXTENSION = "selective_scan_cuda"
 def patch() -> None:
     """Give ``mamba_ssm.Mamba`` the operators of compressm: on CPU and GPU, with any number of states.
 
-    Imports mamba_ssm.  Its ``selective_scan_fn`` and ``mamba_inner_fn`` are replaced wherever it uses them, and in the module
-    of ``Mamba`` the causal convolution and the decode step as well; Mamba2 and Mamba3 stay as they are.  Calling it again
+    Imports mamba_ssm.  ``Mamba`` gets the forward pass and the decode step of :class:`compressm.layers.Mamba`, which call its
+    sub-modules, so that adapters on them act; its constructor, parameters and caches stay.  ``selective_scan_fn`` and
+    ``mamba_inner_fn`` are replaced wherever the package uses them.  Mamba2 and Mamba3 stay as they are.  Calling it again
     changes nothing.  The package without its CUDA build::
 
         MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm
@@ -47,8 +49,22 @@ def patch() -> None:
         for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "mamba_ssm"]:
             if vars(module).get(name) is theirs:
                 setattr(module, name, ours)
-    layer.causal_conv1d_fn, layer.causal_conv1d_update = causal_conv1d, _update_convolution
-    layer.selective_state_update = selective_state_update
+    layer.Mamba.forward, layer.Mamba.step = _forward, _step
+
+
+def _forward(self: nn.Module, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
+    """(B, L, d_model) -> the same shape; at ``seqlen_offset`` 0 the states are kept, behind it one token advances them."""
+    if inference_params is None:
+        return mix(self, hidden_states)
+    states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
+    if inference_params.seqlen_offset > 0:
+        return self.step(hidden_states, *states)[0]
+    return mix(self, hidden_states, states)
+
+
+def _step(self: nn.Module, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token (B, 1, d_model): (output, conv_state, ssm_state), the states in place."""
+    return step(self, hidden_states, conv_state, ssm_state), conv_state, ssm_state
 
 
 def mamba_inner_fn(
@@ -100,12 +116,6 @@ def mamba_inner_fn(
     delta = F.linear(low_rank, delta_proj_weight).mT
     y = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return F.linear(y.mT, out_proj_weight, out_proj_bias)
-
-
-def _update_convolution(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    return causal_conv1d_update(x, conv_state, weight, bias, activation=activation)
 
 
 def stand_in_for_the_extension() -> None:

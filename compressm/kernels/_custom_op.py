@@ -1,21 +1,32 @@
 """Custom ops that cost little in eager mode.
 
 ``torch.library.custom_op`` sends every call through the dispatcher and back into Python, several times where a gradient is
-asked for: some 100 microseconds that a small model waits for.  An op of this module is such an op, and all that traces or
-transforms a program sees it as one; a plain eager call goes to the same kernel, and the same backward, directly.  The
+asked for: some 100 microseconds that a small model waits for.  An op of this module is such an op, and all that traces a
+program sees it as one, whatever the sizes; a plain eager call goes to the same kernel, and the same backward, directly.  The
 backward is the registered formula, or, where the kernel is an op of the C++ library that has a gradient, the library's own.
+
+Kernels have one derivative, in reverse mode.  Under forward-mode AD and ``torch.func``'s transforms the choice of a backend
+(``_dispatch``) takes the reference, whose operations are torch's own.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str})  # types of arguments that hide nothing
+
+
+_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutogradOther
+)
+WAY_OUT = 'backend="reference", COMPRESSM_BACKEND=reference for all calls, or float64 tensors'
 
 
 def in_cpp(*arguments: Any) -> bool:
@@ -28,7 +39,7 @@ class CustomOp:
 
     Args:
         name: ``"namespace::name"``.
-        kernel: what it computes; annotated, returns new tensors.
+        kernel: what it computes; annotated, returns new tensors.  What depends on sizes is decided here, not by its callers.
         mutates: names of the arguments that it writes to.  With any, no gradient passes through the op.
         differentiable: whether the kernel has a gradient of its own (csrc/autograd.h), the same as the registered formula; a
             function of the arguments where it depends on them.
@@ -46,6 +57,11 @@ class CustomOp:
         self._differentiable = differentiable if callable(differentiable) else lambda *_: differentiable
         self._written = [k for k, argument in enumerate(inspect.signature(kernel).parameters) if argument in mutates]
         self._function: type[torch.autograd.Function] | None = None
+        if self._name.endswith("_backward"):
+            self.op.register_autograd(self._no_second_derivative)
+
+    def _no_second_derivative(self, *_: Any) -> NoReturn:
+        raise NotImplementedError(f"{self._name}: the kernels have no second derivative. Use {WAY_OUT}")
 
     def register_fake(self, fake: Callable) -> Callable:
         """Decorator: the function that makes outputs of the right shape, dtype and strides, uncomputed."""
@@ -87,10 +103,48 @@ def custom_op(
 def plain_call(*args: Any) -> bool:
     """Whether an op may go straight to its kernel.
 
-    Not so where something expects to meet the op (torch.compile, a dispatch mode such as fake tensors, torch.func,
-    torch.jit.trace), or a tensor is more than a tensor.
+    Not so where something expects to meet the op (torch.compile, a dispatch mode such as fake tensors, torch.jit.trace) or
+    torch's own operations (torch.func, forward-mode AD), or a tensor is more than a tensor.
     """
     if torch.compiler.is_compiling():
         return False
     seen = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
-    return not seen and _PLAIN.issuperset(map(type, args))
+    return not seen and forward_ad._current_level < 0 and _PLAIN.issuperset(map(type, args))
+
+
+def transformed() -> bool:
+    """Whether forward-mode AD or a transform of torch.func that differentiates or batches is at work."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack()
+    return any(transform.key() != TransformType.Functionalize for transform in transforms)
+
+
+def recomputed_gradients(
+    function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The backward of an op that keeps nothing but its arguments: runs ``function`` again and differentiates it.
+
+    Made for the kernel of an op, in which torch records no graph otherwise.
+
+    Args:
+        function: of ``tensors``, differentiable; returns as many tensors as there are ``grads``.
+        grads: of its results; None for zero.
+
+    Returns:
+        a gradient for each of ``tensors``, in the memory layout of ``torch.empty_like``; empty for None.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        pairs = zip(function(*leaves), grads, strict=True)
+        reached = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
+        outputs, given = [out for out, _ in reached], [grad for _, grad in reached]
+        if outputs:
+            found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True, materialize_grads=True))
+        else:
+            found = iter([torch.zeros_like(leaf) for leaf in wanted])
+    return tuple(torch.empty(0) if t is None else torch.empty_like(t).copy_(next(found)) for t in tensors)

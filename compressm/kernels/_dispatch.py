@@ -9,12 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from compressm import config
 from compressm.errors import BackendError
 from compressm.kernels import _cpp
+from compressm.kernels._custom_op import transformed
+
+COMPILED = ("triton", "cpp")
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,32 @@ def compiled_first(
     return (*others, first) if device == "cpu" else (first, *others)
 
 
-@torch.compiler.assume_constant_result
-def cpp_or_reference(op: str, device: str, dtype: torch.dtype, backend: str | None) -> str:
-    """The backend of an op that is C++ or torch's own; torch.compile takes it as a constant while it traces."""
-    return _cpp_or_reference(op, device, dtype, backend, config.backend())
+def chooser(op: str, candidates: Callable[..., Sequence[Candidate]]) -> Callable[..., str]:
+    """The function that chooses the backend of an op, and remembers what it chose.
+
+    Args:
+        op: its name, for messages.
+        candidates: of what the choice depends on, such as device type and dtype; never a size: torch.compile takes the answer
+            as a constant while it traces, for all sizes.
+
+    Returns:
+        ``choose_backend(*facts, backend=None)``, the name of a backend.
+    """
+
+    @functools.lru_cache(maxsize=256)
+    def remembered(facts: tuple, backend: str | None, _preferred: str | None, _transformed: bool) -> str:
+        return choose(op, candidates(*facts), backend)
+
+    @torch.compiler.assume_constant_result
+    def choose_backend(*facts: Any, backend: str | None = None) -> str:
+        return remembered(facts, backend, config.backend(), transformed())
+
+    return choose_backend
 
 
-@functools.lru_cache(maxsize=256)
-def _cpp_or_reference(op: str, device: str, dtype: torch.dtype, backend: str | None, _preferred: str | None) -> str:
-    candidates = (Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None))
-    return choose(op, candidates, backend)
+def cpp_or_reference(device: str, dtype: torch.dtype) -> tuple[Candidate, Candidate]:
+    """C++ where it runs for tensors of this device type and dtype, else the reference."""
+    return Candidate("cpp", lambda: _cpp.why_not_for(device, dtype)), Candidate("reference", lambda: None)
 
 
 def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None) -> str:
@@ -68,7 +88,7 @@ def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None)
     if explicit is not None:
         for candidate in candidates:
             if candidate.name == explicit:
-                reason = candidate.why_not()
+                reason = _why_not(candidate)
                 if reason is not None:
                     raise BackendError(f"{op}: backend {explicit!r} cannot run this call: {reason}")
                 return explicit
@@ -76,8 +96,14 @@ def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None)
         raise BackendError(f"{op}: backend: expected one of {names}, got {explicit!r}")
     reasons = []
     for candidate in candidates:
-        reason = candidate.why_not()
+        reason = _why_not(candidate)
         if reason is None:
             return candidate.name
         reasons.append(f"{candidate.name}: {reason}")
     raise BackendError(f"{op}: no backend can run this call ({'; '.join(reasons)})")
+
+
+def _why_not(candidate: Candidate) -> str | None:
+    if candidate.name in COMPILED and transformed():
+        return "its kernels have no forward-mode derivatives, nor rules for torch.func's transforms; the reference has both"
+    return candidate.why_not()

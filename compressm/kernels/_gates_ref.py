@@ -38,7 +38,7 @@ def keep_mask(seed: Tensor, p: float, count: int) -> Tensor:
     """Which of the elements 0 to count - 1 are kept, (count,) bool; the order of the bits is told in ``csrc/gates.h``."""
     blocks = -(-count // MASK_BLOCK)
     lanes = MASK_BLOCK // 4
-    x, y = threefry(seed, torch.arange(blocks * lanes))
+    x, y = threefry(seed, torch.arange(blocks * lanes, device=seed.device))
     halves = torch.stack([x & _HALF, x >> 16, y & _HALF, y >> 16]).view(4, blocks, lanes)
     return halves.transpose(0, 1).reshape(-1)[:count] >= round(p * 2**16)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressm.kernels import _cpp
 from compressm.kernels._custom_op import plain_call
+from compressm.kernels.diagonal_scan import choose_backend
 from compressm.kernels.gates import draw_seed
 from compressm.kernels.lti_scan import launch
 
@@ -45,9 +46,9 @@ def lru_block(
         return None
     if not plain_call(*tensors) or norm_weight.device != x.device:
         return None
-    backend, tau, rows, store = launch(x.device.type, x.dtype, *x.shape, C_re.shape[0], nu_log.shape[0], None)
-    if backend != "cpp":
+    if choose_backend(x.device.type, x.dtype) != "cpp":
         return None
+    tau, rows, store = launch("cpp", *x.shape, C_re.shape[0], nu_log.shape[0], False)
     seeds = draw_seed(x, p), draw_seed(x, p)
     store = store and torch.is_grad_enabled()
     return _cpp.library().lru_block(x, *norm, *lru, glu_weight, glu_bias, *seeds, eps, p, tau, rows, store)[0]

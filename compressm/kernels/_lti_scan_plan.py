@@ -57,7 +57,7 @@ def plan_lti_scan(backend: str, batch: int, length: int, H: int, H_out: int, N: 
         tau = 1
     config = [("tau", tau)] if tau > 1 else []
     if backend == "cpp":
-        state_bytes = 8 * N
+        state_bytes = 8 * max(1, N)
         stored = 8 * N * rows // tau
         config += [("rows", max(32, min(1024, TILE_BYTES // state_bytes))), ("store", int(stored <= STORE_BYTES))]
     form = "block" if tau > 1 else "scan"

@@ -40,13 +40,16 @@ def why_not(device: str, dtype: torch.dtype, constant: bool) -> str | None:
 
 def _tile_steps(sequences: int, channels: int, length: int, states: int) -> int:
     """T: 64, or longer, to bound the checkpoints (4 N / T bytes per step and channel) or to spread few channels wide."""
-    bound = 64 if states <= 32 else 128 if states <= 128 else 256
     wide = 64
     while wide < 256 and sequences * channels * wide // 8 < ENOUGH_WARPS * WARP:
         wide *= 2
     while wide > 64 and wide >= 2 * length:
         wide //= 2
-    return max(bound, wide)
+    return max(_least_tile_steps(states), wide)
+
+
+def _least_tile_steps(states: int) -> int:
+    return 64 if states <= 32 else 128 if states <= 128 else 256
 
 
 def _config(sequences: int, channels: int, length: int, states: int, groups: int = 1, threads: int = THREADS) -> Config:
@@ -72,13 +75,14 @@ def plan(batch: int, channels: int, length: int, states: int, dtype: torch.dtype
 def checkpoint_shape(
     batch: int, channels: int, length: int, states: int, packed: bool, sequences: int, T: int | None = None
 ) -> tuple[int, int, int]:
-    """Shape (slots, N, D) of the checkpoints: one in front of every tile of T steps of every sequence, one behind its last.
+    """Shape (slots, N, D) of the checkpoints: one in front of every tile of steps of every sequence, one behind its last.
 
-    T: None for the plan's.
+    There is room for the shortest tiles that a plan has for N states, so that the shape does not depend on the plan; T: steps
+    of the tiles of another configuration.
     """
-    T = T or _tile_steps(sequences, channels, length, states)
+    T = min(T or 256, _least_tile_steps(states))
     slots = length // T + 2 * sequences if packed else batch * (-(-length // T) + 1)
-    return (slots, states, channels) if channels * length * states * slots else (0, states, channels)
+    return slots, states, channels
 
 
 def forward(

@@ -8,7 +8,7 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels import _causal_conv1d_cpu, _causal_conv1d_ref, _cpp
 from compressm.kernels._custom_op import custom_op, in_cpp
-from compressm.kernels._dispatch import choose, compiled_first
+from compressm.kernels._dispatch import chooser, compiled_first
 
 MAX_WIDTH = 8
 
@@ -50,7 +50,7 @@ def causal_conv1d(
     _check_filter(x, weight, bias)
     if initial_state is not None:
         _check_shape("initial_state", initial_state, x, (*x.shape[:2], weight.shape[1] - 1))
-    chosen = _launch(x.device.type, x.dtype, x.numel() == 0, backend)
+    chosen = choose_backend(x.device.type, x.dtype, backend=backend)
     if chosen == "reference":
         out = _causal_conv1d_ref.causal_conv1d(x, weight, bias, initial_state, activation)
     else:
@@ -101,23 +101,19 @@ def causal_conv1d_update(
     return out
 
 
-def choose_backend(device: str, dtype: torch.dtype, backend: str | None) -> str:
-    """Backend of a causal convolution: Triton on a GPU, C++ on a CPU, else the reference."""
-    candidates = compiled_first(device, lambda: _triton_why_not(device, dtype), lambda: _cpp.why_not_for(device, dtype))
-    return choose("causal_conv1d", candidates, backend)
+# Of (device type, dtype): Triton on a GPU, C++ on a CPU, else the reference.
+choose_backend = chooser(
+    "causal_conv1d",
+    lambda device, dtype: compiled_first(
+        device, lambda: _triton_why_not(device, dtype), lambda: _cpp.why_not_for(device, dtype)
+    ),
+)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
     from compressm.kernels import _causal_conv1d_triton
 
     return _causal_conv1d_triton.why_not(device, dtype)
-
-
-@torch.compiler.assume_constant_result
-def _launch(device: str, dtype: torch.dtype, empty: bool, backend: str | None) -> str:
-    """The backend that runs; torch.compile takes it as a constant while it traces."""
-    chosen = choose_backend(device, dtype, backend)
-    return "reference" if empty else chosen
 
 
 def _backend(name: str):

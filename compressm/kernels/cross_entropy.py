@@ -8,9 +8,10 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _cross_entropy_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import cpp_or_reference
+from compressm.kernels._dispatch import chooser, cpp_or_reference
 
 REDUCTIONS = ("mean", "sum", "none")
+choose_backend = chooser("cross_entropy", cpp_or_reference)
 
 
 def cross_entropy(
@@ -37,8 +38,7 @@ def cross_entropy(
     """
     _check(scores, targets, reduction)
     rows, classes = scores.reshape(-1, scores.shape[-1]), targets.reshape(-1)
-    chosen = cpp_or_reference("cross_entropy", scores.device.type, scores.dtype, backend)
-    if chosen == "reference" or scores.numel() == 0:
+    if choose_backend(scores.device.type, scores.dtype, backend=backend) == "reference":
         loss = _cross_entropy_ref.cross_entropy(rows, classes, ignore_index, reduction)
     else:
         rows = rows if rows.dtype == torch.bfloat16 else rows.float()

@@ -8,7 +8,7 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _lti_scan_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import choose, compiled_first
+from compressm.kernels._dispatch import chooser, compiled_first
 
 
 def diagonal_scan(
@@ -50,21 +50,12 @@ def diagonal_scan(
             raise bad_argument(name, got=f"shape {tuple(tensor.shape)} on {tensor.device}", expected=expected)
     if initial_state is not None and initial_state.shape != (x.shape[0], x.shape[2]):
         raise bad_argument("initial_state", got=tuple(initial_state.shape), expected=(x.shape[0], x.shape[2]))
-    chosen = _launch(x.device.type, x.dtype, backend)
+    chosen = choose_backend(x.device.type, x.dtype, backend=backend)
     if chosen == "reference":
         return _lti_scan_ref.diagonal_scan(x, log_decay, phase, initial_state, reverse)
     if chosen == "cpp":
         return scan_op(x.float().contiguous(), log_decay, phase, initial_state, reverse, chosen).to(x.dtype)
     return scan_op(x, log_decay, phase, initial_state, reverse, chosen)
-
-
-def choose_backend(device: str, dtype: torch.dtype, backend: str | None) -> str:
-    """Backend of an LTI scan for a device type and dtype: Triton on a GPU, C++ on a CPU, else the reference.
-
-    Triton is imported only for GPU tensors or when it is asked for.
-    """
-    candidates = compiled_first(device, lambda: _triton_why_not(device, dtype), lambda: _cpp.why_not_for(device, dtype))
-    return choose("lti_scan", candidates, backend)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
@@ -73,10 +64,13 @@ def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
     return _lti_scan_triton.why_not(device, dtype)
 
 
-@torch.compiler.assume_constant_result
-def _launch(device: str, dtype: torch.dtype, backend: str | None) -> str:
-    """The backend that runs; torch.compile takes it as a constant while it traces."""
-    return choose_backend(device, dtype, backend)
+# Of an LTI scan: Triton on a GPU, C++ on a CPU, else the reference.  Triton is imported only for GPU tensors or when asked for.
+choose_backend = chooser(
+    "lti_scan",
+    lambda device, dtype: compiled_first(
+        device, lambda: _triton_why_not(device, dtype), lambda: _cpp.why_not_for(device, dtype)
+    ),
+)
 
 
 @custom_op("compressm::diagonal_scan")

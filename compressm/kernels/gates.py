@@ -11,9 +11,11 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _gates_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import cpp_or_reference
+from compressm.kernels._dispatch import chooser, cpp_or_reference
 
 NARROW = 8  # kNarrow in csrc/gates.h
+_OPS = ("gelu_dropout", "glu_dropout_add", "linear_glu_dropout_add")
+choose_backend = {op: chooser(op, cpp_or_reference) for op in _OPS}
 
 
 def gelu_dropout(x: Tensor, p: float, training: bool = True, *, backend: str | None = None) -> Tensor:
@@ -39,7 +41,7 @@ def gelu_dropout(x: Tensor, p: float, training: bool = True, *, backend: str | N
     """
     _check_tensor("x", x)
     p = _probability(p, training)
-    chosen = cpp_or_reference("gelu_dropout", x.device.type, x.dtype, backend)
+    chosen = choose_backend["gelu_dropout"](x.device.type, x.dtype, backend=backend)
     seed = draw_seed(x, p)
     if chosen == "reference":
         return _gates_ref.gelu_dropout(x, seed, p)
@@ -74,7 +76,7 @@ def glu_dropout_add(
         raise bad_argument("residual", got=f"device {residual.device}", expected=f"{pre.device}, where pre is")
     p = _probability(p, training)
     dtype = torch.promote_types(pre.dtype, residual.dtype)
-    chosen = cpp_or_reference("glu_dropout_add", pre.device.type, dtype, backend)
+    chosen = choose_backend["glu_dropout_add"](pre.device.type, dtype, backend=backend)
     seed = draw_seed(pre, p)
     if chosen == "reference":
         return _gates_ref.glu_dropout_add(pre, residual, seed, p)
@@ -113,7 +115,7 @@ def linear_glu_dropout_add(
     """
     _check_linear(x, weight, bias, residual)
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    chosen = cpp_or_reference("linear_glu_dropout_add", x.device.type, dtype, backend)
+    chosen = choose_backend["linear_glu_dropout_add"](x.device.type, dtype, backend=backend)
     narrow = all(0 < size <= NARROW for size in (weight.shape[1], weight.shape[0] // 2))
     if chosen == "cpp" and not narrow:
         return glu_dropout_add(torch.nn.functional.linear(x, weight, bias), residual, p, training, backend=backend).to(dtype)
@@ -156,7 +158,7 @@ def _probability(p: float, training: bool) -> float:
 
 def draw_seed(like: Tensor, p: float) -> Tensor | None:
     """The key of a mask: 63 bits from torch's default generator.  None where the kernels make no mask."""
-    return torch.randint(2**63 - 1, ()) if p > 0 and like.device.type == "cpu" else None
+    return torch.randint(2**63 - 1, (), device="cpu") if p > 0 and like.device.type == "cpu" else None
 
 
 @custom_op("compressm::gelu_dropout", differentiable=True)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from compressm.kernels import _cpp, _lru_ref
 from compressm.kernels._custom_op import plain_call
-from compressm.kernels.lti_scan import Operands, check_arguments, launch, planar, scan, without_autocast
+from compressm.kernels.diagonal_scan import choose_backend
+from compressm.kernels.lti_scan import Operands, check_arguments, launch, planar, scan, stepwise, without_autocast
 
 
 def lru_scan(
@@ -44,18 +45,20 @@ def lru_scan(
         ArgumentError: shapes or dtypes do not fit.  BackendError: the named backend cannot run.
     """
     vectors = {"nu_log": nu_log, "theta_log": theta_log, "gamma_log": gamma_log}
-    start = planar(initial_state)
+    start = planar(initial_state, x, nu_log)
     check_arguments(("x", x), vectors, B_re, B_im, C_re, C_im, D, start)
-    how = launch(x.device.type, x.dtype, *x.shape, C_re.shape[0], nu_log.shape[0], backend)
+    chosen = choose_backend(x.device.type, x.dtype, backend=backend)
     work = torch.promote_types(x.dtype, torch.float32)
     parameters = [t.to(work) for t in (nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im)]
     skip = None if D is None else D.to(work)
-    if how[0] == "cpp" and plain_call(x, *parameters, skip, start):
-        y, last = scan_in_one_op(x.to(work), parameters, skip, start, *how[1:])
+    if chosen == "cpp" and plain_call(x, *parameters, skip, start):
+        how = launch(chosen, *x.shape, C_re.shape[0], nu_log.shape[0], False)
+        y, last = scan_in_one_op(x.to(work), parameters, skip, start, *how)
         y = y.to(x.dtype)
     else:
         with without_autocast(x.device.type):
-            y, last = scan(x, Operands(*_lru_ref.lru_operands(*parameters), skip), start, *how)
+            operands = Operands(*_lru_ref.lru_operands(*parameters), skip)
+            y, last = scan(x, operands, start, chosen, stepwise(x.dtype, backend))
     return (y, torch.complex(*last.chunk(2, -1))) if return_last_state else y
 
 

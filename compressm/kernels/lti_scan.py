@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compressm import config
 from compressm.errors import bad_argument
-from compressm.kernels import _lti_scan_block, _lti_scan_cpu, _lti_scan_ref
+from compressm.kernels import _cpp, _lti_scan_block, _lti_scan_ref
+from compressm.kernels._custom_op import custom_op, plain_call, recomputed_gradients, transformed
 from compressm.kernels._lti_scan_plan import plan_lti_scan
 from compressm.kernels._plan import KernelPlan
 from compressm.kernels.diagonal_scan import choose_backend, scan_op
@@ -62,7 +62,7 @@ def lti_scan(
         _check_complex(name, tensor)
     result = lti_scan_planar(
         u, log_lam.real, log_lam.imag, B.real, B.imag, C.real, C.imag, D,
-        initial_state=planar(initial_state), return_last_state=return_last_state, backend=backend,
+        initial_state=planar(initial_state, u, log_lam), return_last_state=return_last_state, backend=backend,
     )  # fmt: skip
     if not return_last_state:
         return result
@@ -86,7 +86,7 @@ def lti_scan_planar(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`lti_scan` without complex tensors: log_lam = log_decay + i phase, states planar (batch, 2N) [re | im]."""
     check_arguments(("u", u), {"log_lam": log_decay, "phase": phase}, B_re, B_im, C_re, C_im, D, initial_state)
-    how = launch(u.device.type, u.dtype, *u.shape, C_re.shape[0], log_decay.shape[0], backend)
+    chosen = choose_backend(u.device.type, u.dtype, backend=backend)
     work = torch.promote_types(u.dtype, torch.float32)
     with without_autocast(u.device.type):
         operands = Operands(
@@ -96,15 +96,23 @@ def lti_scan_planar(
             torch.cat([C_re, -C_im], 1).to(work),
             None if D is None else D.to(work),
         )
-        y, last = scan(u, operands, initial_state, *how)
+        y, last = scan(u, operands, initial_state, chosen, stepwise(u.dtype, backend))
     return (y, last) if return_last_state else y
 
 
-def planar(state: Tensor | None) -> Tensor | None:
-    """A complex initial state (batch, N) as [re | im], (batch, 2N) real."""
+def planar(state: Tensor | None, u: Tensor, eigenvalues: Tensor) -> Tensor | None:
+    """A complex initial state (batch, N) as [re | im], (batch, 2N) real, for an input u (batch, L, H) and N eigenvalues.
+
+    Raises:
+        ArgumentError: it is of another shape, or not complex.
+    """
     if state is None:
         return None
     _check_complex("initial_state", state)
+    shape = (u.shape[0], eigenvalues.shape[-1])
+    if u.dim() == 3 and tuple(state.shape) != shape:
+        remedy = "A state from before a reduction has more states: begin anew, from None."
+        raise bad_argument("initial_state", got=f"shape {tuple(state.shape)}", expected=f"(batch, N) = {shape}", remedy=remedy)
     return torch.cat([state.real, state.imag], -1)
 
 
@@ -119,36 +127,118 @@ def without_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
+def stepwise(dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether the reference walks step by step, as the oracle does: where it was asked for by name, and in float64."""
+    return backend == "reference" or dtype == torch.float64
+
+
 def plan_for_shapes(
     device: str, dtype: torch.dtype, batch: int, length: int, channels: int, outputs: int, states: int, backend: str | None
 ) -> KernelPlan:
     """The plan that :func:`lti_scan` follows for an input (batch, length, channels)."""
-    chosen = choose_backend(device, dtype, backend)
-    if chosen == "reference" and (backend == "reference" or dtype == torch.float64):
+    chosen = choose_backend(device, dtype, backend=backend)
+    if chosen == "reference" and stepwise(dtype, backend):
         return KernelPlan("lti_scan", "reference", "scan", (), "one step at a time")
     return plan_lti_scan(chosen, batch, length, channels, outputs, states, device != "cpu")
 
 
-@torch.compiler.assume_constant_result
-def launch(*shapes_and_backend) -> tuple[str, int, int, bool]:
-    """(backend, tau, tile rows, store states) of the plan; torch.compile takes them as constants while it traces."""
-    return _launch_of(shapes_and_backend, config.backend())
-
-
 @functools.lru_cache(maxsize=4096)
-def _launch_of(shapes_and_backend: tuple, _preferred: str | None) -> tuple[str, int, int, bool]:
-    plan = plan_for_shapes(*shapes_and_backend)
-    chosen = dict(plan.config)
-    return plan.backend, chosen.get("tau", 1), chosen.get("rows", 0), bool(chosen.get("store", 0))
+def launch(
+    backend: str, batch: int, length: int, channels: int, outputs: int, states: int, gpu: bool
+) -> tuple[int, int, bool]:
+    """(tau, tile rows, store states) of a backend's plan."""
+    chosen = dict(plan_lti_scan(backend, batch, length, channels, outputs, states, gpu).config)
+    return chosen.get("tau", 1), chosen.get("rows", 1), bool(chosen.get("store", 0))
 
 
 def scan(
-    u: Tensor, operands: Operands, initial_state: Tensor | None, backend: str, tau: int, rows: int, store: bool
+    u: Tensor, operands: Operands, initial_state: Tensor | None, backend: str, stepwise: bool
 ) -> tuple[Tensor, Tensor]:
-    """y in u's dtype and the last state, in the operands' dtype, as :func:`launch` says."""
-    dtype = operands.log_decay.dtype
+    """y in u's dtype and the last state (batch, 2N), in the operands' dtype; stepwise: in no other form than the reference's.
+
+    Where something traces the call, all of it is one op.
+    """
+    if plain_call(u, *operands, initial_state) or (backend == "reference" and transformed()):
+        return _planned(u, operands, initial_state, backend, stepwise)
+    return lti_scan_op(u, *operands, initial_state, backend, stepwise)
+
+
+@custom_op("compressm::lti_scan")
+def lti_scan_op(
+    u: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    backend: str,
+    stepwise: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`scan`; the arguments are what its backward keeps."""
+    with without_autocast(u.device.type):
+        y, last = _planned(u, Operands(log_decay, phase, w_in, w_out, D), initial_state, backend, stepwise)
+    return y.contiguous(), last.clone(memory_format=torch.contiguous_format)
+
+
+@lti_scan_op.register_fake
+def _(u, log_decay, phase, w_in, w_out, D, initial_state, backend, stepwise):
+    return u.new_empty((*u.shape[:2], w_out.shape[0])), w_in.new_empty((u.shape[0], w_in.shape[0]))
+
+
+@custom_op("compressm::lti_scan_backward")
+def lti_scan_backward_op(
+    grad_y: Tensor | None,
+    grad_last: Tensor | None,
+    u: Tensor,
+    log_decay: Tensor,
+    phase: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    backend: str,
+    stepwise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (u, log_decay, phase, w_in, w_out, D, initial_state); empty for an argument that was None."""
+
+    def run(u: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        *operands, start = rest
+        return _planned(u, Operands(*operands), start, backend, stepwise)
+
+    with without_autocast(u.device.type):
+        return recomputed_gradients(run, (u, log_decay, phase, w_in, w_out, D, initial_state), (grad_y, grad_last))
+
+
+@lti_scan_backward_op.register_fake
+def _(grad_y, grad_last, u, log_decay, phase, w_in, w_out, D, initial_state, backend, stepwise):
+    arguments = (u, log_decay, phase, w_in, w_out, D, initial_state)
+    return tuple(u.new_empty((0,)) if t is None else torch.empty_like(t) for t in arguments)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, backend, stepwise = inputs
+    ctx.how = backend, stepwise
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_y, grad_last):
+    grads = lti_scan_backward_op(grad_y, grad_last, *ctx.saved_tensors, *ctx.how)
+    return (*(None if t is None else grad for t, grad in zip(ctx.saved_tensors, grads, strict=True)), None, None)
+
+
+lti_scan_op.register_autograd(_backward, _setup_context)
+
+
+def _planned(
+    u: Tensor, operands: Operands, initial_state: Tensor | None, backend: str, stepwise: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`scan` in the form that the plan chooses for these sizes, differentiable."""
+    dtype, outputs, states = operands.log_decay.dtype, operands.w_out.shape[0], operands.log_decay.shape[0]
+    how = (1, 1, False) if stepwise else launch(backend, *u.shape, outputs, states, u.device.type != "cpu")
     start = None if initial_state is None else initial_state.to(dtype)
-    y, last = _run(u.to(dtype), operands, start, backend, tau, rows, store)
+    y, last = _run(u.to(dtype), operands, start, backend, *how)
     return y.to(u.dtype), last
 
 
@@ -164,7 +254,7 @@ def _run(
     if head:
         y, start = _core(u[:, :head], operands, start, backend, rows, store, shifted=False)
         parts.append(y)
-    tables = _lti_scan_cpu.block_tables if backend == "cpp" else _lti_scan_block.block_tables
+    tables = _cpp.library().lti_tables if backend == "cpp" else _lti_scan_block.block_tables
     blocked = Operands(*tables(*operands, tau))
     body = u[:, head:].reshape(batch, -1, tau * channels)
     y, last = _core(body, blocked, start, backend, rows, store, shifted=True)
@@ -179,7 +269,7 @@ def _core(
     log_decay, phase, w_in, w_out, feed = operands
     if backend == "cpp":
         store = store and torch.is_grad_enabled()
-        y, last, _ = _lti_scan_cpu.lti_core(u, log_decay, phase, w_in, w_out, feed, start, shifted, store, rows)
+        y, last, _ = _cpp.library().lti_core(u, log_decay, phase, w_in, w_out, feed, start, shifted, store, rows)
         return y, last
     x = u @ w_in.T
     if backend == "triton":

@@ -9,7 +9,10 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _norms_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import cpp_or_reference
+from compressm.kernels._dispatch import chooser, cpp_or_reference
+
+_OPS = ("layer_norm", "layer_norm_mean", "rms_norm")
+choose_backend = {op: chooser(op, cpp_or_reference) for op in _OPS}
 
 
 def layer_norm(
@@ -64,8 +67,7 @@ def layer_norm_mean(
     _check(x, weight, bias)
     if x.dim() < 2:
         raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected="(..., L, H)")
-    chosen = cpp_or_reference("layer_norm_mean", x.device.type, x.dtype, backend)
-    if chosen == "reference" or x.numel() == 0:
+    if choose_backend["layer_norm_mean"](x.device.type, x.dtype, backend=backend) == "reference":
         return _norms_ref.norm(x, weight, bias, eps, True).mean(-2)
     bias = None if bias is None else bias.float()
     rows = x.float() if x.dim() == 3 else x.float().reshape(-1, *x.shape[-2:])
@@ -76,8 +78,7 @@ def layer_norm_mean(
 def _normalise(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, backend: str | None
 ) -> Tensor:
-    chosen = cpp_or_reference(op, x.device.type, x.dtype, backend)
-    if chosen == "reference" or x.numel() == 0:
+    if choose_backend[op](x.device.type, x.dtype, backend=backend) == "reference":
         return _norms_ref.norm(x, weight, bias, eps, centred)
     bias = None if bias is None else bias.float()
     return norm_op(x.float(), weight.float(), bias, float(eps), centred).to(x.dtype)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import _selective_scan_cpu, _selective_scan_ref
-from compressm.kernels._custom_op import custom_op, in_cpp
-from compressm.kernels._dispatch import choose, compiled_first
+from compressm.kernels._custom_op import custom_op, in_cpp, plain_call, recomputed_gradients, transformed
+from compressm.kernels._dispatch import chooser, compiled_first
 from compressm.kernels._plan import KernelPlan
 
 
@@ -67,13 +67,13 @@ def selective_scan(
     B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     constant = B.dim() == 2 or C.dim() == 2
-    batch, channels, length = u.shape
     io = _common_dtype(u, delta, B, C, z)
-    chosen = _launch(u.device.type, io, batch, channels, length, A.shape[1], constant, backend)
-    if chosen == "reference":
-        out, last = _selective_scan_ref.selective_scan(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
-        )
+    chosen = choose_backend(u.device.type, io, constant, backend=backend)
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    if chosen == "reference" and (plain_call(*arguments) or transformed()):
+        out, last = _selective_scan_ref.selective_scan(*arguments, delta_softplus)
+    elif chosen == "reference":
+        out, last, *_ = selective_scan_op(*arguments, delta_softplus, False, chosen)
     else:
         if chosen == "cpp":
             io, mixing = _selective_scan_cpu.dtype_of_rows(u, delta, z), torch.float32
@@ -82,8 +82,9 @@ def selective_scan(
         u_io, delta, z, B, C = *(_cast(t, io) for t in (u, delta, z)), *(_cast(t, mixing) for t in (B, C))
         A, D, delta_bias, initial_state = (_cast(t, torch.float32) for t in (A, D, delta_bias, initial_state))
         out, last, *_ = selective_scan_op(
-            u_io, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, torch.is_grad_enabled(), chosen
-        )
+            u_io, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus,
+            torch.is_grad_enabled() or torch.jit.is_tracing(), chosen,
+        )  # fmt: skip
         out = _cast(out, u.dtype)
     return (out, last) if return_last_state else out
 
@@ -101,20 +102,16 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def choose_backend(device: str, dtype: torch.dtype, constant: bool, backend: str | None) -> str:
-    """Backend of a selective scan: Triton on a GPU, C++ on a CPU, else the reference.
-
-    Args:
-        device: device type of the tensors; dtype: the one they promote to.
-        constant: B or C has no time axis.
-        backend: the caller's choice or None.
-    """
-    candidates = compiled_first(
+# Of (device type, the dtype that the tensors promote to, whether B or C has no time axis): Triton on a GPU, C++ on a CPU, else
+# the reference.
+choose_backend = chooser(
+    "selective_scan",
+    lambda device, dtype, constant: compiled_first(
         device,
         lambda: _triton_why_not(device, dtype, constant),
         lambda: _selective_scan_cpu.why_not(device, dtype, constant),
-    )
-    return choose("selective_scan", candidates, backend)
+    ),
+)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype, constant: bool) -> str | None:
@@ -134,7 +131,7 @@ def plan_for_shapes(
     backend: str | None,
 ) -> KernelPlan:
     """The plan that :func:`selective_scan` follows for an input (batch, channels, length)."""
-    chosen = choose_backend(device, dtype, constant, backend)
+    chosen = choose_backend(device, dtype, constant, backend=backend)
     if chosen == "reference" or math.prod((batch, channels, length, states)) == 0:
         return KernelPlan("selective_scan", "reference", "scan", (), "one step at a time")
     if chosen == "cpp":
@@ -142,12 +139,6 @@ def plan_for_shapes(
     from compressm.kernels import _selective_scan_triton
 
     return _selective_scan_triton.plan(batch, channels, length, states, dtype)
-
-
-@torch.compiler.assume_constant_result
-def _launch(*shapes_and_backend) -> str:
-    """The backend of the plan; torch.compile takes it as a constant while it traces."""
-    return plan_for_shapes(*shapes_and_backend).backend
 
 
 @custom_op("compressm::selective_scan", differentiable=in_cpp)
@@ -166,15 +157,22 @@ def selective_scan_op(
     train: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """selective_scan on a compiled backend, ``"cpp"`` or ``"triton"``.
+    """selective_scan on a backend.
 
-    u, delta and z share one dtype; so do B (batch, G, N, L) and C: the same, or with ``"cpp"`` always float32.  A, D,
-    delta_bias and initial_state are float32.
+    On the compiled ones u, delta and z share one dtype; so do B (batch, G, N, L) and C: the same, or with ``"cpp"`` always
+    float32.  A, D, delta_bias and initial_state are float32.  ``"reference"`` takes them as they come.
 
     Returns:
         out (as u), last state (sequences, D, N) float32, and, where ``train``, what the backward needs: checkpoints (states
-        in front of every tile of steps, float32) and the scan's output in front of the gate (as u; empty without z).
+        in front of every tile of steps, float32) and the scan's output in front of the gate (as u; empty without z).  The
+        reference keeps nothing.
     """
+    if backend == "reference":
+        out, last = _selective_scan_ref.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
+        )
+        out = out.clone(memory_format=torch.contiguous_format)
+        return out, last.clone(), A.new_empty((0,)), u.new_empty((0,))
     return _backend(backend).forward(
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, train
     )
@@ -192,6 +190,9 @@ def _backend(name: str):
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, train, backend):
     batch, channels, length = u.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if backend == "reference":
+        last = A.new_empty((sequences, *A.shape), dtype=torch.promote_types(u.dtype, torch.float32))
+        return torch.empty_like(u, memory_format=torch.contiguous_format), last, A.new_empty((0,)), u.new_empty((0,))
     shape = _backend(backend).checkpoint_shape(batch, channels, length, A.shape[1], cu_seqlens is not None, sequences)
     return (
         torch.empty_like(u),
@@ -221,6 +222,12 @@ def selective_scan_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); empty for an argument that was None."""
+    if backend == "reference":
+        return recomputed_gradients(
+            lambda *tensors: _selective_scan_ref.selective_scan(*tensors, cu_seqlens, delta_softplus),
+            (u, delta, A, B, C, D, z, delta_bias, initial_state),
+            (grad_out, grad_last),
+        )
     return _backend(backend).backward(
         grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints, y, delta_softplus
     )
@@ -305,7 +312,7 @@ def _check(
             raise bad_argument(name, got=f"device {tensor.device}", expected=f"{device}, where u is")
     if cu_seqlens is not None:
         _check_packing(cu_seqlens, batch, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cpu" and plain_call(A, cu_seqlens):  # else there may be no values to look at
         _check_values(A, cu_seqlens, length)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _selective_scan_cpu, _selective_scan_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import choose, compiled_first
+from compressm.kernels._dispatch import Candidate, chooser, compiled_first
 
 
 def selective_state_update(
@@ -49,7 +49,8 @@ def selective_state_update(
     _check(state, *arguments)
     differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *arguments))
     double = torch.float64 in (state.dtype, x.dtype)
-    chosen = _launch(x.device.type, torch.float64 if double else x.dtype, state.numel() == 0, differentiate, backend)
+    dtype = torch.float64 if double else x.dtype
+    chosen = choose_backend(x.device.type, dtype, differentiate, backend=backend)
     if chosen == "reference":
         out, new = _selective_scan_ref.selective_state_update(state, *arguments, dt_softplus)
         state.copy_(new)
@@ -63,20 +64,19 @@ def selective_state_update(
     return out.to(x.dtype)
 
 
-@torch.compiler.assume_constant_result
-def _launch(device: str, dtype: torch.dtype, empty: bool, differentiate: bool, backend: str | None) -> str:
-    """The backend that runs; torch.compile takes it as a constant while it traces."""
-
+def _candidates(device: str, dtype: torch.dtype, differentiate: bool) -> tuple[Candidate, ...]:
     def only_forward(reason: str | None) -> str | None:
         return "it has no backward, and an argument requires a gradient" if differentiate else reason
 
-    candidates = compiled_first(
+    return compiled_first(
         device,
         lambda: only_forward(_triton_why_not(device, dtype)),
         lambda: only_forward(_cpp.why_not_for(device, dtype)),
     )
-    chosen = choose("selective_state_update", candidates, backend)
-    return "reference" if empty else chosen
+
+
+# Of (device type, dtype, whether an argument requires a gradient): Triton on a GPU, C++ on a CPU, else the reference.
+choose_backend = chooser("selective_state_update", _candidates)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:

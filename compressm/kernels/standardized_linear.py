@@ -8,9 +8,10 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels import _cpp, _standardized_linear_ref
 from compressm.kernels._custom_op import custom_op
-from compressm.kernels._dispatch import cpp_or_reference
+from compressm.kernels._dispatch import chooser, cpp_or_reference
 
 MAX_INPUTS = 8  # kMaxInputs in csrc/standardized_linear.cpp
+choose_backend = chooser("standardized_linear", cpp_or_reference)
 
 
 def standardized_linear(
@@ -35,8 +36,8 @@ def standardized_linear(
         BackendError: the named backend cannot run.
     """
     _check(x, mean, std, weight, bias)
-    chosen = cpp_or_reference("standardized_linear", x.device.type, weight.dtype, backend)
-    narrow = 0 < x.shape[-1] <= MAX_INPUTS and x.numel() > 0 and weight.shape[0] > 0
+    chosen = choose_backend(x.device.type, weight.dtype, backend=backend)
+    narrow = 0 < x.shape[-1] <= MAX_INPUTS and weight.shape[0] > 0
     if chosen == "reference" or not narrow or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return _standardized_linear_ref.standardized_linear(x, mean, std, weight, bias)
     x = x if x.dtype in (torch.uint8, torch.float32) else x.float()

@@ -128,12 +128,18 @@ class LRU(nn.Module):
         """One step of streaming inference: x (batch, H), state (batch, N) complex -> (y (batch, H), next state)."""
         if x.dim() != 2 or x.shape[-1] != self.d_model:
             raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, {self.d_model})")
-        if state.shape != (x.shape[0], self.d_state):
-            raise bad_argument("state", got=f"shape {tuple(state.shape)}", expected=(x.shape[0], self.d_state))
-        lam = torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()).to(state.dtype))
-        weight = self.gamma_log.exp()[:, None] * torch.complex(self.B_re, self.B_im)
-        state = lam * state + x.to(state.dtype) @ weight.to(state.dtype).T
-        y = (state @ torch.complex(self.C_re, self.C_im).to(state.dtype).T).real + self.D * x
+        if state.shape != (x.shape[0], self.d_state) or not state.is_complex():
+            expected = f"(batch, N) = {(x.shape[0], self.d_state)}, complex"
+            remedy = "A state from before a reduction has more states: begin anew, from initial_state(batch)"
+            raise bad_argument("state", got=f"{tuple(state.shape)} of {state.dtype}", expected=expected, remedy=remedy)
+        work = state.dtype.to_real()
+        nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im, D = (
+            getattr(self, name).to(work) for name in self.parameter_shapes(self.d_state)
+        )
+        lam = torch.exp(torch.complex(-nu_log.exp(), theta_log.exp()))
+        drive = x.to(state.dtype) @ (gamma_log.exp()[:, None] * torch.complex(B_re, B_im)).T
+        state = lam * state + drive
+        y = (state @ torch.complex(C_re, C_im).T).real + D * x.to(work)
         return y.to(x.dtype), state
 
     def extra_repr(self) -> str:

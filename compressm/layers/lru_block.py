@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compressm.errors import bad_argument
-from compressm.kernels import gelu_dropout, linear_glu_dropout_add
+from compressm.kernels import gelu_dropout, glu_dropout_add, linear_glu_dropout_add
 from compressm.kernels._lru_block_cpu import lru_block
 from compressm.layers._plain import plain
 from compressm.layers.lru import LRU
@@ -53,16 +54,21 @@ class LRUBlock(nn.Module):
         out = self._in_one_op(x)
         if out is not None:
             return out
+        y = self.lru(self.norm(x))
+        if not plain(self.dropout, nn.Dropout):
+            return x + self.dropout(F.glu(self.glu(self.dropout(F.gelu(y)))))
         p, training = self.dropout.p, self.dropout.training
-        y = gelu_dropout(self.lru(self.norm(x)), p, training)
+        y = gelu_dropout(y, p, training)
+        if not plain(self.glu, nn.Linear):
+            return glu_dropout_add(self.glu(y), x, p, training)
         return linear_glu_dropout_add(y, self.glu.weight, self.glu.bias, x, p, training)
 
     def _in_one_op(self, x: Tensor) -> Tensor | None:
         """None where the steps have to run one by one: the op cannot run, or a module is more than its parameters."""
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         norm, lru, glu = self.norm, self.lru, self.glu
-        whole = plain(norm, LayerNorm) and plain(lru, LRU) and plain(glu, nn.Linear)
+        whole = plain(norm, LayerNorm) and plain(lru, LRU) and plain(glu, nn.Linear) and plain(self.dropout, nn.Dropout)
         if not whole or norm.weight is None or x.dim() != 3 or x.shape[-1] != lru.d_model:
             return None
         out = lru_block(

@@ -95,7 +95,7 @@ def test_the_parts_are_seen_where_something_looks(leaves):
     assert "LruScanOp" in y.grad_fn.name()
     with Seen() as seen:
         torch.testing.assert_close(lru_scan(*leaves), y)
-    assert seen.ops == {"lti_core": 1}
+    assert seen.ops == {"lti_scan": 1}
 
 
 def test_any_strides():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _cpp, _lti_scan_cpu, diagonal_scan, lti_scan, lti_scan_planar, plan
+from compressm.kernels import _cpp, diagonal_scan, lti_scan, lti_scan_planar, plan
 from compressm.kernels import _lti_scan_ref as reference
 from compressm.kernels._lti_scan_block import block_tables, toeplitz
 from compressm.kernels.lti_scan import Operands, _run
@@ -182,7 +182,7 @@ def test_block_tables_in_cpp(assert_close, channels, outputs, feedthrough, tau):
         return [*results, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
 
     oracle = run(block_tables, torch.float64)
-    for k, (actual, expected) in enumerate(zip(run(_lti_scan_cpu.block_tables, torch.float32), oracle, strict=True)):
+    for k, (actual, expected) in enumerate(zip(run(_cpp.library().lti_tables, torch.float32), oracle, strict=True)):
         assert_close(actual.detach().double(), expected.detach(), str(k), torch.float32)
 
 
@@ -294,14 +294,48 @@ def test_custom_ops_are_well_formed():
     u, log_decay, phase, b_re, b_im, c_re, c_im, D, start = (t.float() for t in random_inputs(2, 12, 3, 4))
     args = [u, log_decay, phase, torch.cat([b_re, b_im]), torch.cat([c_re, -c_im], 1), D, start]
     args = [t.requires_grad_() for t in args]
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
-    for store in (True, False):
-        torch.library.opcheck(torch.ops.compressm.lti_core.default, (*args, False, store, 5), test_utils=tests)
+    for backend, stepwise in (("cpp", False), ("reference", False), ("reference", True)):
+        torch.library.opcheck(torch.ops.compressm.lti_scan.default, (*args, backend, stepwise))
     x = torch.randn(2, 7, 8, requires_grad=True)
-    scan_args = (x, log_decay, phase, None, True, "cpp")
-    torch.library.opcheck(torch.ops.compressm.diagonal_scan.default, scan_args, test_utils=tests)
-    tables_args = (log_decay, phase, args[3], args[4], torch.randn(3, requires_grad=True), 3)
-    torch.library.opcheck(torch.ops.compressm.lti_tables.default, tables_args, test_utils=tests)
+    torch.library.opcheck(torch.ops.compressm.diagonal_scan.default, (x, log_decay, phase, None, True, "cpp"))
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 3, 0), (0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4)])
+@pytest.mark.parametrize("initial", [False, True])
+def test_sizes_of_zero(sizes, initial):
+    inputs = random_inputs(*sizes)
+    if not initial:
+        inputs[8] = None
+    oracle = evaluate(public("reference"), inputs, torch.float64)
+    for name, result in evaluate(public("cpp"), inputs, torch.float32).items():
+        torch.testing.assert_close(result.double(), oracle[name], rtol=1e-5, atol=1e-5)
+
+
+def test_raw_operators_refuse_operands_that_do_not_fit():
+    library, N = torch.ops.compressm_cpp, 8
+    u, w_in, w_out = torch.randn(1, 4, 2), torch.ones(2 * N, 2), torch.ones(2, 2 * N)
+    good = [u, torch.full((N,), -0.1), torch.full((N,), 0.2), w_in, w_out, None, None, False, False, 4]
+    y, last, saved = library.lti_core(*good)
+    wrong = [
+        (1, torch.full((1,), -0.1)), (2, torch.zeros(2 * N)), (3, torch.ones(2 * N, 3)), (4, torch.ones(2, N)),
+        (5, torch.ones(3)), (5, torch.ones(2, 3)), (6, torch.zeros(1, 2)), (9, 0),
+    ]  # fmt: skip
+    for place, value in wrong:
+        with pytest.raises(RuntimeError, match="expected"):
+            library.lti_core(*good[:place], value, *good[place + 1 :])
+    backward = [y, last, *good[:7], saved, False, False, 4, True]
+    library.lti_core_backward(*backward)
+    for place, value in [(1, last[:, :2]), (3, torch.zeros(2)), (9, saved[..., :3].contiguous()), (9, saved[:, :0])]:
+        with pytest.raises(RuntimeError, match="expected"):
+            library.lti_core_backward(*backward[:place], value, *backward[place + 1 :])
+    x, four = torch.randn(2, 5, 8), torch.zeros(4)
+    for op, operands in (
+        (library.diagonal_scan, (x, torch.zeros(1), four, None, False)),
+        (library.diagonal_scan, (x, four, four, torch.zeros(2, 3), False)),
+        (library.diagonal_scan_backward, (x[..., :2], x, four, four, None, False)),
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            op(*operands)
 
 
 @pytest.mark.slow
