@@ -16,7 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 import compressm
+from compressm.adapters import find_layers
 from compressm.compression import Compressor, Policy
+from compressm.compression.audit import Ema
 from compressm.compression.planning import plain_model
 from compressm.errors import ModelError, bad_argument
 from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs, tell_configs
@@ -72,6 +74,7 @@ class CompressionCallback(Callback):
         self.compressor: Compressor | None = None
         self._saved: dict[str, Any] = {}
         self._taken = 0  # optimizer steps since the last batch end
+        self._kept: list[nn.Module] = []  # averages of other callbacks
         self._handles: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,7 +83,7 @@ class CompressionCallback(Callback):
 
         def follow_all() -> None:
             tell_configs(pl_module)
-            for average in _averages(trainer):
+            for average in _kept(trainer):
                 follow(pl_module, average)
 
         self._handles.append(resize_on_load(pl_module, lambda: trainer.optimizers, after=follow_all))
@@ -95,7 +98,8 @@ class CompressionCallback(Callback):
         schedule = as_schedule(self.schedule, trainer.estimated_stepping_batches)
         saved = self.state_dict() if trainer.global_step > 0 else {}
         checked_layers(pl_module)
-        options = {"uniform": bool(sized_configs(pl_module))} | self.options | {"ema": self._average(trainer)}
+        self._kept = _kept(trainer)
+        options = {"uniform": bool(sized_configs(pl_module))} | self.options | {"ema": self._average(self._kept)}
         self.compressor = Compressor(pl_module, trainer.optimizers, policy=self.policy, schedule=schedule, **options)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self.compressor.register(**{f"scheduler {index}": item for index, item in enumerate(schedulers)})
@@ -109,7 +113,8 @@ class CompressionCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         taken, self._taken = self._taken, 0
-        self.compressor.ema = self._average(trainer)
+        if (kept := _kept(trainer)) != self._kept:  # another callback has made its average
+            self._kept, self.compressor.ema = kept, self._average(kept)
         reports = [self.compressor.step() for _ in range(taken)]
         if any(reports):
             tell_configs(pl_module)
@@ -128,17 +133,17 @@ class CompressionCallback(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._saved, self.compressor = dict(state_dict), None
 
-    def _average(self, trainer: Trainer) -> nn.Module | None:
-        """The averaged model: passed as ``ema``, or kept by another callback, which may make it at any time.
+    def _average(self, kept: list[nn.Module]) -> Ema | None:
+        """What follows the model: passed as ``ema``, or one of those kept by other callbacks that has state-space layers.
 
         Raises:
             ArgumentError: several.
         """
-        passed, kept = self.options.get("ema"), _averages(trainer)
-        if len(kept) + (passed is not None) > 1:
-            got = f"{len(kept)} kept by callbacks{'' if passed is None else ' and one passed'}"
+        passed, averages = self.options.get("ema"), [average for average in kept if find_layers(average, strict=False)]
+        if len(averages) + (passed is not None) > 1:
+            got = f"{len(averages)} kept by callbacks{'' if passed is None else ' and one passed'}"
             raise bad_argument("ema", got=got, expected="one averaged model, which follows", remedy="Do without the others")
-        return kept[0] if kept else passed
+        return averages[0] if averages else passed
 
     def _count(self, *_: Any) -> None:
         self._taken += 1
@@ -148,7 +153,7 @@ class CompressionCallback(Callback):
             logger.log_metrics({f"states/{n}": float(r) for n, r in self.compressor.ranks.items()}, step=trainer.global_step)
 
 
-def _averages(trainer: Trainer) -> list[nn.Module]:
+def _kept(trainer: Trainer) -> list[nn.Module]:
     """The averaged models that callbacks keep, those that have been made."""
     found: list[nn.Module] = []
     for item in trainer.callbacks:

@@ -110,8 +110,9 @@ def take_ranks(
 def follow(model: nn.Module, copy: nn.Module) -> None:
     """Give a copy of a model, or an ``AveragedModel`` of it, the model's numbers of states; what changes is zero."""
     copy = copy.module if isinstance(copy, torch.optim.swa_utils.AveragedModel) else copy
-    ranks = {name: adapter.rank(module) for name, (module, adapter) in find_layers(model).items()}
-    reshape(copy, find_layers(copy), ranks)
+    copied = find_layers(copy, strict=False)
+    ranks = {name: adapter.rank(module) for name, (module, adapter) in find_layers(model).items() if name in copied}
+    reshape(copy, copied, ranks)
 
 
 def _present(state: Mapping[str, Any], name: str, module: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
