@@ -31,6 +31,7 @@ _EXPORTS = {
     "load": "compressm.compression",
     "save_sharded": "compressm.compression.sharded_checkpoint",
     "load_sharded": "compressm.compression.sharded_checkpoint",
+    "resize_to": "compressm.integrations.resizing",
     "register_adapter": "compressm.adapters",
     "CompressmError": "compressm.errors",
 }
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from compressm.compression.sharded_checkpoint import load_sharded, save_sharded
     from compressm.control import DiagonalSystem, balance
     from compressm.errors import CompressmError
+    from compressm.integrations.resizing import resize_to
 
 
 def __getattr__(name: str) -> Any:

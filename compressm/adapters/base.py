@@ -216,7 +216,8 @@ def plain_parameters(module: nn.Module, names: tuple[str, ...], name: str = "") 
         if parameter is None:
             raise ModelError(
                 f"{label(module, name)}: {key} is not a plain parameter. Remove parametrizations and pruning masks "
-                "(torch.nn.utils.parametrize.remove_parametrizations) before compressing"
+                "(torch.nn.utils.parametrize.remove_parametrizations) before compressing; merge adapters such as LoRA, or "
+                "leave this projection out of their target_modules"
             )
         found[key] = parameter
     return found

@@ -258,7 +258,8 @@ def _master_actions(optimizers: Optimizers, swaps: Sequence[Swap]) -> list[Actio
 
 def _ema_actions(ema: Ema, name: str, edit: LayerEdit) -> list[Action]:
     slots = {key: ema_slot(ema, name, key) for key in edit.tensors}
-    values = edit.values({key: slot[leaf].detach().double() for key, (slot, leaf) in slots.items()})
+    devices = {key: tensor.device for key, tensor in edit.tensors.items()}  # the copy may be kept on another
+    values = edit.values({key: slot[leaf].detach().to(devices[key]).double() for key, (slot, leaf) in slots.items()})
     actions = []
     for key, (slot, leaf) in slots.items():
         old, value = slot[leaf], values[key].to(slot[leaf])

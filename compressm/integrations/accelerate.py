@@ -12,6 +12,7 @@ from torch import nn
 from compressm.compression import Compressor
 from compressm.compression.optimizer_state import unwrapped
 from compressm.compression.planning import plain_model
+from compressm.integrations._common import sized_configs, tell_configs
 from compressm.integrations.resizing import resize_on_load
 
 __all__ = ["prepare"]
@@ -26,7 +27,9 @@ def prepare(
     """A :class:`~compressm.Compressor` for what ``accelerator.prepare`` returned.
 
     It is registered for checkpointing: ``accelerator.save_state`` stores it, and ``accelerator.load_state`` into models of the
-    original size resizes their layers first and resumes in mid-schedule.  Count optimizer steps, not micro-batches::
+    original size resizes their layers first and resumes in mid-schedule.  Transformers' models with one ``state_size`` keep
+    the same number of states in all layers, unless ``uniform=False``; after a reduction call
+    ``compressm.integrations.transformers.update_config``.  Count optimizer steps, not micro-batches::
 
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         compressor = compressm.integrations.accelerate.prepare(accelerator, model, optimizer, policy=..., schedule=...)
@@ -54,7 +57,7 @@ def prepare(
     plain = plain_model(model)
     several = isinstance(optimizer, list | tuple)
     optimizers = [unwrapped(item) for item in (optimizer if several else [optimizer])]
-    compressor = Compressor(plain, optimizers, **options)
+    compressor = Compressor(plain, optimizers, **{"uniform": bool(sized_configs(plain))} | options)
     accelerator.register_for_checkpointing(compressor)
-    resize_on_load(plain, lambda: optimizers)
+    resize_on_load(plain, lambda: optimizers, after=lambda: tell_configs(plain))
     return compressor

@@ -1,19 +1,29 @@
-"""PyTorch Lightning: compress a LightningModule inside ``Trainer.fit``."""
+"""PyTorch Lightning: compress a LightningModule inside ``Trainer.fit``.
+
+Importing it lets ``LightningModule.load_from_checkpoint`` take reduced runs: the module that it builds gets the checkpoint's
+numbers of states.  Nothing else of Lightning changes.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 import compressm
+from compressm.adapters import find_layers
 from compressm.compression import Compressor, Policy
+from compressm.compression.audit import Ema
 from compressm.compression.planning import plain_model
-from compressm.errors import ModelError
-from compressm.integrations._common import ScheduleArgument, as_schedule
-from compressm.integrations.resizing import resize_on_load
+from compressm.errors import ModelError, bad_argument
+from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs, tell_configs
+from compressm.integrations._lightning_loading import teach_load_from_checkpoint
+from compressm.integrations.resizing import follow, resize_on_load
 
 try:
     from lightning.pytorch import Callback
@@ -25,6 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressionCallback"]
 
+for _name in ("lightning.pytorch", "pytorch_lightning"):
+    if _name in sys.modules:
+        teach_load_from_checkpoint(sys.modules[_name].LightningModule)
+
 
 class CompressionCallback(Callback):
     """Compresses the module while ``Trainer.fit`` runs; for ``lightning`` and ``pytorch_lightning``.
@@ -32,7 +46,12 @@ class CompressionCallback(Callback):
     It counts the steps of the optimizer that trains the state-space layers, whatever the number of batches between them, with
     automatic and manual optimization, and reduces at the end of a batch.  The numbers of states go to the trainer's loggers.
     Its state lies in Lightning's checkpoints: ``fit(module, ckpt_path=...)`` (also ``test`` and ``validate``) on a module of
-    the original size continues with the reduced one.
+    the original size continues with the reduced one, and ``load_from_checkpoint`` gives the reduced one.
+
+    The averaged model of ``WeightAveraging``, ``EMAWeightAveraging`` or ``StochasticWeightAveraging``, or another
+    ``AveragedModel`` of the module that a callback keeps, follows every reduction, in whatever order the callbacks are.  A
+    transformers model inside the module keeps the same number of states in all layers, and its ``config.state_size``
+    follows, unless ``uniform=False``.
 
     Args:
         policy: how many states stay.
@@ -47,6 +66,7 @@ class CompressionCallback(Callback):
 
     Raises:
         ModelError: (when training begins) nothing to compress in the module, or training is distributed.
+        ArgumentError: (when training begins) several averaged models.
     """
 
     def __init__(self, *, policy: Policy, schedule: ScheduleArgument = compressm.Once, **options: Any) -> None:
@@ -54,10 +74,19 @@ class CompressionCallback(Callback):
         self.compressor: Compressor | None = None
         self._saved: dict[str, Any] = {}
         self._taken = 0  # optimizer steps since the last batch end
+        self._kept: list[nn.Module] = []  # averages of other callbacks
         self._handles: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._handles.append(resize_on_load(pl_module, lambda: trainer.optimizers))
+        base = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+        teach_load_from_checkpoint(base)
+
+        def follow_all() -> None:
+            tell_configs(pl_module)
+            for average in _kept(trainer):
+                follow(pl_module, average)
+
+        self._handles.append(resize_on_load(pl_module, lambda: trainer.optimizers, after=follow_all))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
@@ -68,7 +97,10 @@ class CompressionCallback(Callback):
         plain_model(trainer.strategy.model)
         schedule = as_schedule(self.schedule, trainer.estimated_stepping_batches)
         saved = self.state_dict() if trainer.global_step > 0 else {}
-        self.compressor = Compressor(pl_module, trainer.optimizers, policy=self.policy, schedule=schedule, **self.options)
+        checked_layers(pl_module)
+        self._kept = _kept(trainer)
+        options = {"uniform": bool(sized_configs(pl_module))} | self.options | {"ema": self._average(self._kept)}
+        self.compressor = Compressor(pl_module, trainer.optimizers, policy=self.policy, schedule=schedule, **options)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self.compressor.register(**{f"scheduler {index}": item for index, item in enumerate(schedulers)})
         if trainer.global_step > 0:
@@ -81,8 +113,11 @@ class CompressionCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         taken, self._taken = self._taken, 0
+        if (kept := _kept(trainer)) != self._kept:  # another callback has made its average
+            self._kept, self.compressor.ema = kept, self._average(kept)
         reports = [self.compressor.step() for _ in range(taken)]
         if any(reports):
+            tell_configs(pl_module)
             self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,12 +133,34 @@ class CompressionCallback(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._saved, self.compressor = dict(state_dict), None
 
+    def _average(self, kept: list[nn.Module]) -> Ema | None:
+        """What follows the model: passed as ``ema``, or one of those kept by other callbacks that has state-space layers.
+
+        Raises:
+            ArgumentError: several.
+        """
+        passed, averages = self.options.get("ema"), [average for average in kept if find_layers(average, strict=False)]
+        if len(averages) + (passed is not None) > 1:
+            got = f"{len(averages)} kept by callbacks{'' if passed is None else ' and one passed'}"
+            raise bad_argument("ema", got=got, expected="one averaged model, which follows", remedy="Do without the others")
+        return averages[0] if averages else passed
+
     def _count(self, *_: Any) -> None:
         self._taken += 1
 
     def _log(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
             logger.log_metrics({f"states/{n}": float(r) for n, r in self.compressor.ranks.items()}, step=trainer.global_step)
+
+
+def _kept(trainer: Trainer) -> list[nn.Module]:
+    """The averaged models that callbacks keep, those that have been made."""
+    found: list[nn.Module] = []
+    for item in trainer.callbacks:
+        found += [value for value in vars(item).values() if isinstance(value, AveragedModel)]
+        if any(cls.__name__ == "StochasticWeightAveraging" for cls in type(item).__mro__) and item._average_model is not None:
+            found.append(item._average_model)
+    return found
 
 
 def _training(compressor: Compressor) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""What all frameworks need to resume: a full-size model that takes the checkpoint of a reduced one."""
+"""A full-size model that takes the weights of a reduced one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,62 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter, find_layers
+from compressm.compression.audit import check_optimizers, full_name
+from compressm.compression.execution import as_optimizers
+from compressm.compression.planning import compressible_layers, plain_model
 from compressm.compression.surgery import reshape
+from compressm.errors import bad_argument
+from compressm.integrations._common import tell_configs
 
 Optimizers = Sequence[torch.optim.Optimizer]
+Layers = Mapping[str, tuple[nn.Module, Adapter]]
+
+
+def resize_to(
+    model: nn.Module, state_dict: Mapping[str, Any], *, optimizer: torch.optim.Optimizer | Optimizers | None = None
+) -> nn.Module:
+    """Give the state-space layers of a model the numbers of states that a ``state_dict`` has, so that it can be loaded.
+
+    For weights of a reduced model that :func:`compressm.save` did not write (it needs no such call).  The layers that change
+    are zero until the weights are loaded; ``strict`` and ``assign`` are yours to choose::
+
+        state = torch.load("reduced.pt")
+        compressm.resize_to(model, state, optimizer=optimizer).load_state_dict(state)
+
+    Layers that ``state_dict`` does not mention stay as they are.  ``config.state_size`` of transformers' models follows.
+
+    Args:
+        model: plain, or behind ``torch.compile``'s wrapper; the names in ``state_dict`` are its own.
+        state_dict: parameter name to tensor.
+        optimizer: the one that holds the model's parameters, or several: replaced parameters are exchanged in its groups, and
+            their state is dropped (``optimizer.load_state_dict`` takes that of the reduced run then).  None: build it later.
+
+    Returns:
+        the model.
+
+    Raises:
+        ArgumentError: no layer of the model is in ``state_dict``, or one is only in part or has shapes that fit no number of
+            states; nothing has changed.
+        ModelError, OptimizerError: nothing to resize, a wrapped model, or an optimizer of another; nothing has changed.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise bad_argument("state_dict", got=type(state_dict).__name__, expected="a mapping of names to tensors")
+    plain_model(model)
+    layers, optimizers = compressible_layers(model), as_optimizers(optimizer)
+    named = {name: layer for name, layer in layers.items() if _present(state_dict, name, *layer)}
+    if not named:
+        name, (module, adapter) = next(iter(layers.items()))
+        expected = f"parameters of the model's state-space layers, such as {full_name(name, adapter.parameters(module)[0])!r}"
+        got = f"names such as {', '.join(map(repr, list(state_dict)[:3]))}" if state_dict else "an empty one"
+        remedy = "Strip prefixes that wrappers have added, and pass the weights alone of a checkpoint that holds more"
+        raise bad_argument("state_dict", got=got, expected=expected, remedy=remedy)
+    for name, layer in named.items():
+        _check_whole(state_dict, name, *layer)
+    if optimizers:
+        check_optimizers(named, model, optimizers)
+    take_ranks(model, named, state_dict, optimizers=optimizers)
+    tell_configs(model)
+    return model
 
 
 def resize_on_load(
@@ -33,23 +86,62 @@ def resize_on_load(
     """
 
     def hook(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        layers = find_layers(module)
-        ranks = {name: _rank_in(state, f"{prefix}{name}." if name else prefix, *layer) for name, layer in layers.items()}
-        changed = {name: rank for name, rank in ranks.items() if rank not in (None, layers[name][1].rank(layers[name][0]))}
-        if changed:
-            reshape(module, layers, changed, optimizers())
-            if after is not None:
-                after()
+        if take_ranks(module, find_layers(module), state, prefix, optimizers()) and after is not None:
+            after()
 
     return model.register_load_state_dict_pre_hook(hook)
 
 
-def _rank_in(state: Mapping[str, Any], prefix: str, module: nn.Module, adapter: Adapter) -> int | None:
+def take_ranks(
+    model: nn.Module, layers: Layers, state: Mapping[str, Any], prefix: str = "", optimizers: Optimizers = ()
+) -> bool:
+    """Resize those of a model's layers whose tensors in ``state`` fit another number of states.
+
+    Returns:
+        whether there were any.
+    """
+    ranks = {name: _rank_in(state, prefix + name, *layer) for name, layer in layers.items()}
+    changed = {name: rank for name, rank in ranks.items() if rank is not None and rank != layers[name][1].rank(layers[name][0])}
+    if changed:
+        reshape(model, layers, changed, optimizers)
+    return bool(changed)
+
+
+def follow(model: nn.Module, copy: nn.Module) -> None:
+    """Give a copy of a model, or an ``AveragedModel`` of it, the model's numbers of states; what changes is zero."""
+    copy = copy.module if isinstance(copy, torch.optim.swa_utils.AveragedModel) else copy
+    copied = find_layers(copy, strict=False)
+    ranks = {name: adapter.rank(module) for name, (module, adapter) in find_layers(model).items() if name in copied}
+    reshape(copy, copied, ranks)
+
+
+def _present(state: Mapping[str, Any], name: str, module: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Those of a layer's tensors that depend on its rank and are in ``state``, by name relative to the layer."""
+    start = f"{name.removesuffix('.')}." if name else ""
+    keys = {key: state.get(start + key) for key in adapter.parameters(module)}
+    return {key: tensor for key, tensor in keys.items() if isinstance(tensor, Tensor)}
+
+
+def _check_whole(state: Mapping[str, Any], name: str, module: nn.Module, adapter: Adapter) -> None:
+    """Raise ArgumentError unless ``state`` has a whole layer, of some number of states."""
+    present = _present(state, name, module, adapter)
+    if missing := [full_name(name, key) for key in adapter.parameters(module) if key not in present]:
+        expected = f"all of layer {name!r}, also {', '.join(missing)}"
+        raise bad_argument("state_dict", got=f"only {', '.join(full_name(name, key) for key in present)}", expected=expected)
+    if _rank_in(state, name, module, adapter) is None:
+        got = ", ".join(f"{full_name(name, key)} of shape {tuple(tensor.shape)}" for key, tensor in present.items())
+        now = ", ".join(str(tuple(tensor.shape)) for tensor in adapter.blank(module, adapter.rank(module)).values())
+        expected = f"shapes that the layer has at some number of states (now {adapter.rank(module)}: {now})"
+        remedy = "Build the model with the channels of the reduced one; only the number of states may differ"
+        raise bad_argument("state_dict", got=got, expected=expected, remedy=remedy)
+
+
+def _rank_in(state: Mapping[str, Any], name: str, module: nn.Module, adapter: Adapter) -> int | None:
     """The rank at which a layer's tensors have the shapes that they have in ``state``; None if there is none.
 
     The number of entries of every such tensor is linear in the rank.
     """
-    present = {key: state[prefix + key] for key in adapter.parameters(module) if isinstance(state.get(prefix + key), Tensor)}
+    present = _present(state, name, module, adapter)
     if not present:
         return None
     one, two = adapter.blank(module, 1), adapter.blank(module, 2)

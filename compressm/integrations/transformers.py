@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import compressm
-from compressm.compression import Compressor, Policy
+from compressm.compression import Compressor, Policy, StaleCopyWarning
 from compressm.compression.codec import encode
 from compressm.compression.optimizer_state import unwrapped
-from compressm.compression.planning import compressible_layers
 from compressm.errors import ModelError, bad_argument
-from compressm.integrations._common import ScheduleArgument, as_schedule
+from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs
 from compressm.integrations._mamba_mixer import AcceleratedMambaMixer, accelerate_
+from compressm.integrations._peft import save_base, saves_adapters_alone
 from compressm.integrations.resizing import resize_on_load
 
-__all__ = ["AcceleratedMambaMixer", "CompressionCallback", "accelerate_", "update_config"]
+__all__ = ["AcceleratedMambaMixer", "CompressionCallback", "accelerate_", "save_base", "update_config"]
 
 
 class CompressionCallback(TrainerCallback, ExportableState):
@@ -29,7 +32,10 @@ class CompressionCallback(TrainerCallback, ExportableState):
     It counts optimizer steps, not micro-batches.  Its state lies in the Trainer's checkpoints, and
     ``train(resume_from_checkpoint=...)`` on a model of the original size continues with the reduced one.  Models whose config
     has one ``state_size`` keep the same number of states in all layers and have it updated, so that ``save_pretrained`` and
-    ``from_pretrained`` work as ever.  Checkpoints due while a guard validates a reduction are written when it has decided.
+    ``from_pretrained`` work as ever, also behind wrappers: a PEFT model, ``torch.compile``'s, a module of your own around
+    them.  Of a PEFT model the Trainer saves the adapters alone, which fit the reduced base and not the original: its
+    checkpoints get this base beside them, in a folder ``base``, from which a run is resumed (see :func:`save_base`).
+    Checkpoints due while a guard validates a reduction are written when it has decided.
 
     Args:
         policy: how many states stay.
@@ -41,9 +47,13 @@ class CompressionCallback(TrainerCallback, ExportableState):
         compressor: the :class:`~compressm.Compressor`, once training has begun.
 
     Raises:
-        ModelError: (when training begins, or already from ``Trainer(...)``) nothing to compress in the model, or training is
-            distributed.
-        ArgumentError: ``uniform=False`` for a model whose config has one ``state_size``.
+        ModelError: (when training begins, or already from ``Trainer(...)``) nothing to compress in the model, an adapter on
+            a projection that reductions replace, adapters saved on a base of other ranks, or training is distributed.
+        ArgumentError: ``uniform=False`` for a model whose config has one ``state_size``, or ``load_best_model_at_end`` for one
+            whose checkpoints hold adapters alone.
+
+    Warns:
+        StaleCopyWarning: the base under adapters was reduced.
     """
 
     def __init__(self, *, policy: Policy, schedule: ScheduleArgument = compressm.Once, **options: Any) -> None:
@@ -52,7 +62,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
         self._model: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._resizing: RemovableHandle | None = None
-        self._postponed = False
+        self._postponed = self._adapters_alone = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None,
@@ -72,21 +82,40 @@ class CompressionCallback(TrainerCallback, ExportableState):
         # The Trainer writes only into entries that are there.
         entry = state.stateful_callbacks.setdefault(type(self).__name__, {"attributes": {"compressor": None}})
         saved = entry["attributes"]["compressor"]
-        options = {"uniform": _has_one_state_size(model)} | self.options
+        options = {"uniform": bool(sized_configs(model))} | self.options
         self.compressor = Compressor(model, self._optimizer, policy=self.policy, schedule=schedule, **options)
         if lr_scheduler is not None:
             self.compressor.register(scheduler=lr_scheduler)
         if state.global_step > 0:
             # A run that goes on without a saved state was not compressed so far: only its steps count.
-            self.compressor.load_state_dict(saved or self.compressor.state_dict() | {"step": state.global_step})
+            saved = saved or self.compressor.state_dict() | {"step": state.global_step}
+            if self._adapters_alone and saved["ranks"] != self.compressor.ranks:
+                raise ModelError(
+                    f"resume_from_checkpoint: its adapters belong to a base with states {saved['ranks']}, expected "
+                    f"{self.compressor.ranks} as in this model. Load the base with from_pretrained from the checkpoint's "
+                    "folder 'base' and put adapters of the same configuration on it"
+                )
+            self.compressor.load_state_dict(saved)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        before = self.compressor.ranks
         self.compressor.step()
-        if _has_one_state_size(self._model):
-            module, adapter = next(iter(self.compressor.layers.values()))
-            if adapter.rank(module) != self._model.config.state_size:
-                update_config(self._model)
+        if self.compressor.ranks != before:
+            self._resized()
+            if self._adapters_alone:
+                warnings.warn(
+                    "compressm has reduced the base of this model; save_pretrained and Trainer.save_model write its adapters "
+                    "alone, which fit the reduced base and not the original. Store this base as well, with "
+                    "compressm.integrations.transformers.save_base(model, folder), or both in one with "
+                    "model.merge_and_unload().save_pretrained(folder); checkpoints have the base in their folder 'base'",
+                    StaleCopyWarning,
+                    stacklevel=2,
+                )
         self._postpone_saving(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._adapters_alone and any(report.changed for report in self.compressor.history):
+            save_base(self._model, Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "base"))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._postpone_saving(control)
@@ -113,11 +142,16 @@ class CompressionCallback(TrainerCallback, ExportableState):
                 f"Trainer: runs on {args.world_size} processes, expected one: the wrapper around the model would hold on to "
                 "the parameters that a reduction replaces. Compress in a run of one process"
             )
-        compressible_layers(model)
-        if _has_one_state_size(model) and not self.options.get("uniform", True):
+        checked_layers(model)
+        configs = sized_configs(model)
+        if configs and not self.options.get("uniform", True):
             remedy = "Drop it, or train with compressm.Compressor in a loop of your own and store with compressm.save"
-            expected = f"True: {type(model.config).__name__} has one state_size for all layers"
+            expected = f"True: {type(configs[0][0]).__name__} has one state_size for all layers"
             raise bad_argument("uniform", got="False", expected=expected, remedy=remedy)
+        self._adapters_alone = saves_adapters_alone(model)
+        if self._adapters_alone and args.load_best_model_at_end:
+            remedy = "The adapters of the best checkpoint would be put on a base that may have been reduced since"
+            raise bad_argument("load_best_model_at_end", got="True", expected="False for a PEFT model", remedy=remedy)
         self._optimizer = unwrapped(optimizer)
         if self._model is not model:
             if self._resizing is not None:
@@ -128,30 +162,36 @@ class CompressionCallback(TrainerCallback, ExportableState):
         return () if self._optimizer is None else (self._optimizer,)
 
     def _resized(self) -> None:
-        if _has_one_state_size(self._model):
+        if sized_configs(self._model):
             update_config(self._model)
 
 
-def update_config(model: PreTrainedModel) -> PreTrainedModel:
+def update_config(model: nn.Module) -> nn.Module:
     """Set ``config.state_size`` to the model's present number of states, so that ``save_pretrained`` writes what loads again.
 
     The callback does this itself; call it after ``compressm.compress`` or a loop of your own.
+
+    Args:
+        model: a transformers model, or whatever holds one: a PEFT model, ``torch.compile``'s wrapper, a module of your own.
 
     Returns:
         the model.
 
     Raises:
-        ModelError: the layers keep different numbers of states; the config has one for all.
+        ModelError: no model with such a config, or its layers keep different numbers of states; the config has one for all.
     """
-    ranks = {name: adapter.rank(module) for name, (module, adapter) in compressible_layers(model).items()}
-    if len(set(ranks.values())) > 1:
+    configs = sized_configs(model)
+    if not configs:
         raise ModelError(
-            f"config.state_size: the layers keep different numbers of states, {ranks}, expected one, which is all that "
-            f"{type(model.config).__name__} can say. Reduce with uniform=True, or store with compressm.save"
+            f"model: {type(model).__name__} holds no transformers model with state-space layers and config.state_size, "
+            "expected one. Store others with compressm.save"
         )
-    model.config.state_size = next(iter(ranks.values()))
+    for config, ranks in configs:
+        if len(set(ranks.values())) > 1:
+            raise ModelError(
+                f"config.state_size: the layers keep different numbers of states, {ranks}, expected one, which is all that "
+                f"{type(config).__name__} can say. Reduce with uniform=True, or store with compressm.save"
+            )
+    for config, ranks in configs:
+        config.state_size = next(iter(ranks.values()))
     return model
-
-
-def _has_one_state_size(model: Any) -> bool:
-    return isinstance(model, PreTrainedModel) and hasattr(model.config, "state_size")

@@ -100,3 +100,30 @@ def test_a_wrapped_model_is_refused():
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(ModelError, match="wrapped in DataParallel"):
         prepare(accelerator, model, optimizer, policy=compressm.Shrink(0.5), schedule=compressm.At([1]))
+
+
+def test_the_config_of_a_transformers_model_follows(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from compressm.integrations.transformers import update_config
+
+    def run():
+        torch.manual_seed(3)
+        config = {"vocab_size": 11, "hidden_size": 8, "state_size": 6, "num_hidden_layers": 2, "initializer_range": 0.5}
+        model = nn.ModuleList([transformers.MambaForCausalLM(transformers.MambaConfig(**config))])
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        options = {"policy": compressm.Energy(tau=0.3), "schedule": compressm.At([1])}
+        return accelerator, model, prepare(accelerator, model, optimizer, **options)
+
+    accelerator, model, compressor = run()
+    x = torch.randint(11, (2, 9))
+    model[0](input_ids=x, labels=x).loss.backward()
+    compressor.optimizers[0].step()
+    assert compressor.step().changed
+    (rank,) = set(compressor.ranks.values())
+    assert update_config(model)[0].config.state_size == rank < 6
+    accelerator.save_state(tmp_path)
+    other, again, _ = run()
+    other.load_state(tmp_path)
+    assert again[0].config.state_size == rank
+    assert torch.equal(again[0](x).logits, model[0](x).logits)
