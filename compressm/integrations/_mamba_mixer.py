@@ -18,7 +18,6 @@ from compressm.kernels import (
     selective_scan,
     selective_state_update,
 )
-from compressm.kernels.causal_conv1d import MAX_WIDTH
 from compressm.layers._whole_mixer import whole_mixer, working_dtype
 
 
@@ -126,8 +125,6 @@ def _check(name: str, mixer: MambaMixer) -> None:
         raise ModelError(f"layer {name!r}: {type(mixer).__qualname__} overrides MambaMixer, expected transformers' own class")
     if mixer.activation not in ("silu", "swish"):
         raise ModelError(f"layer {name!r}: activation {mixer.activation!r}, expected 'silu'. Leave this model as it is")
-    if mixer.conv_kernel_size > MAX_WIDTH:
-        raise ModelError(f"layer {name!r}: {mixer.conv_kernel_size} taps of the convolution, expected at most {MAX_WIDTH}")
     if "forward" in vars(mixer) or any(hasattr(module, "_hf_hook") for module in mixer.modules()):
         raise ModelError(
             f"layer {name!r}: its forward is wrapped (device_map with several devices or offloading does that), expected "

@@ -47,7 +47,7 @@ def patch() -> None:
         for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "mamba_ssm"]:
             if vars(module).get(name) is theirs:
                 setattr(module, name, ours)
-    layer.causal_conv1d_fn, layer.causal_conv1d_update = causal_conv1d, _update_convolution
+    layer.causal_conv1d_fn, layer.causal_conv1d_update = causal_conv1d, causal_conv1d_update
     layer.selective_state_update = selective_state_update
 
 
@@ -100,12 +100,6 @@ def mamba_inner_fn(
     delta = F.linear(low_rank, delta_proj_weight).mT
     y = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return F.linear(y.mT, out_proj_weight, out_proj_bias)
-
-
-def _update_convolution(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    return causal_conv1d_update(x, conv_state, weight, bias, activation=activation)
 
 
 def stand_in_for_the_extension() -> None:

@@ -31,8 +31,8 @@ def mamba_mixer(
     """The mixer of :class:`compressm.layers.Mamba` in eager mode on the CPU, with its gradient; None where it cannot run.
 
     It computes what the layer's separate steps do, in the same precision: as wide as ``hidden``, or bfloat16 under autocast.
-    It cannot run for float16 and float64, without elements, for projections of another dtype than ``hidden`` outside
-    autocast, where another backend is chosen, or while something traces.
+    It cannot run for float16 and float64, without elements, for more taps than the C++ convolution takes, for projections of
+    another dtype than ``hidden`` outside autocast, where another backend is chosen, or while something traces.
 
     Args:
         hidden: (batch, L, d_model); the parameters as the layer's.
@@ -54,7 +54,7 @@ def mamba_mixer(
     arguments = (
         hidden, in_weight, in_bias, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, D, out_weight, out_bias
     )  # fmt: skip
-    if not plain_call(*arguments) or not _chosen(hidden.device.type, work):
+    if not plain_call(*arguments) or not _chosen(hidden.device.type, work, conv_weight.shape[-1]):
         return None
     try:
         return _cpp.library().mamba_mixer(*arguments, work == torch.bfloat16, torch.is_grad_enabled())[0]
@@ -62,6 +62,6 @@ def mamba_mixer(
         raise ArgumentError(str(error)) from error
 
 
-def _chosen(device: str, dtype: torch.dtype) -> bool:
+def _chosen(device: str, dtype: torch.dtype, width: int) -> bool:
     """Whether both ops that the mixer is made of would run in C++."""
-    return backend_of_scan(device, dtype, False, None) == backend_of_convolution(device, dtype, None) == "cpp"
+    return backend_of_scan(device, dtype, False, None) == backend_of_convolution(device, dtype, width, False, None) == "cpp"
