@@ -286,41 +286,6 @@ struct SelectiveScanOp {
   static constexpr const char *name = "selective_scan", *passed = "";
 };
 
-// One step: state (batch, D, N) in place; the output (batch, D).  B and C are (batch, G, N).
-Tensor selective_step(Tensor state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-                      const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias, bool softplus) {
-  TORCH_CHECK(state.dim() == 3 && B.dim() == 3, "expected state (batch, D, N) and B (batch, G, N)");
-  const int64_t batch = state.size(0), channels = state.size(1), states = state.size(2), groups = B.size(1);
-  TORCH_CHECK(groups > 0 && channels % groups == 0, "B: expected a number of groups that divides D, got ", groups);
-  check(state, "state", {batch, channels, states});
-  TORCH_CHECK(state.is_contiguous(), "state: expected a contiguous tensor");
-  check(x, "x", {batch, channels});
-  check(dt, "dt", {batch, channels});
-  check(A, "A", {channels, states});
-  check(B, "B", {batch, groups, states});
-  check(C, "C", {batch, groups, states});
-  check(D, "D", {channels});
-  check(z, "z", {batch, channels});
-  check(dt_bias, "dt_bias", {channels});
-  const auto dense = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
-  const Tensor xs = x.contiguous(), dts = dt.contiguous(), rates = A.contiguous(), Bs = B.contiguous(), Cs = C.contiguous();
-  const Tensor skip = dense(D), gate = dense(z), bias = dense(dt_bias);
-  Tensor out = at::empty({batch, channels}, state.options());
-  const auto from = [](const Tensor& t, int64_t offset) { return t.defined() ? t.const_data_ptr<float>() + offset : nullptr; };
-  const int64_t each = channels / groups;
-  float *state_data = state.data_ptr<float>(), *out_data = out.data_ptr<float>();
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, each * states));
-  at::parallel_for(0, batch * groups, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t channel = task % groups * each, row = task / groups * channels + channel;
-      selective_scan_kernels().step(state_data + row * states, from(xs, row), from(dts, row), from(rates, channel * states),
-                     from(Bs, task * states), from(Cs, task * states), from(skip, channel), from(gate, row),
-                     from(bias, channel), softplus, each, states, out_data + row);
-    }
-  });
-  return out;
-}
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
         " Tensor? initial_state, Tensor? cu_seqlens, bool softplus, bool train)"
@@ -332,9 +297,6 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
         " Tensor grad_z, Tensor grad_delta_bias, Tensor grad_initial_state)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(selective_scan_backward)));
   register_gradient<SelectiveScanOp>(m);
-  m.def("selective_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
-        " Tensor? dt_bias, bool softplus) -> Tensor",
-        &selective_step);
 }
 
 }  // namespace

@@ -75,6 +75,14 @@ struct ScanBlocks {
   std::int64_t group, block, blocks;
 };
 
+// One step of `channels` channels of one batch row that share B and C (states,).  x and z (channels,); A (channels, states),
+// dt, D and bias (channels,), or, `tied`, one number of A, dt and bias for all channels; D, z and bias may be null.
+struct ScanStep {
+  const float *x, *dt, *A, *B, *C, *D, *z, *bias;
+  bool softplus, tied;
+  std::int64_t channels, states;
+};
+
 struct SelectiveScanKernels {
   std::int64_t width;  // channels of a block
 
@@ -91,10 +99,8 @@ struct SelectiveScanKernels {
                    const ScanSequence* sequences, std::int64_t count, const ScanBlocks& blocks, std::int64_t low,
                    std::int64_t high, float* scratch);
 
-  // One step of `channels` channels of one batch row that share B and C (states): state (channels, states) in place.
-  void (*step)(float* state, const float* x, const float* delta, const float* A, const float* B, const float* C,
-               const float* D, const float* z, const float* bias, bool softplus, std::int64_t channels,
-               std::int64_t states, float* out);
+  // out (channels,) and the state to (channels, states) behind the step from that of `from`, which may be the same memory.
+  void (*step)(const ScanStep& step, const float* from, float* to, float* out);
 };
 
 COMPRESSM_KERNELS(SelectiveScanKernels, selective_scan_kernels)

@@ -169,14 +169,14 @@ def causal_conv1d(
         "x": x.transpose(1, 2) if channels_last else x,
         "weight": torch.randn(channels, width, device=device),
         "bias": torch.randn(channels, device=device),
-        "initial_state": torch.randn(batch, channels, width - 1, device=device),
+        "initial_states": torch.randn(batch, channels, width - 1, device=device),
     }
 
     def call(p: Tensors, backend: str) -> Tensors:
         return {"out": kernels.causal_conv1d(**p, activation="silu" if silu else None, backend=backend)}
 
     index = (slice(-1, None),)
-    part = {"x": index, "initial_state": index} if seen == "batch" else {}
+    part = {"x": index, "initial_states": index} if seen == "batch" else {}
     return Problem(inputs, call, part=part, seen={"out": index} if seen else {})
 
 

@@ -133,24 +133,28 @@ def _conv_inputs(shape: Shape, device: str) -> dict[str, Tensor]:
 
 def conv_forward(shape: Shape, config: Config | None, device: str) -> Call:
     p = _conv_inputs(shape, device)
-    return lambda: (_causal_conv1d_triton.forward(*p.values(), True, config),)
+    x, weight, bias, states = p.values()
+    return lambda: (_causal_conv1d_triton.forward(x, weight, bias, None, states, None, True, config),)
 
 
 def conv_backward(shape: Shape, config: Config | None, device: str) -> Call:
     p = _conv_inputs(shape, device)
-    return lambda: _causal_conv1d_triton.backward(p["x"], *p.values(), True, config)
+    x, weight, bias, states = p.values()
+    return lambda: _causal_conv1d_triton.backward(x, x, weight, bias, None, states, None, True, config)
 
 
 def update(shape: Shape, config: Config | None, device: str) -> Call:
     torch.manual_seed(0)
     p = problems.state_update(*shape, torch.bfloat16, device).inputs
-    names = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+    one_head = {"state": 1, "x": 1, "dt": 1, "z": 1, "A": 0, "D": 0, "dt_bias": 0}
+    p = {name: t.unsqueeze(one_head[name]) if name in one_head else t for name, t in p.items()}
+    given = [p[name] for name in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     launch = None
     if config is not None:
         planned = _selective_state_update_triton.config(shape[2])
         elements, warps = config["elements"], config["num_warps"]
         launch = planned | {"BD": max(1, elements // planned["BN"]), "num_warps": warps}
-    return lambda: (_selective_state_update_triton.state_update(*(p[name] for name in names), True, launch),)
+    return lambda: (_selective_state_update_triton.state_update(*given, None, None, True, -1, launch),)
 
 
 def gramians(shape: Shape, config: Config | None, device: str) -> Call:

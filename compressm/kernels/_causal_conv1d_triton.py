@@ -15,6 +15,7 @@ from compressm.kernels._triton import jit, tl
 Config = dict[str, int | bool]  # BT steps of a program, and launch options
 CONFIG: Config = {"BT": 512, "num_warps": 4, "enable_fp_fusion": True}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 8
 
 
 @jit
@@ -118,12 +119,21 @@ def _causal_conv1d_bwd_kernel(
         tl.store(grad_state + row * (WIDTH - 1) + (WIDTH - 1) + t, flow, mask=t < 0)
 
 
-def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """None if the Triton kernels run for tensors of this device type and dtype, else the reason."""
+def why_not(device: str, dtype: torch.dtype, wide: bool, packed: bool) -> str | None:
+    """None if the Triton kernels run for tensors of this device type and dtype, else the reason.
+
+    Args:
+        wide: more taps than the kernels take.
+        packed: whether there are several sequences in a row.
+    """
     if dtype == torch.float64:
         return "the Triton kernels compute in float32; float64 runs on the reference"
     if dtype not in DTYPES:
         return f"the Triton kernels take {', '.join(str(d) for d in DTYPES)}, not {dtype}"
+    if wide:
+        return f"the Triton kernels take up to {MAX_WIDTH} taps; more run on the reference"
+    if packed:
+        return "the Triton kernels take one sequence a row; seq_idx and cu_seqlens run on the reference"
     return _triton.why_not(device, _causal_conv1d_fwd_kernel)
 
 
@@ -133,19 +143,27 @@ def empty_like_output(x: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, config: Config | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: None,
+    initial_states: Tensor | None,
+    cu_seqlens: None,
+    silu: bool,
+    config: Config | None = None,
 ) -> Tensor:
     """Output (batch, D, L), contiguous, in x's dtype; x is copied unless steps lie next to each other in memory."""
     config = config or CONFIG
     x, out = _rows(x), empty_like_output(x)
     batch, channels, length = x.shape
-    weight, bias, state = (None if t is None else t.contiguous() for t in (weight, bias, initial_state))
+    weight, bias, state = (None if t is None else t.contiguous() for t in (weight, bias, initial_states))
     stretches = -(-length // config["BT"])
-    with _triton.on_device(x):
-        _causal_conv1d_fwd_kernel[(batch * channels * stretches,)](
-            x, weight, bias, state, out, channels, length, stretches, x.stride(0), x.stride(1),
-            WIDTH=weight.shape[1], SILU=silu, **config,
-        )  # fmt: skip
+    if programs := batch * channels * stretches:
+        with _triton.on_device(x):
+            _causal_conv1d_fwd_kernel[(programs,)](
+                x, weight, bias, state, out, channels, length, stretches, x.stride(0), x.stride(1),
+                WIDTH=weight.shape[1], SILU=silu, **config,
+            )  # fmt: skip
     return out
 
 
@@ -154,24 +172,27 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    initial_state: Tensor | None,
+    seq_idx: None,
+    initial_states: Tensor | None,
+    cu_seqlens: None,
     silu: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, weight, bias, initial_state), contiguous; the last two empty for None."""
+    """Gradients of (x, weight, bias, initial_states), contiguous; the last two empty for None."""
     config = config or CONFIG
     x, grad_out, grad_x = _rows(x), _rows(grad_out), empty_like_output(x)
     batch, channels, length = x.shape
-    weight, bias, state = (None if t is None else t.contiguous() for t in (weight, bias, initial_state))
+    weight, bias, state = (None if t is None else t.contiguous() for t in (weight, bias, initial_states))
     width = weight.shape[1]
     grad_state = None if state is None else torch.empty_like(state)
     stretches = -(-(length + width - 1) // config["BT"])
     shares = weight.new_empty((batch, channels, stretches, width + 1))
-    with _triton.on_device(x):
-        _causal_conv1d_bwd_kernel[(batch * channels * stretches,)](
-            grad_out, x, weight, bias, state, grad_x, grad_state, shares, channels, length, stretches,
-            x.stride(0), x.stride(1), grad_out.stride(0), grad_out.stride(1), WIDTH=width, SILU=silu, **config,
-        )  # fmt: skip
+    if programs := batch * channels * stretches:
+        with _triton.on_device(x):
+            _causal_conv1d_bwd_kernel[(programs,)](
+                grad_out, x, weight, bias, state, grad_x, grad_state, shares, channels, length, stretches,
+                x.stride(0), x.stride(1), grad_out.stride(0), grad_out.stride(1), WIDTH=width, SILU=silu, **config,
+            )  # fmt: skip
     grad_weight, grad_bias = shares.sum((0, 2)).split([width, 1], -1)
     empty = weight.new_empty((0,))
     return (

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from compressm.errors import ArgumentError
 from compressm.kernels import _cpp
+from compressm.kernels._causal_conv1d_cpu import MAX_WIDTH
 from compressm.kernels._custom_op import plain_call
-from compressm.kernels.causal_conv1d import MAX_WIDTH
 from compressm.kernels.causal_conv1d import choose_backend as backend_of_convolution
 from compressm.kernels.selective_scan import choose_backend as backend_of_scan
 
@@ -32,8 +32,8 @@ def mamba_mixer(
     """The mixer of :class:`compressm.layers.Mamba` in eager mode on the CPU, with its gradient; None where it cannot run.
 
     It computes what the layer's separate steps do, in the same precision: as wide as ``hidden``, or bfloat16 under autocast.
-    It cannot run for float16 and float64, without elements, for convolutions that are too wide, for projections of another
-    dtype than ``hidden`` outside autocast, where another backend is chosen, or while something traces.
+    It cannot run for float16 and float64, without elements, for more taps than the C++ convolution takes, for projections of
+    another dtype than ``hidden`` outside autocast, where another backend is chosen, or while something traces.
 
     Args:
         hidden: (batch, L, d_model); the parameters as the layer's.
@@ -55,7 +55,7 @@ def mamba_mixer(
     arguments = (
         hidden, in_weight, in_bias, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, D, out_weight, out_bias
     )  # fmt: skip
-    if not plain_call(*arguments) or conv_weight.shape[-1] > MAX_WIDTH or not _chosen(hidden.device.type, work):
+    if not plain_call(*arguments) or not _chosen(hidden.device.type, work, conv_weight.shape[-1] > MAX_WIDTH):
         return None
     try:
         return _cpp.library().mamba_mixer(*arguments, work == torch.bfloat16, torch.is_grad_enabled())[0]
@@ -63,6 +63,7 @@ def mamba_mixer(
         raise ArgumentError(str(error)) from error
 
 
-def _chosen(device: str, dtype: torch.dtype) -> bool:
+def _chosen(device: str, dtype: torch.dtype, wide: bool) -> bool:
     """Whether both ops that the mixer is made of would run in C++."""
-    return backend_of_scan(device, dtype, False) == backend_of_convolution(device, dtype) == "cpp"
+    scan, convolution = backend_of_scan(device, dtype, False), backend_of_convolution(device, dtype, wide, False)
+    return scan == convolution == "cpp"

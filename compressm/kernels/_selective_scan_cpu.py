@@ -102,7 +102,12 @@ def state_update(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    state_batch_indices: Tensor | None,
+    dst_state_batch_indices: Tensor | None,
     dt_softplus: bool,
+    pad_slot_id: int,
 ) -> Tensor:
-    """One step of float32 tensors, ``state`` (contiguous) in place; see ``selective_state_update_op``."""
-    return _cpp.library().selective_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    """One step, the picked rows of ``state`` in place; see ``selective_state_update_op``."""
+    return _cpp.library().selective_step(
+        state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, dt_softplus, pad_slot_id
+    )

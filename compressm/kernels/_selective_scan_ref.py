@@ -91,14 +91,14 @@ def selective_state_update(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out, new state) of one step; arguments and shapes as in :func:`compressm.kernels.selective_state_update`.
+    """(out, new state) of one step; with heads: state (batch, H, P, N), B and C (batch, G, N), all else accordingly.
 
-    B and C are (batch, G, N).  Nothing is written in place.
+    Nothing is written in place.
     """
     work = torch.promote_types(torch.promote_types(x.dtype, state.dtype), torch.float32)
-    groups = B.shape[1]
-    gain = step_sizes(dt, dt_bias, dt_softplus, work)
-    wide = [t.to(work).repeat_interleave(x.shape[1] // groups, 1) for t in (B, C)]
+    gain = dt.to(work) if dt_bias is None else dt.to(work) + dt_bias.to(work)
+    gain = softplus(gain, threshold=EXACT) if dt_softplus else gain
+    wide = [t.to(work).repeat_interleave(x.shape[1] // t.shape[1], 1).unsqueeze(2) for t in (B, C)]
     new = torch.exp(gain.unsqueeze(-1) * A.to(work)) * state.to(work)
     new = new + (gain * x.to(work)).unsqueeze(-1) * wide[0]
     y = (new * wide[1]).sum(-1)

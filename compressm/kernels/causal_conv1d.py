@@ -2,118 +2,162 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels import _causal_conv1d_cpu, _causal_conv1d_ref, _cpp
-from compressm.kernels._custom_op import custom_op, in_cpp
+from compressm.kernels import _causal_conv1d_cpu, _causal_conv1d_ref, _slots
+from compressm.kernels._causal_conv1d_cpu import MAX_WIDTH
+from compressm.kernels._custom_op import custom_op, in_cpp, plain_call
 from compressm.kernels._dispatch import chooser, compiled_first
-
-MAX_WIDTH = 8
 
 
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
     activation: str | None = None,
-    initial_state: Tensor | None = None,
-    return_last_state: bool = False,
+    *,
+    cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out_t = act(sum_k weight[:, k] x_{t - width + 1 + k} + bias), each channel for itself, zeros in front of x.
 
-    The backward recomputes the sum in front of the activation, so that only the arguments are kept for it.
+    The meaning and the argument order are those of causal-conv1d's ``causal_conv1d_fn``.  The backward recomputes the sum in
+    front of the activation, so that only the arguments are kept for it.
 
     Args:
         x: (batch, D, L), float32, bfloat16 or float16 (float64 on the reference); any strides: on a CPU, channels or steps
             that lie next to each other in memory are read in place, on a GPU steps are.
-        weight: (D, width), width 1 to 8; the last tap meets the present input.
+        weight: (D, width); the last tap meets the present input.  More than 8 taps run on the reference.
         bias: (D,), or None.
-        activation: ``"silu"`` or None.
-        initial_state: (batch, D, width - 1), the inputs in front of x, oldest first; None for zeros.
-        return_last_state: also return the last width - 1 inputs, for the sequence's continuation.
+        seq_idx: (batch, L) int32 or int64, the number of the sequence that each step belongs to: a step does not see those of
+            other sequences.  A negative number is padding, whose output is zero.
+        initial_states: (batch, D, width - 1), the inputs in front of x, oldest first; None for zeros.
+        return_final_states: also return the last width - 1 inputs, for the sequence's continuation.
+        final_states_out: (batch, D, width - 1), memory for the final states, which are written to it.
+        activation: ``"silu"``, its other name ``"swish"``, or None.
+        cu_seqlens: (sequences + 1,) int32 or int64: batch is 1 and its steps are several sequences one after the other,
+            sequence i at cu_seqlens[i] to cu_seqlens[i + 1], each with states of its own (states are then
+            (sequences, D, width - 1)).
         backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
 
     Returns:
-        out (batch, D, L) in x's dtype, or (out, last state (batch, D, width - 1) in x's dtype).  Accumulation is float32
-        (float64 for float64 inputs).  Every tensor argument is differentiable.
+        out (batch, D, L) in x's dtype, or (out, final states (batch, D, width - 1) in x's dtype).  Accumulation is float32
+        (float64 for float64 inputs).  Every real tensor argument is differentiable.
 
     Raises:
-        ArgumentError: shapes, dtypes or devices do not fit, or the activation is unknown.
+        ArgumentError: shapes, dtypes or devices do not fit, the activation is unknown, seq_idx meets states, or cu_seqlens
+            does not add up (which is looked at on CPU tensors only: on a GPU looking would wait for it).
         BackendError: the named backend cannot run.
     """
-    _check_activation(activation)
+    silu = _is_silu(activation)
     _check_tensor("x", x, x, 3, "(batch, D, L)")
     _check_filter(x, weight, bias)
-    if initial_state is not None:
-        _check_shape("initial_state", initial_state, x, (*x.shape[:2], weight.shape[1] - 1))
-    chosen = choose_backend(x.device.type, x.dtype, backend=backend)
+    _check_packing(x, seq_idx, cu_seqlens, initial_states is not None or return_final_states or final_states_out is not None)
+    width = weight.shape[1]
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    for name, state in (("initial_states", initial_states), ("final_states_out", final_states_out)):
+        if state is not None:
+            _check_shape(name, state, x, (sequences, x.shape[1], width - 1))
+    packed = seq_idx is not None or cu_seqlens is not None
+    chosen = choose_backend(x.device.type, x.dtype, width > MAX_WIDTH, packed, backend=backend)
     if chosen == "reference":
-        out = _causal_conv1d_ref.causal_conv1d(x, weight, bias, initial_state, activation)
+        out = _causal_conv1d_ref.causal_conv1d(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu)
     else:
-        weight, bias, state = weight.float(), None if bias is None else bias.float(), initial_state
-        rows = _causal_conv1d_cpu.dtype_of_rows(x, state) if chosen == "cpp" else x.dtype
+        weight, bias, state = weight.float(), None if bias is None else bias.float(), initial_states
+        rows = _causal_conv1d_cpu.dtype_of_rows(x, state, packed) if chosen == "cpp" else x.dtype
         if state is not None:
             state = state.to(rows if chosen == "cpp" else torch.float32)
-        out = causal_conv1d_op(x.to(rows), weight, bias, state, activation == "silu", chosen)
+        out = causal_conv1d_op(x.to(rows), weight, bias, seq_idx, state, cu_seqlens, silu, chosen)
         out = out if out.dtype == x.dtype else out.to(x.dtype)
-    return (out, _last_inputs(x, initial_state, weight.shape[1] - 1)) if return_last_state else out
-
-
-def _last_inputs(x: Tensor, before: Tensor | None, count: int) -> Tensor:
-    """The last ``count`` inputs of x (batch, D, L) with ``before`` (batch, D, count), or zeros, in front of it."""
-    length = x.shape[-1]
-    if length >= count:
-        return x[..., length - count :].clone(memory_format=torch.contiguous_format)
-    before = x.new_zeros((*x.shape[:2], count)) if before is None else before.to(x.dtype)
-    return torch.cat([before[..., length:], x], -1)
+    if not return_final_states and final_states_out is None:
+        return out
+    final = _causal_conv1d_ref.final_states(x, initial_states, cu_seqlens, width - 1)
+    if final_states_out is not None:
+        final = final_states_out.copy_(final)
+    return (out, final) if return_final_states else out
 
 
 def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+    pad_slot_id: int = _slots.PAD,
 ) -> Tensor:
-    """One step of :func:`causal_conv1d`: takes the input x into ``conv_state``, in place, and returns the output.
+    """The next steps of :func:`causal_conv1d`: takes the inputs x into ``conv_state``, in place, and returns the outputs.
+
+    The meaning and the argument order are those of causal-conv1d's function of this name.
 
     Args:
-        x: (batch, D).
-        conv_state: (batch, D, width - 1) or (batch, D, width), the last inputs, oldest first; written in place.  With one
-            more than the step needs, the oldest is dropped unread.
+        x: (batch, D), one step, or (batch, D, steps).
+        conv_state: (batch, D, state_len) with state_len at least width - 1, the last inputs, oldest first; written in place
+            in its own dtype and strides.
         weight, bias, activation: as in :func:`causal_conv1d`.
+        cache_seqlens: (batch,) int32 or int64, the number of inputs so far, not negative: conv_state is a circular buffer,
+            where the next input comes to ``cache_seqlens % state_len``.
+        conv_state_indices: (batch,) int32 or int64: conv_state is a pool (pool, D, state_len), of which each entry of x has
+            the row of this index.  An entry whose index is negative or ``pad_slot_id`` has none: its output is zero.
+        pad_slot_id: the index of an entry that has no state.
 
     Returns:
-        (batch, D) in x's dtype, differentiable.
+        x's shape and dtype, differentiable.
 
     Raises:
-        ArgumentError: shapes, dtypes or devices do not fit, or the activation is unknown.
+        ArgumentError: shapes, dtypes or devices do not fit, the activation is unknown, or conv_state_indices are not rows of
+            the pool (which is looked at on CPU tensors only).
     """
-    _check_activation(activation)
-    _check_tensor("x", x, x, 2, "(batch, D)")
+    silu = _is_silu(activation)
+    _check_tensor("x", x, x, 3 if x.dim() == 3 else 2, "(batch, D) or (batch, D, steps)")
     _check_filter(x, weight, bias)
-    width = weight.shape[1]
-    _check_tensor("conv_state", conv_state, x, 3, f"(batch, D, {width - 1}) or (batch, D, {width})")
-    held = width if conv_state.shape[-1] == width else width - 1
-    _check_shape("conv_state", conv_state, x, (*x.shape, held))
-    out, state = _causal_conv1d_ref.causal_conv1d_update(x, conv_state, weight, bias, activation)
-    conv_state.copy_(state)
-    return out
+    (batch, channels), needed = x.shape[:2], weight.shape[1] - 1
+    _check_tensor("conv_state", conv_state, x, 3, "(batch, D, state_len)")
+    rows = conv_state.shape[0] if conv_state_indices is not None else batch
+    if conv_state.shape[:2] != (rows, channels) or conv_state.shape[2] < needed:
+        expected = f"shape ({rows}, {channels}, state_len) with state_len at least {needed}, one less than the taps"
+        raise bad_argument("conv_state", got=f"shape {tuple(conv_state.shape)}", expected=expected)
+    _slots.check("conv_state_indices", conv_state_indices, conv_state, batch, pad_slot_id)
+    if cache_seqlens is not None:
+        _check_integers("cache_seqlens", cache_seqlens, x, (batch,), "(batch,)")
+    steps = x if x.dim() == 3 else x[..., None]
+
+    def update(state: Tensor) -> tuple[Tensor, Tensor]:
+        return _causal_conv1d_ref.causal_conv1d_update(steps, state, weight, bias, silu, cache_seqlens)
+
+    if conv_state_indices is None:
+        out, state = update(conv_state.clone())  # the backward needs it as it was
+        conv_state.copy_(state)
+    else:
+        out = _slots.through_copies(update, conv_state, conv_state_indices, None, pad_slot_id)
+    return out if x.dim() == 3 else out[..., 0]
 
 
-# Of (device type, dtype): Triton on a GPU, C++ on a CPU, else the reference.
+# Of (device type, dtype, whether there are more than 8 taps, whether there are several sequences in a row): Triton on a GPU,
+# C++ on a CPU, else the reference.
 choose_backend = chooser(
     "causal_conv1d",
-    lambda device, dtype: compiled_first(
-        device, lambda: _triton_why_not(device, dtype), lambda: _cpp.why_not_for(device, dtype)
+    lambda device, dtype, wide, packed: compiled_first(
+        device,
+        lambda: _triton_why_not(device, dtype, wide, packed),
+        lambda: _causal_conv1d_cpu.why_not(device, dtype, wide),
     ),
 )
 
 
-def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
+def _triton_why_not(device: str, dtype: torch.dtype, wide: bool, packed: bool) -> str | None:
     from compressm.kernels import _causal_conv1d_triton
 
-    return _causal_conv1d_triton.why_not(device, dtype)
+    return _causal_conv1d_triton.why_not(device, dtype, wide, packed)
 
 
 def _backend(name: str):
@@ -126,17 +170,25 @@ def _backend(name: str):
 
 @custom_op("compressm::causal_conv1d", differentiable=in_cpp)
 def causal_conv1d_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, silu: bool, backend: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    backend: str,
 ) -> Tensor:
     """causal_conv1d on a compiled backend, ``"cpp"`` or ``"triton"``; weight and bias are float32.
 
-    The state is float32 on Triton, on C++ as x: float32, or bfloat16 where x's channels lie next to each other.
+    The states are float32 on Triton, on C++ as x: float32, or bfloat16 where x's channels lie next to each other or there are
+    several sequences in a row.
     """
-    return _backend(backend).forward(x, weight, bias, initial_state, silu)
+    return _backend(backend).forward(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu)
 
 
 @causal_conv1d_op.register_fake
-def _(x, weight, bias, initial_state, silu, backend):
+def _(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, backend):
     return _backend(backend).empty_like_output(x)
 
 
@@ -146,21 +198,23 @@ def causal_conv1d_backward_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    cu_seqlens: Tensor | None,
     silu: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, weight, bias, initial_state); empty for an argument that was None."""
-    return _backend(backend).backward(grad_out, x, weight, bias, initial_state, silu)
+    """Gradients of (x, weight, bias, initial_states); empty for an argument that was None."""
+    return _backend(backend).backward(grad_out, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu)
 
 
 @causal_conv1d_backward_op.register_fake
-def _(grad_out, x, weight, bias, initial_state, silu, backend):
+def _(grad_out, x, weight, bias, seq_idx, initial_states, cu_seqlens, silu, backend):
     return (
         _backend(backend).empty_like_output(x),
         weight.new_empty(weight.shape),
         weight.new_empty((0,) if bias is None else bias.shape),
-        weight.new_empty((0,)) if initial_state is None else initial_state.new_empty(initial_state.shape),
+        weight.new_empty((0,)) if initial_states is None else initial_states.new_empty(initial_states.shape),
     )
 
 
@@ -171,37 +225,75 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out):
-    tensors = ctx.saved_tensors
-    grads = causal_conv1d_backward_op(grad_out, *tensors, *ctx.settings)
-    return (*(None if t is None else grad for t, grad in zip(tensors, grads, strict=True)), None, None)
+    x, weight, bias, seq_idx, initial_states, cu_seqlens = ctx.saved_tensors
+    grads = causal_conv1d_backward_op(grad_out, x, weight, bias, seq_idx, initial_states, cu_seqlens, *ctx.settings)
+    grad_x, grad_weight, grad_bias, grad_states = grads
+    if bias is None:
+        grad_bias = None
+    return grad_x, grad_weight, grad_bias, None, None if initial_states is None else grad_states, None, None, None
 
 
 causal_conv1d_op.register_autograd(_backward, _setup_context)
 
 
-def _check_activation(activation: str | None) -> None:
-    if activation not in ("silu", None):
-        raise bad_argument("activation", got=repr(activation), expected="'silu' or None")
+def _is_silu(activation: str | None) -> bool:
+    if activation not in ("silu", "swish", None):
+        raise bad_argument("activation", got=repr(activation), expected="'silu', 'swish' or None")
+    return activation is not None
 
 
 def _check_tensor(name: str, tensor: Tensor, x: Tensor, axes: int, shape: str) -> None:
     if tensor.dim() != axes or not tensor.is_floating_point():
         raise bad_argument(name, got=f"{tuple(tensor.shape)} of {tensor.dtype}", expected=f"a real tensor {shape}")
+    _check_device(name, tensor, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
         raise bad_argument(name, got=f"device {tensor.device}", expected=f"{x.device}, where x is")
 
 
 def _check_shape(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    _check_tensor(name, tensor, x, len(shape), str(shape))
-    if tensor.shape != shape:
-        raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"shape {shape}")
+    if tensor.shape != shape or not tensor.is_floating_point():
+        raise bad_argument(name, got=f"{tuple(tensor.shape)} of {tensor.dtype}", expected=f"a real tensor of shape {shape}")
+    _check_device(name, tensor, x)
+
+
+def _check_integers(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], axes: str) -> None:
+    if tensor.shape != shape or tensor.dtype not in (torch.int32, torch.int64):
+        got = f"{tuple(tensor.shape)} of {tensor.dtype}"
+        raise bad_argument(name, got=got, expected=f"int32 or int64 {axes} = {tuple(shape)}")
+    _check_device(name, tensor, x)
 
 
 def _check_filter(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     channels = x.shape[1]
     _check_tensor("weight", weight, x, 2, "(D, width)")
-    if weight.shape[0] != channels or not 1 <= weight.shape[1] <= MAX_WIDTH:
-        expected = f"shape ({channels}, width), as x has {channels} channels, width 1 to {MAX_WIDTH}"
+    if weight.shape[0] != channels or weight.shape[1] < 1:
+        expected = f"shape ({channels}, width), as x has {channels} channels, width at least 1"
         raise bad_argument("weight", got=f"shape {tuple(weight.shape)}", expected=expected)
     if bias is not None:
         _check_shape("bias", bias, x, (channels,))
+
+
+def _check_packing(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, states: bool) -> None:
+    """``states``: whether initial or final states are asked for."""
+    batch, _, length = x.shape
+    if seq_idx is not None:
+        if cu_seqlens is not None or states:
+            got = "cu_seqlens with it" if cu_seqlens is not None else "initial or final states with it"
+            expected = "neither cu_seqlens nor initial_states, return_final_states or final_states_out with it"
+            raise bad_argument("seq_idx", got=got, expected=expected, remedy="cu_seqlens alone goes with states.")
+        _check_integers("seq_idx", seq_idx, x, (batch, length), "(batch, L)")
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            got = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+            raise bad_argument("cu_seqlens", got=got, expected="int32 or int64 (sequences + 1,), from 0 to L")
+        if batch != 1:
+            expected = "a batch of 1, as cu_seqlens packs the sequences along L"
+            raise bad_argument("x", got=f"a batch of {batch}", expected=expected)
+        _check_device("cu_seqlens", cu_seqlens, x)
+        if cu_seqlens.device.type == "cpu" and plain_call(cu_seqlens):
+            bounds = cu_seqlens.tolist()
+            if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
+                raise bad_argument("cu_seqlens", got=bounds, expected=f"numbers that rise from 0 to L = {length}")

@@ -78,6 +78,7 @@ def test_the_patched_scan_is_the_definition(package, assert_close):
 def test_the_layer_runs_on_our_kernels(package, monkeypatch):
     layer, calls = sys.modules["mamba_ssm.modules.mamba_simple"], []
     assert layer.causal_conv1d_fn is compressm.kernels.causal_conv1d
+    assert layer.causal_conv1d_update is compressm.kernels.causal_conv1d_update
     assert layer.selective_state_update is compressm.kernels.selective_state_update
     for name, function in (("mamba_inner_fn", mamba_inner_fn), ("causal_conv1d_update", layer.causal_conv1d_update)):
         monkeypatch.setattr(layer, name, lambda *a, name=name, run=function, **k: calls.append(name) or run(*a, **k))

@@ -97,9 +97,9 @@ def types_of(kernel: Any, dtype: str, float32: str) -> dict[str, str]:
     wide = float32.split()
     types = {name: "*fp32" if name in wide else f"*{dtype}" for name in kernel.arg_names}
     for name in types:
-        if re.search(r"_[bdtn]$", name) or name in ("L", "N", "steps", "width", "channels", "groups", "one"):
+        if re.search(r"_[bdtn]$", name) or name in ("L", "N", "steps", "width", "head", "channels", "groups", "one"):
             types[name] = "i32"
-    return types | {"cu_seqlens": "*i32"}
+    return types | {"cu_seqlens": "*i32", "rows": "*i64"}
 
 
 def selective_cases(target: GPUTarget) -> Iterator[Case]:
@@ -125,7 +125,8 @@ def selective_cases(target: GPUTarget) -> Iterator[Case]:
         config = shared | {"DETERMINISTIC": True, "W": 2 * warps, "num_warps": 2 * warps, "BD": 2 * settings["BD"]}
         yield Case("selective_bwd_deterministic_bf16", kernel, types_of(kernel, "bf16", float32), config, elements, inner=True)
     kernel = _selective_state_update_triton._selective_state_update_kernel
-    config = _selective_state_update_triton.config(16) | fast | {"DENSE": True, "num_warps": 128 // target.warp_size}
+    fast |= {"TIED": False, "DENSE": True, "num_warps": 128 // target.warp_size}
+    config = _selective_state_update_triton.config(16) | fast
     elements = config["BD"] * config["BN"] // 128
     yield Case("state_update_bf16", kernel, types_of(kernel, "bf16", "state A D bias"), config, elements)
 

@@ -28,8 +28,8 @@ def lay_out(x, layout):
     return home
 
 
-def random_inputs(batch=2, channels=3, length=33, width=4, *, without=(), seed=0):
-    """Float64 tensors of causal_conv1d by name, exact in float32."""
+def random_inputs(batch=2, channels=3, length=33, width=4, *, without=(), sequences=None, seed=0):
+    """Float64 tensors of causal_conv1d by name, exact in float32; sequences: number of states, where it is not the batch."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -39,22 +39,32 @@ def random_inputs(batch=2, channels=3, length=33, width=4, *, without=(), seed=0
         "x": normal(batch, channels, length),
         "weight": normal(channels, width),
         "bias": normal(channels),
-        "initial_state": normal(batch, channels, width - 1),
+        "initial_states": normal(sequences or batch, channels, width - 1),
     }
     return {name: None if name in without else tensor for name, tensor in inputs.items()}
 
 
-def evaluate(inputs, dtype, backend, *, layout="steps", activation="silu", device="cpu", call=causal_conv1d):
-    """Outputs and the gradients of a random linear functional of (out, last state), all on the CPU, by name."""
+def evaluate(
+    inputs, dtype, backend, *, layout="steps", activation="silu", device="cpu", call=causal_conv1d, final=True, **options
+):
+    """Outputs and the gradients of a random linear functional of them, all on the CPU, by name.
+
+    Args:
+        final: ask for the final states as well.
+        options: further arguments of the call.
+    """
     leaves = {name: None if t is None else t.to(device, dtype, copy=True) for name, t in inputs.items()}
     leaves["x"] = lay_out(leaves["x"], layout)
     present = {name: tensor.requires_grad_() for name, tensor in leaves.items() if tensor is not None}
-    out, last = call(**leaves, activation=activation, return_last_state=True, backend=backend)
+    options = {name: t.to(device) for name, t in options.items()}
+    outputs = call(**leaves, activation=activation, return_final_states=final, backend=backend, **options)
+    outputs = dict(zip(("out", "last"), outputs if final else (outputs,), strict=False))
     draw = torch.Generator().manual_seed(7)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device, t.dtype) for t in (out, last)]
-    loss = (out * lay_out(weights[0], layout)).sum() + (last * weights[1]).sum()
+    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device, t.dtype) for t in outputs.values()]
+    weights[0] = lay_out(weights[0], layout)
+    loss = sum((t * weight).sum() for t, weight in zip(outputs.values(), weights, strict=True))
     gradients = torch.autograd.grad(loss, list(present.values()))
-    results = {"out": out, "last": last, **dict(zip(present, gradients, strict=True))}
+    results = {**outputs, **dict(zip(present, gradients, strict=True))}
     return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 

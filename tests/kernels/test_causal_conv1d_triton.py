@@ -44,7 +44,7 @@ def test_lengths(assert_close, device, length):
     compare(assert_close, device, random_inputs(1, 2, length, 4))
 
 
-@pytest.mark.parametrize("without", [("bias",), ("initial_state",), ("bias", "initial_state")], ids=str)
+@pytest.mark.parametrize("without", [("bias",), ("initial_states",), ("bias", "initial_states")], ids=str)
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_optional_arguments(assert_close, device, without, activation):
     compare(assert_close, device, random_inputs(2, 3, 19, 4, without=without), activation=activation)

@@ -305,17 +305,6 @@ def test_custom_op_is_well_formed(packed, channels_last):
     torch.library.opcheck(selective_scan_op.op, (*arguments, bounds, True, False, "cpp"), test_utils=tests)
 
 
-def test_decode_op_is_well_formed():
-    inputs = random_inputs(2, 6, 1, 5)
-    state, x, dt, z, B, C = (
-        (inputs[k] if k == "initial_state" else inputs[k][..., 0]).float().contiguous()
-        for k in ("initial_state", "u", "delta", "z", "B", "C")
-    )
-    A, D, bias = (inputs[k].float() for k in ("A", "D", "delta_bias"))
-    op = torch.ops.compressm.selective_state_update.default
-    torch.library.opcheck(op, (state, x, dt, A, B, C, D, z, bias, True, "cpp"), test_utils=("test_schema", "test_faketensor"))
-
-
 def test_what_the_backward_keeps_is_a_state_per_tile():
     arguments = [None if t is None else t.float() for t in random_inputs(2, 24, 640, 30, without=["z"]).values()]
     _, _, checkpoints, y = selective_scan_op(*arguments, None, True, True, "cpp")
