@@ -78,14 +78,18 @@ class Meter(ABC):
 
     Attributes:
         signals: outputs of the batch now running whose gradients :meth:`adjoint` wants.
+        replaying: the backward pass runs a checkpointed part of the model again: what :meth:`observe` sees has been seen, but
+            it must return what it did before.
     """
+
+    replaying = False
 
     def __init__(self) -> None:
         self.signals: list[Tensor] = []
 
     @abstractmethod
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Forward hook; may return another output of equal value."""
+        """Forward hook, outside of autocast and inference mode; may return another output of equal value."""
 
     def adjoint(self, grad: Tensor) -> None:  # noqa: B027 (nothing to do by default)
         """Take the gradient of the probed model output by one of ``signals``."""

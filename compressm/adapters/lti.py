@@ -131,7 +131,7 @@ class LTIMeter(Meter):
         self.drive = torch.cat([system.B.real, system.B.imag])  # (2N, H)
         self.sense = torch.cat([system.C.real, -system.C.imag], 1).T.contiguous()  # (2N, H_out)
         self.total, self.rows_per_state = total, rows_per_state
-        self.random = torch.Generator().manual_seed(seed)
+        self.random = torch.Generator("cpu").manual_seed(seed)
         n = self.drive.shape[0]
         self.P = torch.zeros(n, n, dtype=torch.float64, device=self.drive.device)
         self.Q = torch.zeros_like(self.P)
@@ -149,9 +149,11 @@ class LTIMeter(Meter):
         u, state = self.adapter.layer_input(args, kwargs)
         if u.dim() != 3:
             raise DataError(f"calibration: a layer got an input of shape {tuple(u.shape)}, expected (batch, length, H)")
-        start = None if state is None else torch.cat([state.detach().real, state.detach().imag], -1)
-        self.p_rows += self._add(self.P, u.detach(), self.drive, start, reverse=False)
+        if not self.replaying:
+            start = None if state is None else torch.cat([state.detach().real, state.detach().imag], -1)
+            self.p_rows += self._add(self.P, u.detach(), self.drive, start, reverse=False)
         signal = self.adapter.layer_output(output)
+        signal = signal.clone() if signal.is_inference() else signal
         watched = signal if signal.requires_grad else signal.detach().requires_grad_()
         self.signals.append(watched)
         return self.adapter.with_output(output, watched.clone())
@@ -175,7 +177,7 @@ class LTIMeter(Meter):
         steps = max(1, min(length, CHUNK_BYTES // per_step))
         group = max(1, min(batch, CHUNK_BYTES // (per_step * steps)))
         rows = 0
-        offsets = torch.randint(stride, (batch, 1), generator=self.random).to(device)
+        offsets = torch.randint(stride, (batch, 1), generator=self.random, device="cpu").to(device)
         for first in range(0, batch, group):
             part = signal[first : first + group].to(dtype)
             carry = None if start is None else start[first : first + group].to(device, dtype)

@@ -185,7 +185,7 @@ class MambaMeter(Meter):
         most = max(1, STEP_BYTES // (4 * order**2))
         self.sequences = sequences
         self.steps = most if rows_per_state is None else min(most, rows_per_state * order)
-        self.random = torch.Generator().manual_seed(seed)
+        self.random = torch.Generator("cpu").manual_seed(seed)
         self.M: list[Tensor] = []
         self.C: list[Tensor] = []
         self.A = -A_log.detach().double().exp()
@@ -200,24 +200,27 @@ class MambaMeter(Meter):
 
     def merge(self, add: Callable[[Any], Any], join: Callable[[Tensor], Tensor]) -> None:
         order = self.A.shape[1]
-        M = torch.cat(self.M) if self.M else torch.empty(0, order, order)
-        C = torch.cat(self.C) if self.C else torch.empty(0, order)
+        kind = {"dtype": torch.float32, "device": "cpu"}
+        M = torch.cat(self.M) if self.M else torch.empty(0, order, order, **kind)
+        C = torch.cat(self.C) if self.C else torch.empty(0, order, **kind)
         M, C = join(M), join(C)
         self.M, self.C = ([M], [C]) if len(M) else ([], [])
         self.lam, self.drive = add(self.lam), add(self.drive)
 
     @torch.no_grad()
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.replaying:
+            return
         hidden = args[0] if args else next((v for k, v in kwargs.items() if k.startswith("hidden_states")), None)
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             got = type(hidden).__name__ if not isinstance(hidden, Tensor) else f"a tensor of shape {tuple(hidden.shape)}"
             raise DataError(f"calibration: a {type(module).__name__} layer got {got}, expected (batch, length, d_model)")
-        x, selection = scan_inputs(module, hidden)
+        x, selection = scan_inputs(module, hidden.to(_precision(module.in_proj, hidden.dtype)))
         delta, B, C = selection.dt.mT, selection.B.mT, selection.C.mT
         bias = x.new_zeros(x.shape[1]) if selection.dt_bias is None else selection.dt_bias
         length = x.shape[-1]
         stride = max(1, self.sequences * length // self.steps)
-        first = int(torch.randint(min(stride, length), (1,), generator=self.random))
+        first = int(torch.randint(min(stride, length), (1,), generator=self.random, device="cpu"))
         state, begin = None, 0
         for step in range(first, length, stride):
             part = slice(begin, step + 1)
@@ -254,3 +257,9 @@ class MambaMeter(Meter):
                     "data. Look for NaN or infinity in the batches"
                 )
         return moments
+
+
+def _precision(projection: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Of a projection's weights, to which the caller's autocast would convert an input."""
+    computed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return next((p.dtype for p in projection.parameters() if p.dtype in computed), default)

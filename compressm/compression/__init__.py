@@ -1,5 +1,6 @@
 """Shrinking models: how many states, when, measured on what, carried out atomically, and saved."""
 
+from compressm.compression.calibration import CalibrationWarning
 from compressm.compression.checkpoint import load, save
 from compressm.compression.compressor import Compressor
 from compressm.compression.guard import Rollback
@@ -14,6 +15,7 @@ from compressm.compression.stale import StaleCopyWarning
 
 __all__ = [
     "At",
+    "CalibrationWarning",
     "Compressor",
     "Energy",
     "Every",

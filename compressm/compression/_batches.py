@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,10 +42,10 @@ def take(batches: Iterable[Any], sequences: int, *, optional: bool = False) -> l
 
 def replayable(batches: Iterable[Any] | None) -> Iterable[Any] | None:
     """The batches, such that an iterator gives them again to later reductions."""
-    return _Replay(batches) if isinstance(batches, Iterator) else batches
+    return Replay(batches) if isinstance(batches, Iterator) else batches
 
 
-class _Replay:
+class Replay:
     """Remembers what an iterator gave."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
@@ -58,6 +58,13 @@ class _Replay:
             yield batch
 
 
+def trainable(batch: Any) -> Any:
+    """The batch, with ordinary copies of tensors that were made in inference mode: autograd refuses those."""
+    if any(tensor.is_inference() for tensor in _tensors(batch)):
+        return _mapped(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
+    return batch
+
+
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """model(batch) for a tensor, model(first entry) for a tuple or list, model(**batch) for a dict; moved to its device."""
     parameter = next(model.parameters(), None)
@@ -65,31 +72,6 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**{key: _to(value, device) for key, value in batch.items()})
     return model(_to(batch[0] if isinstance(batch, tuple | list) else batch, device))
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The tensor that probes act on: the output, its ``logits``, or its first floating-point tensor.
-
-    Raises:
-        ArgumentError: there is none.
-    """
-    if isinstance(output, Tensor):
-        candidates = [output]
-    elif isinstance(output, Mapping):
-        candidates = [output["logits"]] if "logits" in output else list(output.values())
-    elif isinstance(output, tuple | list):
-        candidates = list(output)
-    else:
-        candidates = []
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.is_floating_point():
-            return candidate
-    raise bad_argument(
-        "forward",
-        got=f"a model output of type {type(output).__name__} without floating-point tensor",
-        expected="a tensor, a tuple of tensors, or a dict with logits",
-        remedy="Pass forward=lambda model, batch: ... that returns the output tensor",
-    )
 
 
 def _tensors(batch: Any) -> list[Tensor]:
@@ -109,12 +91,17 @@ def _sequences(batch: Any) -> int:
 
 def _cut(batch: Any, count: int, left: int) -> Any:
     """The first ``left`` of ``count`` sequences: every tensor whose first dimension is ``count``, at any depth."""
+    return _mapped(lambda tensor: tensor[:left] if tensor.dim() > 0 and tensor.shape[0] == count else tensor, batch)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch with every tensor, at any depth, replaced by the function's value."""
     if isinstance(batch, Tensor):
-        return batch[:left] if batch.dim() > 0 and batch.shape[0] == count else batch
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: _cut(value, count, left) for key, value in batch.items()}
+        return {key: _mapped(function, value) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        parts = [_cut(value, count, left) for value in batch]
+        parts = [_mapped(function, value) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 

@@ -22,6 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from compressm.compression._files import flush_folder, write_atomically
+from compressm.compression._undisturbed import ordinary
 from compressm.compression.codec import from_storable, to_storable
 from compressm.compression.compressor import Compressor
 from compressm.compression.execution import as_optimizers
@@ -110,9 +111,10 @@ def load(
         OptimizerError: the optimizer is not this model's; nothing has changed.
     """
     model, optimizers = plain_model(model), as_optimizers(optimizer)
-    manifest, tensors = read(path)
-    with _about(path):
-        return check(manifest, tensors, model, optimizers, compressor, strict=strict, rng=rng).apply()
+    with ordinary():
+        manifest, tensors = read(path)
+        with _about(path):
+            return check(manifest, tensors, model, optimizers, compressor, strict=strict, rng=rng).apply()
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -46,7 +46,7 @@ def encode(tree: Any, where: str, tensors: dict[str, Tensor], depth: int = 0) ->
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{where[:80]}...: nested deeper than {MAX_DEPTH} levels, expected a flatter tree")
     if type(tree) is list and len(tree) >= MANY_FLOATS and all(type(value) is float for value in tree):
-        return {FLOATS: _store(torch.tensor(tree, dtype=torch.float64), where, tensors)}
+        return {FLOATS: _store(torch.tensor(tree, dtype=torch.float64, device="cpu"), where, tensors)}
     if isinstance(tree, list):
         return [encode(value, f"{where}/{i}", tensors, depth + 1) for i, value in enumerate(tree)]
     if type(tree) is tuple:

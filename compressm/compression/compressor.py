@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from compressm.compression._batches import replayable
+from compressm.compression._undisturbed import ordinary
 from compressm.compression.audit import Ema, check_ema, check_optimizers
 from compressm.compression.cadence import Cadence
+from compressm.compression.calibration import rehearse
 from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish, log
 from compressm.compression.guard import Guard, Rollback
@@ -69,7 +71,8 @@ class Compressor:
         policy: how many states stay (Energy, FixedRank, Shrink).
         schedule: when (Once, Warmup, Every, At, WhenStable), in optimizer steps.
         calibration: iterable of batches for data Gramians (each a tensor, a tuple with the input first, or a dict of keyword
-            arguments; a DataLoader is fine), on several processes each its own part; None: data-free Gramians.
+            arguments; a DataLoader is fine, the one of training as well), on several processes each its own part; one sequence
+            is tried at once, so at least one batch must be there; None: data-free Gramians.
         recipe: None or ``"default"``: real 2N-state spectrum, one tau budget for all attempts, transported moments.
             ``"paper"``: CompreSSM as its authors run it: complex spectrum, data-free, the full tau at every attempt, sliced
             moments; selective layers by the time-invariant mean of every channel, over ``calibration`` if there is one.
@@ -84,6 +87,10 @@ class Compressor:
 
     Raises:
         ArgumentError, ModelError, OptimizerError, DistributedError: see the messages; nothing has changed.
+        DataError, NumericalError: the model cannot be measured on ``calibration``; nothing has changed.
+
+    Warns:
+        CalibrationWarning: the model's output depends on no layer's output by autograd, so that half is not measured.
     """
 
     def __init__(
@@ -131,6 +138,9 @@ class Compressor:
         self._kept = dict.fromkeys(self.layers, 1.0)
         self._memory: Any = None  # of an adaptive schedule
         self._waiting = False  # an attempt came due that has not been made
+        if calibration is not None:
+            batches = self.calibration.batches
+            rehearse(self.model, self.layers, batches, forward=forward, sequences=sequences, team=self.team)
         self._cadence = Cadence(self.schedule, self.optimizers) if self.optimizers else None
 
     @property
@@ -182,12 +192,14 @@ class Compressor:
         guard = self.guard
         if guard is not None and guard.probation is not None:
             self._waiting |= self.schedule.due(self._step)
-            return self._validate(guard) if self._step >= guard.probation.until else None
+            with ordinary():
+                return self._validate(guard) if self._step >= guard.probation.until else None
         if not self._waiting and not self.schedule.due(self._step):
             return None
         if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._reduced):
             return None
-        return self._consider()
+        with ordinary():
+            return self._consider()
 
     def _consider(self) -> ReductionReport | GuardReport | None:
         """Attempt a reduction, if an adaptive schedule agrees."""
@@ -259,7 +271,8 @@ class Compressor:
             the same wrapper as before, or after a reduction a new DistributedDataParallel with the old one's options around
             the same module; the old one raises when it is called.  Other models come back as they are.
         """
-        return self.team.rewrap()
+        with ordinary():
+            return self.team.rewrap()
 
     def close(self) -> None:
         """Say goodbye at the end of training.

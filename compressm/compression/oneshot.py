@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressm.compression._undisturbed import ordinary
 from compressm.compression.audit import Ema, check_optimizers, check_swappable
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish
 from compressm.compression.moments import check_moments
@@ -49,7 +50,8 @@ def compress(
     if optimizers:
         check_optimizers(layers, plain, optimizers)
     started = time.perf_counter()
-    candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
-    planned = make_plan(candidates, policy, multiple_of=multiple_of, uniform=uniform)
-    execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
+    with ordinary():
+        candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
+        planned = make_plan(candidates, policy, multiple_of=multiple_of, uniform=uniform)
+        execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
     return finish(planned, 0, f"one-shot, {policy}, recipe {chosen.name}", started)

@@ -176,7 +176,7 @@ def _check_ranges(where: str, group: Mapping[str, Any], kind: type[torch.optim.O
         return
     accepted = inspect.signature(kind.__init__).parameters.keys() - {"params", *IMPLEMENTATION}
     try:
-        kind([nn.Parameter(torch.zeros(1, 1))], **{key: value for key, value in group.items() if key in accepted})
+        kind([nn.Parameter(torch.zeros(1, 1, device="cpu"))], **{key: value for key, value in group.items() if key in accepted})
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{where}: {kind.__name__} does not take its hyperparameters ({error})") from error
 

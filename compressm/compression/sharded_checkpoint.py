@@ -22,6 +22,7 @@ import compressm
 from compressm.adapters import Adapter
 from compressm.compression._files import write_atomically
 from compressm.compression._team import ReplicatedTeam, Team
+from compressm.compression._undisturbed import ordinary
 from compressm.compression.audit import full_name
 from compressm.compression.codec import decode, encode
 from compressm.compression.compressor import Compressor
@@ -109,29 +110,30 @@ def load_sharded(
         ArgumentError, OptimizerError: the compressor has another recipe or other layers, or a parameter in an optimizer's group
             is not the model's; nothing has changed.
     """
-    folder, optimizers = Path(folder), as_optimizers(optimizer)
-    team = team_of(model, optimizers)
-    layers = compressible_layers(team.model)
-    with team.together("reading the checkpoint's manifest"):
-        manifest = _read_manifest(folder)
-        changing = _check(folder, manifest, team, layers, optimizers)
+    with ordinary():
+        folder, optimizers = Path(folder), as_optimizers(optimizer)
+        team = team_of(model, optimizers)
+        layers = compressible_layers(team.model)
+        with team.together("reading the checkpoint's manifest"):
+            manifest = _read_manifest(folder)
+            changing = _check(folder, manifest, team, layers, optimizers)
+            if compressor is not None:
+                _check_progress(folder, manifest, compressor)
+
+        def apply(names: Sequence[str]) -> None:
+            reshape(team.model, {name: layers[name] for name in names}, {n: manifest["ranks"][n] for n in names}, optimizers)
+
+        team.carry_out(apply, {name: layers[name] for name in changing}, optimizers, None)
+        targets = _targets(manifest, team.model, optimizers)
+        with _about(folder, "; a part may have been read, load an earlier checkpoint"):
+            dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=_group(team))
+        for item, saved in zip(optimizers, manifest["optimizers"], strict=False):
+            _load_optimizer(item, team.model, decode(saved, targets), manifest)
+        extra = decode(manifest["extra"], targets)
         if compressor is not None:
-            _check_progress(folder, manifest, compressor)
-
-    def apply(names: Sequence[str]) -> None:
-        reshape(team.model, {name: layers[name] for name in names}, {n: manifest["ranks"][n] for n in names}, optimizers)
-
-    team.carry_out(apply, {name: layers[name] for name in changing}, optimizers, None)
-    targets = _targets(manifest, team.model, optimizers)
-    with _about(folder, "; a part may have been read, load an earlier checkpoint"):
-        dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=_group(team))
-    for item, saved in zip(optimizers, manifest["optimizers"], strict=False):
-        _load_optimizer(item, team.model, decode(saved, targets), manifest)
-    extra = decode(manifest["extra"], targets)
-    if compressor is not None:
-        compressor.load_state_dict(manifest["compressor"])
-    team.at_rest()
-    return extra
+            compressor.load_state_dict(manifest["compressor"])
+        team.at_rest()
+        return extra
 
 
 def _pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def _targets(manifest: Mapping[str, Any], model: nn.Module, optimizers: Sequence
         elif parameter is not None and list(parameter.shape) == shape:
             targets[name] = torch.zeros_like(parameter.detach(), dtype=getattr(torch, dtype))
         else:
-            targets[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
+            targets[name] = torch.zeros(shape, dtype=getattr(torch, dtype), device="cpu")
     return targets
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,8 @@ def _fill_slot(container: Any, key: str, value: Tensor) -> None:
     """Into the tensor that is there if it has the shape, else as a new one."""
     old = container.get(key)
     if isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype:
-        old.copy_(value)
+        with torch.inference_mode() if old.is_inference() else nullcontext():  # elsewhere it cannot be changed
+            old.copy_(value)
     else:
         container[key] = value.to(old.device if isinstance(old, Tensor) else "cpu", copy=True)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressm.adapters import Adapter, LayerEdit
 from compressm.adapters.base import holder, parameter_at
+from compressm.compression._undisturbed import ordinary
 from compressm.compression._workers import each
 from compressm.compression.audit import (
     Ema,
@@ -169,6 +170,7 @@ def _swap(name: str, module: nn.Module, adapter: Adapter, edit: LayerEdit, optim
     return Swap.of(name, module, tensors, adapter.attributes(module, edit.rank_after), masters)
 
 
+@ordinary()
 def reshape(
     model: nn.Module,
     layers: Mapping[str, tuple[nn.Module, Adapter]],

@@ -14,7 +14,7 @@ from torch import nn
 import compressm
 from compressm.adapters import find_layers, lti
 from compressm.compression import _batches
-from compressm.compression.calibration import collect
+from compressm.compression.calibration import CalibrationWarning, collect
 from compressm.errors import ArgumentError, DataError, NumericalError
 from compressm.layers import LRU
 
@@ -258,7 +258,11 @@ def test_without_backward_q_is_data_free(training):
             return model(batch)
 
     x = run.batch()[0]
-    measured, _ = measure(run.model, [x], forward=forward)
+    match = r"calibration: no gradient of the model's output reached layer\(s\) 'lrus\.0', 'lrus\.1'"
+    with pytest.warns(CalibrationWarning, match=match):
+        measured, _ = measure(run.model, [x], forward=forward)
     assert all(gramians.Q is None for gramians in measured.values())
-    report = compressm.compress(run.model, compressm.FixedRank(3), calibration=[x], forward=forward)
+    with pytest.warns(CalibrationWarning, match=match) as caught:
+        report = compressm.compress(run.model, compressm.FixedRank(3), calibration=[x], forward=forward)
+    assert caught[0].filename == __file__
     assert {layer.gramians for layer in report.layers} == {"data P, data-free Q"}
