@@ -1,10 +1,11 @@
 #include "autograd.h"
 
 #include <ATen/core/stack.h>
-#include <ATen/functorch/BatchedTensorImpl.h>
 
 #include <algorithm>
 #include <utility>
+
+#include "batched.h"
 
 namespace compressm {
 namespace {
@@ -35,42 +36,6 @@ bool is_tensor(const c10::Argument& argument) {
 std::optional<std::string> after(const std::string& prefix, const std::string& name) {
   if (!name.starts_with(prefix)) return std::nullopt;
   return name.substr(prefix.size());
-}
-
-// The level of the innermost batch (torch.func.vmap, is_grads_batched) that a tensor on the stack is part of; 0 for none.
-int64_t batch_level(const torch::jit::Stack& stack) {
-  int64_t level = 0;
-  for (const c10::IValue& value : stack) {
-    const auto* batched = value.isTensor() ? at::functorch::maybeGetBatchedImpl(value.toTensor()) : nullptr;
-    if (batched) level = std::max(level, batched->level());
-  }
-  return level;
-}
-
-// Calls a backward, for batched gradients once for each of the batch: torch's own fallback takes no lists of tensors.
-void call_backward(const c10::OperatorHandle& backward, torch::jit::Stack& stack) {
-  const int64_t level = batch_level(stack);
-  if (level == 0) return backward.callBoxed(&stack);
-  int64_t count = 0;
-  std::vector<variable_list> results(backward.schema().returns().size());
-  do {
-    torch::jit::Stack one;
-    for (const c10::IValue& value : stack) {
-      auto* batched = value.isTensor() ? at::functorch::maybeGetBatchedImpl(value.toTensor()) : nullptr;
-      if (batched && batched->level() == level) {
-        one.emplace_back(batched->value().select(batched->bdim(), static_cast<int64_t>(results[0].size())));
-        count = batched->value().size(batched->bdim());
-      } else {
-        one.push_back(value);
-      }
-    }
-    call_backward(backward, one);
-    for (std::size_t k = 0; k < results.size(); ++k) results[k].push_back(one[k].toTensor());
-  } while (static_cast<int64_t>(results[0].size()) < count);
-  stack.clear();
-  for (const variable_list& parts : results) {
-    stack.emplace_back(parts[0].defined() ? at::functorch::makeBatched(at::stack(parts), 0, level) : at::Tensor());
-  }
 }
 
 // Passes the results of a backward on; its own backward is not there.
@@ -235,7 +200,7 @@ variable_list Formula::backward(AutogradContext* ctx, const variable_list& grads
         break;
     }
   }
-  call_backward(backward_, stack);
+  call_for_each(backward_, stack);
   for (std::size_t k = 0; k < targets_.size(); ++k) {
     if (needed(targets_[k])) results[targets_[k]] = stack[k].toTensor();
   }

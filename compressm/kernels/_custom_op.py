@@ -5,8 +5,9 @@ asked for: some 100 microseconds that a small model waits for.  An op of this mo
 program sees it as one, whatever the sizes; a plain eager call goes to the same kernel, and the same backward, directly.  The
 backward is the registered formula, or, where the kernel is an op of the C++ library that has a gradient, the library's own.
 
-Kernels have one derivative, in reverse mode.  Under forward-mode AD and ``torch.func``'s transforms the choice of a backend
-(``_dispatch``) takes the reference, whose operations are torch's own.
+Kernels have one derivative, in reverse mode.  Under forward-mode AD and the derivatives of ``torch.func`` the choice of a
+backend (``_dispatch``) takes the reference, whose operations are torch's own; ``torch.func.vmap`` by itself runs the kernels,
+one call for each of the batch.
 """
 
 from __future__ import annotations
@@ -113,13 +114,13 @@ def plain_call(*args: Any) -> bool:
 
 
 def transformed() -> bool:
-    """Whether forward-mode AD or a transform of torch.func that differentiates or batches is at work."""
+    """Whether forward-mode AD or a transform of torch.func that differentiates is at work."""
     if forward_ad._current_level >= 0:
         return True
     if not torch._C._are_functorch_transforms_active():
         return False
     transforms = torch._C._functorch.get_interpreter_stack()
-    return any(transform.key() != TransformType.Functionalize for transform in transforms)
+    return any(transform.key() in (TransformType.Grad, TransformType.Jvp) for transform in transforms)
 
 
 def recomputed_gradients(

@@ -105,5 +105,5 @@ def choose(op: str, candidates: Sequence[Candidate], backend: str | None = None)
 
 def _why_not(candidate: Candidate) -> str | None:
     if candidate.name in COMPILED and transformed():
-        return "its kernels have no forward-mode derivatives, nor rules for torch.func's transforms; the reference has both"
+        return "its kernels have no derivatives in forward mode or for torch.func; the reference has both"
     return candidate.why_not()

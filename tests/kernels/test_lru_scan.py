@@ -78,7 +78,7 @@ def test_heads_and_tables(assert_close, length, tau, rows, store):
         inputs, state = random_inputs(2, length, 3, 4, outputs)
 
         def run(x, *parameters, D, initial_state):
-            y, last = scan_in_one_op(x, parameters, D, planar(initial_state), tau, rows, store)
+            y, last = scan_in_one_op(x, parameters, D, planar(initial_state, x, parameters[0]), tau, rows, store)
             return y, torch.complex(*last.chunk(2, -1))
 
         def call(run, x, nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im, D, *, initial_state):
@@ -153,7 +153,7 @@ def test_a_changed_input_is_noticed(leaves):
 def test_a_second_derivative_is_refused(leaves):
     y = lru_scan(*leaves)
     first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
+    with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(sum(grad.sum() for grad in first), leaves)
 
 
