@@ -67,7 +67,8 @@ def causal_conv1d(
         if state is not None:
             _check_shape(name, state, x, (sequences, x.shape[1], width - 1))
     packed = seq_idx is not None or cu_seqlens is not None
-    chosen = choose_backend(x.device.type, x.dtype, bool(width > MAX_WIDTH), packed, backend=backend)
+    wide = True if width > MAX_WIDTH else False  # a constant while torch.compile traces, even where the width is not
+    chosen = choose_backend(x.device.type, x.dtype, wide, packed, backend=backend)
     if chosen == "reference":
         out = _causal_conv1d_ref.causal_conv1d(x, weight, bias, seq_idx, initial_states, cu_seqlens, silu)
     else:

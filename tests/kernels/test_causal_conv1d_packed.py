@@ -179,15 +179,29 @@ def test_custom_ops_are_well_formed(option, layout):
     torch.library.opcheck(torch.ops.compressm.causal_conv1d_backward.default, backward, test_utils=checks)
 
 
-@pytest.mark.parametrize("option", ["seq_idx", "cu_seqlens"])
-def test_compiles_into_one_graph(assert_close, option):
-    packed = option == "cu_seqlens"
-    inputs = random_inputs(1, 5, 12, 4, sequences=2 if packed else None, without=() if packed else ["initial_states"])
-    value = torch.tensor([0, 5, 12]) if packed else torch.tensor([[0] * 5 + [1] * 7])
-    compiled = torch.compile(causal_conv1d, fullgraph=True, backend="aot_eager")
-    options = {"final": packed, option: value}
-    oracle = evaluate(inputs, torch.float64, "reference", **options)
-    check(evaluate(inputs, torch.float32, None, call=compiled, **options), oracle, assert_close, torch.float32)
+@pytest.mark.parametrize("option", ["seq_idx", "cu_seqlens", None])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_one_graph_serves_every_size(option, backend):
+    graphs, packed = [], option == "cu_seqlens"
+
+    def call(x, weight, bias, states, option_):
+        options = {} if option is None else {option: option_}
+        states = {} if option == "seq_idx" else {"initial_states": states, "return_final_states": True}
+        return causal_conv1d(x, weight, bias, activation="silu", backend=backend, **states, **options)
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=compiler)
+    for batch, length in ((2, 9), (3, 14), (5, 2), (4, 300)):
+        x, weight, bias, states = random_inputs(1 if packed else batch, 5, length, 4, sequences=batch).values()
+        bounds = torch.linspace(0, length, batch + 1).long()
+        value = bounds if packed else torch.bucketize(torch.arange(length), bounds[1:], right=True).expand(batch, length)
+        given = [t.float() for t in (x, weight, bias, states)]
+        for actual, expected in zip(compiled(*given, value), call(*given, value), strict=True):
+            assert torch.equal(actual, expected)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(
