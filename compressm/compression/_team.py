@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter
 from compressm.adapters.base import parameter_at
@@ -96,6 +97,9 @@ class Team:
 
     def replaced(self) -> None:
         """Hear that parameters were replaced by other means than :meth:`carry_out`."""
+
+    def reinstated(self) -> None:
+        """Hear that the parameters from before the last reduction are back, the same objects."""
 
     def ready(self) -> None:
         """Raise ModelError unless the last reduction has been followed up."""
@@ -255,7 +259,12 @@ class ReplicatedTeam(ProcessTeam):
     def __init__(self, wrapper: nn.Module, model: nn.Module) -> None:
         super().__init__(model, wrapper.process_group, wrapper.device)
         self.wrapper = wrapper
-        self.stale = False
+        self._retired: RemovableHandle | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the wrapper still holds parameters that were replaced."""
+        return self._retired is not None
 
     def ready(self) -> None:
         if self.stale:
@@ -288,11 +297,15 @@ class ReplicatedTeam(ProcessTeam):
         self.replaced()
 
     def replaced(self) -> None:
-        if not self.stale:
-            retire(self.wrapper)
-        self.stale = True
+        if self._retired is None:
+            self._retired = retire(self.wrapper)
+
+    def reinstated(self) -> None:
+        if self._retired is not None:
+            self._retired.remove()
+            self._retired = None
 
     def rewrap(self) -> nn.Module:
         if self.stale:
-            self.wrapper, self.stale = rewrapped(self.wrapper), False
+            self.wrapper, self._retired = rewrapped(self.wrapper), None
         return self.wrapper

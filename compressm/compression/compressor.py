@@ -173,7 +173,8 @@ class Compressor:
             or rolled it back; None if nothing was due.
 
         Raises:
-            CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.
+            CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.  Or a registered object did
+                not take its state back in a rollback; everything else did.
         """
         self.team.ready()
         self._step += 1
@@ -236,12 +237,22 @@ class Compressor:
         return report
 
     def _validate(self, guard: Guard) -> GuardReport:
-        report, progress = guard.validate(self._parts(), self._step, lambda: self._next(guard.probation.began))
-        if progress is not None:
+        def resume(progress: Mapping[str, Any]) -> None:
             self._set_progress(progress)
             self._attempts += 1
             self._waiting = not guard.stopped and self._next(self._step) is None
-        return self._record(report)
+
+        began = guard.probation.began
+        report, failed = guard.validate(self._parts(), self._step, lambda: self._next(began), resume)
+        self._record(report)
+        if failed:
+            what, error = next(iter(failed.items()))
+            raise CompressmError(
+                f"guard: {what} did not take back its state of step {report.resumed_at} ({type(error).__name__}: {error}), "
+                "expected what state_dict() had returned to be welcome. Everything else is back, step_count included: see "
+                "compressor.history[-1]; set this one back by hand"
+            ) from error
+        return report
 
     def _record(self, report: GuardReport) -> GuardReport:
         log.info("%s", report)
@@ -324,8 +335,8 @@ class Compressor:
             remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
             raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
         history = [report_from_dict(report) for report in state["history"]]
-        if self.guard is not None and state.get("guard") is not None:
-            self.guard.load(state["guard"], self._parts())
+        if self.guard is not None:
+            self.guard.load(state.get("guard"), self._parts())
         self._set_progress(state)
         self._waiting = bool(state.get("waiting", False))
         self.history = history

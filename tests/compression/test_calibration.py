@@ -260,5 +260,7 @@ def test_without_backward_q_is_data_free(training):
     x = run.batch()[0]
     measured, _ = measure(run.model, [x], forward=forward)
     assert all(gramians.Q is None for gramians in measured.values())
-    report = compressm.compress(run.model, compressm.FixedRank(3), calibration=[x], forward=forward)
+    report = compressm.compress(
+        run.model, compressm.FixedRank(3), optimizer=run.optimizer, calibration=[x], forward=forward
+    )
     assert {layer.gramians for layer in report.layers} == {"data P, data-free Q"}
