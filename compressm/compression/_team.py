@@ -15,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter
 from compressm.adapters.base import parameter_at
+from compressm.adapters.registry import qualified_name
 from compressm.compression._ddp import check_rewrappable, retire, rewrapped
+from compressm.compression._described import described
 from compressm.compression._references import References
 from compressm.compression._workers import each
 from compressm.compression.audit import Ema, Optimizers, check_swappable, ema_slot, full_name
@@ -230,8 +232,14 @@ def _contents(layers: Layers, optimizers: Optimizers, ema: Ema | None) -> tuple[
         if isinstance(value, Tensor) and value.numel() > 1:
             tensors.append(value.data)
             structure.append([where, str(value.dtype), list(value.shape)])
+        elif isinstance(value, Tensor) and value.numel():
+            structure.append([where, described(value.item())])
+        elif isinstance(value, Mapping | list | tuple):
+            structure.append([where, qualified_name(type(value))])
+            for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+                note(f"{where} {described(key)}", item)
         else:
-            structure.append([where, value.item() if isinstance(value, Tensor) and value.numel() else repr(value)])
+            structure.append([where, described(value)])
 
     for name, (module, adapter) in layers.items():
         for key in adapter.parameters(module):
@@ -240,7 +248,7 @@ def _contents(layers: Layers, optimizers: Optimizers, ema: Ema | None) -> tuple[
                 raise ModelError(f"parameter {where} is gone, expected it to be there after the reduction")
             note(where, parameter)
             for number, optimizer in enumerate(optimizers):
-                for kind, value in sorted(optimizer.state.get(parameter, {}).items()):
+                for kind, value in sorted(optimizer.state.get(parameter, {}).items(), key=lambda item: str(item[0])):
                     note(f"{where} optimizer {number} {kind}", value)
             if ema is not None:
                 slot, leaf = ema_slot(ema, name, key)

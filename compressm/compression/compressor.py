@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compressm.compression._batches import replayable
+from compressm.compression._described import described
 from compressm.compression.audit import Ema, check_ema, check_optimizers
 from compressm.compression.cadence import Cadence
 from compressm.compression.distributed import team_of
@@ -389,10 +390,7 @@ class Compressor:
 
     def _arguments(self) -> list[Any]:
         """What must be the same on all processes that train the model together, JSON-ready."""
-        named = [
-            type(item).__qualname__ if type(item).__repr__ is object.__repr__ else repr(item)
-            for item in (self.policy, self.schedule)
-        ]
+        named = [described(self.policy), described(self.schedule)]
         chosen = [*named, self.recipe.name, self.moments, self.multiple_of, self.uniform, self.ema is None, self.ranks]
         return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
 
