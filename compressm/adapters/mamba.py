@@ -29,6 +29,7 @@ from compressm.kernels import causal_conv1d, selective_scan
 
 NAMES = ("x_proj.weight", "A_log")
 READ = (*NAMES, "dt_proj.weight", "dt_proj.bias")
+INDEPENDENT = ("in_proj", "conv1d", "dt_proj", "out_proj", "D", "x_proj.bias")  # the last is refused in words of its own
 STEP_BYTES = 64 << 20  # of M_t kept per layer
 SLAB_BYTES = 64 << 20  # of intermediate (channels, N, N) tensors
 MIN_LOG_DECAY = 1e-12
@@ -71,6 +72,9 @@ class MambaAdapter(Adapter):
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         return NAMES
+
+    def independent(self, module: nn.Module) -> tuple[str, ...]:
+        return INDEPENDENT
 
     def reads(self, module: nn.Module) -> tuple[str, ...]:
         return READ

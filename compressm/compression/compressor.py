@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressm.adapters import check_known
 from compressm.compression._batches import replayable
 from compressm.compression._described import described
 from compressm.compression.audit import Ema, check_ema, check_optimizers
@@ -108,6 +109,7 @@ class Compressor:
         self.team = team_of(model, self.optimizers)
         self.model = self.team.model
         self.layers = compressible_layers(self.model)
+        check_known(self.layers)
         self.policy, self.schedule = check_kind(policy, Policy, "policy"), check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
         self.moments = moments if moments is not None else self.recipe.moments
@@ -144,6 +146,16 @@ class Compressor:
         """How often :meth:`step` has been called, over all resumed runs; a rollback sets it back."""
         return self._step
 
+    @property
+    def due(self) -> bool:
+        """Whether the next :meth:`step` attempts a reduction (which an adaptive schedule may think better of) or judges one."""
+        guard, step = self.guard, self._step + 1
+        if guard is not None and guard.probation is not None:
+            return step >= guard.probation.until
+        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._reduced):
+            return False
+        return self._waiting or self.schedule.due(step)
+
     def register(self, **objects: Any) -> None:
         """Name objects that a rollback sets back along with the model: schedulers, scalers, samplers, counters.
 
@@ -178,18 +190,15 @@ class Compressor:
                 not take its state back in a rollback; everything else did.
         """
         self.team.ready()
+        due = self.due
         self._step += 1
         if self._cadence is not None:
             self._cadence.call()
         guard = self.guard
         if guard is not None and guard.probation is not None:
             self._waiting |= self.schedule.due(self._step)
-            return self._validate(guard) if self._step >= guard.probation.until else None
-        if not self._waiting and not self.schedule.due(self._step):
-            return None
-        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._reduced):
-            return None
-        return self._consider()
+            return self._validate(guard) if due else None
+        return self._consider() if due else None
 
     def _consider(self) -> ReductionReport | GuardReport | None:
         """Attempt a reduction, if an adaptive schedule agrees."""
