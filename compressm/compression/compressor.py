@@ -17,7 +17,7 @@ from compressm.compression.audit import Ema, check_ema, check_optimizers
 from compressm.compression.cadence import Cadence
 from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish, log
-from compressm.compression.guard import Guard, Rollback
+from compressm.compression.guard import Guard
 from compressm.compression.moments import check_moments
 from compressm.compression.optimizer_state import masters_of
 from compressm.compression.planning import (
@@ -33,6 +33,7 @@ from compressm.compression.planning import (
 from compressm.compression.policies import Policy, check_multiple
 from compressm.compression.progress import STATE_FORMAT, check_progress, check_state
 from compressm.compression.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
+from compressm.compression.rollback import Rollback
 from compressm.compression.schedules import Look, Schedule, ScheduleWarning
 from compressm.compression.snapshot import Parts, check_registrable
 from compressm.errors import CompressmError, bad_argument
