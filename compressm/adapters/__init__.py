@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter
+from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, Reduced
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
 from compressm.adapters.mamba import MambaAdapter
-from compressm.adapters.registry import find_layers, register_adapter, supported_layers
+from compressm.adapters.registry import check_known, find_layers, register_adapter, supported_layers
 
 register_adapter("compressm.layers.lru.LRU", LRUAdapter())
 for _name in (
@@ -24,6 +24,8 @@ __all__ = [
     "LayerEdit",
     "MambaAdapter",
     "Meter",
+    "Reduced",
+    "check_known",
     "find_layers",
     "register_adapter",
     "supported_layers",

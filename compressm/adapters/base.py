@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,33 @@ class LayerEdit:
     subset: Callable[[str, Tensor], Tensor] | None = None
 
 
+@runtime_checkable
+class Reduced(Protocol):
+    """What a reduction says of itself, whatever else it holds for ``Adapter.edit``."""
+
+    @property
+    def order(self) -> int:
+        """States of the layer that are left."""
+
+    @property
+    def real_order(self) -> int:
+        """How many of the largest values of the spectrum belong to them."""
+
+    @property
+    def method(self) -> str:
+        """How it was found, in words."""
+
+    @property
+    def output_error(self) -> float | None:
+        """Relative root mean square error of the layer's output on the calibration data; None where it is not known."""
+
+    def kept(self, order: int) -> Tensor:
+        """(``self.order``,) int64 ascending: which of the ``order`` old states are kept, or take most part in what is.
+
+        Only schedules that watch them ask.
+        """
+
+
 class Analysis(ABC):
     """One layer's spectrum, ready to be cut at any rank.
 
@@ -61,15 +88,15 @@ class Analysis(ABC):
         """States of the layer that the ``order`` largest values take."""
 
     @abstractmethod
-    def reduce(self, rank: int) -> Any:
+    def reduce(self, rank: int) -> Reduced:
         """The reduction to ``rank`` states that ``Adapter.edit`` takes.
 
-        It has ``order`` (states), ``method`` (words) and ``kept(old order)`` (indices of the old states that it keeps, or
-        that take most part in it; only schedules that watch them ask).
+        Raises:
+            NumericalError: there is none that is finite.
         """
 
     @abstractmethod
-    def spectrum_after(self, reduction: Any) -> Tensor:
+    def spectrum_after(self, reduction: Reduced) -> Tensor:
         """Hankel singular values of the reduced layer, descending."""
 
 
@@ -135,6 +162,14 @@ class Adapter(ABC):
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         """Names, relative to the layer, of the parameters whose shape depends on the rank."""
 
+    def independent(self, module: nn.Module) -> tuple[str, ...] | None:
+        """Names, relative to the layer, of parameters, buffers and submodules that are known not to depend on the rank.
+
+        Whatever else a layer owns is judged by name and shape before it is reduced (see ``registry.check_known``).  None: the
+        adapter does not say; then it is taken to know all of the class that it is registered for, and nothing of subclasses.
+        """
+        return None
+
     def reads(self, module: nn.Module) -> tuple[str, ...]:
         """Names, relative to the layer, of the parameters that :meth:`analyse`, :meth:`meter` and :meth:`edit` look at; all."""
         return tuple(name for name, _ in module.named_parameters())
@@ -172,7 +207,7 @@ class Adapter(ABC):
         """Largest modulus of an eigenvalue of the recurrence."""
 
     @abstractmethod
-    def edit(self, module: nn.Module, reduction: Any) -> LayerEdit:
+    def edit(self, module: nn.Module, reduction: Reduced) -> LayerEdit:
         """Describe how the layer becomes the reduced system."""
 
     @abstractmethod

@@ -32,6 +32,9 @@ class LRUAdapter(LTIAdapter):
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         return NAMES
 
+    def independent(self, module: nn.Module) -> tuple[str, ...]:
+        return ("D",)
+
     def reads(self, module: nn.Module) -> tuple[str, ...]:
         return NAMES
 

@@ -29,6 +29,7 @@ from compressm.kernels import selective_scan
 from compressm.layers.mamba_mixer import scan_inputs
 
 NAMES = ("x_proj.weight", "A_log")
+INDEPENDENT = ("in_proj", "conv1d", "dt_proj", "out_proj", "D", "x_proj.bias")  # the last is refused in words of its own
 STEP_BYTES = 64 << 20  # of M_t kept per layer
 SLAB_BYTES = 64 << 20  # of intermediate (channels, N, N) tensors
 MIN_LOG_DECAY = 1e-12
@@ -71,6 +72,9 @@ class MambaAdapter(Adapter):
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         return NAMES
+
+    def independent(self, module: nn.Module) -> tuple[str, ...]:
+        return INDEPENDENT
 
     def reads(self, module: nn.Module) -> tuple[str, ...]:
         return (*NAMES, *(f"dt_proj.{name}" for name, _ in module.dt_proj.named_parameters()))

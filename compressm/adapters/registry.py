@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
-from compressm.adapters.base import Adapter, label
+from compressm.adapters.base import Adapter, label, parameter_at
 from compressm.errors import ModelError, bad_argument
 
 # Parameters that only state-space layers carry; a module that owns one and has no adapter is reported, never skipped.
@@ -47,6 +49,68 @@ def register_adapter(target: str | type, adapter: Adapter | None) -> None:
 def supported_layers() -> tuple[str, ...]:
     """Qualified names of the layer classes that can be compressed."""
     return tuple(sorted(name for name, adapter in _ADAPTERS.items() if adapter is not None))
+
+
+def check_known(layers: Mapping[str, tuple[nn.Module, Adapter]]) -> None:
+    """Refuse layers that own something which seems to depend on the rank and which their adapter does not know.
+
+    A reduction would leave it as it is: subclasses and forks (looked up by name) of a known class may have a second scan, a
+    norm over the states, a mask.  A parameter or buffer is suspect if one of its axes is as long as something that follows the
+    rank, or once or twice the number of states, or if it is called like a state-space parameter and the number of states
+    divides one of its axes.  An equal length may be chance: the adapter's :meth:`Adapter.independent` says so.
+
+    Args:
+        layers: from :func:`find_layers`.
+
+    Raises:
+        ModelError: names the first such layer, what it owns, and the way out.
+    """
+    for name, (module, adapter) in layers.items():
+        if suspects := _suspects(module, adapter):
+            raise ModelError(
+                f"{label(module, name)} owns {', '.join(suspects[:4])}{', ...' if len(suspects) > 4 else ''}, which by name or "
+                f"size may depend on its {adapter.rank(module)} states and which {type(adapter).__name__} does not know: a "
+                "reduction would leave it as it is. Register an adapter that does, compressm.register_adapter(cls, adapter); "
+                "where it has nothing to do with the states, let the adapter's independent() name it; or leave such layers "
+                "alone with register_adapter(cls, None)"
+            )
+
+
+def _suspects(module: nn.Module, adapter: Adapter) -> list[str]:
+    """What may depend on the rank and is not known, with its shape; what has a telling name comes first."""
+    known, own = adapter.independent(module), adapter.parameters(module)
+    written = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch."))  # not parametrize's, FSDP's
+    if known is None and qualified_name(written) in _ADAPTERS:
+        return []
+    if any(parameter_at(module, key) is None for key in own) or (rank := adapter.rank(module)) == 1:
+        return []  # the former is refused where parameters are looked at
+    lengths = _lengths(module, adapter)
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for key, tensor in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        if key not in own and not any(f"{key}.".startswith(f"{part}.") for part in known or ()):
+            marked = _looks_like_a_mark(key) and any(length % rank == 0 for length in tensor.shape if length)
+            if marked or lengths & set(tensor.shape):
+                found[marked].append(f"{key} {tuple(tensor.shape)}")
+    return found[True] + found[False]
+
+
+def _lengths(module: nn.Module, adapter: Adapter) -> set[int]:
+    """Lengths of axes that follow a layer's rank."""
+    rank = adapter.rank(module)
+    lengths = {rank, 2 * rank}
+    for key, other in adapter.blank(module, rank + 1).items():
+        lengths |= {now for now, then in zip(parameter_at(module, key).shape, other.shape, strict=True) if now != then}
+    return lengths - {1}
+
+
+def _looks_like_a_mark(key: str) -> bool:
+    """Whether the parts of a mark occur in a name in their order, as those of ``A_log`` in ``A_b_log``."""
+    parts = [part.rstrip("0123456789") for part in key.rpartition(".")[2].split("_")]
+    for mark in SSM_MARKS:
+        rest = iter(parts)
+        if all(part in rest for part in mark.split("_")):
+            return True
+    return False
 
 
 def _parameter_names(module: nn.Module) -> set[str]:

@@ -3,13 +3,13 @@
 from compressm.compression.calibration import CalibrationWarning
 from compressm.compression.checkpoint import load, save
 from compressm.compression.compressor import Compressor
-from compressm.compression.guard import Rollback
 from compressm.compression.inspection import Inspection, inspect
 from compressm.compression.moments import UnknownStateWarning
 from compressm.compression.oneshot import compress
 from compressm.compression.optimizer_state import attach_masters, register_optimizer_state
 from compressm.compression.policies import Energy, FixedRank, Policy, Shrink
 from compressm.compression.report import GuardReport, LayerReduction, ReductionPlan, ReductionReport
+from compressm.compression.rollback import Rollback
 from compressm.compression.schedules import At, Every, Once, Schedule, ScheduleWarning, Warmup, WhenStable
 from compressm.compression.stale import StaleCopyWarning
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from compressm.errors import ModelError
 
@@ -85,8 +86,12 @@ def rewrapped(ddp: DistributedDataParallel) -> DistributedDataParallel:
     return result
 
 
-def retire(ddp: DistributedDataParallel) -> None:
-    """Make the wrapper raise at its next forward pass: its gradient buckets hold replaced parameters."""
+def retire(ddp: DistributedDataParallel) -> RemovableHandle:
+    """Make the wrapper raise at its next forward pass: its gradient buckets hold replaced parameters.
+
+    Returns:
+        a handle whose ``remove()`` takes that back.
+    """
 
     def refuse(module: nn.Module, args: Any) -> None:
         raise ModelError(
@@ -94,4 +99,4 @@ def retire(ddp: DistributedDataParallel) -> None:
             f"the one that compressor.rewrap() returns. Call {CALL} after every compressor.step()"
         )
 
-    ddp.register_forward_pre_hook(refuse)
+    return ddp.register_forward_pre_hook(refuse)

@@ -28,6 +28,7 @@ from compressm.compression._references import References
 from compressm.compression._team import Layers, ProcessTeam, Result
 from compressm.compression._workers import each
 from compressm.compression.audit import Ema, Optimizers, ema_slot, full_name
+from compressm.compression.stale import check_optimizers_outside
 from compressm.errors import DataError, ModelError, OptimizerError
 
 CONSTRUCTOR = (
@@ -188,6 +189,8 @@ class ShardedTeam(ProcessTeam):
         self.at_rest()
         with self.together("the reduction"):
             self.check(layers, ema)
+            parameters = {full_name(n, key): parameter_at(m, key) for n, (m, a) in layers.items() for key in a.parameters(m)}
+            check_optimizers_outside({id(parameter): name for name, parameter in parameters.items()}, optimizers)
         before = References(layers, optimizers, ema)
         renewals: list[Renewal] = []
         complete = False

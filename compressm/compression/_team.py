@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter
 from compressm.adapters.base import parameter_at
+from compressm.adapters.registry import qualified_name
 from compressm.compression._ddp import check_rewrappable, retire, rewrapped
+from compressm.compression._described import described
 from compressm.compression._references import References
 from compressm.compression._workers import each
 from compressm.compression.audit import Ema, Optimizers, check_swappable, ema_slot, full_name
@@ -96,6 +99,9 @@ class Team:
 
     def replaced(self) -> None:
         """Hear that parameters were replaced by other means than :meth:`carry_out`."""
+
+    def reinstated(self) -> None:
+        """Hear that the parameters from before the last reduction are back, the same objects."""
 
     def ready(self) -> None:
         """Raise ModelError unless the last reduction has been followed up."""
@@ -226,8 +232,14 @@ def _contents(layers: Layers, optimizers: Optimizers, ema: Ema | None) -> tuple[
         if isinstance(value, Tensor) and value.numel() > 1:
             tensors.append(value.data)
             structure.append([where, str(value.dtype), list(value.shape)])
+        elif isinstance(value, Tensor) and value.numel():
+            structure.append([where, described(value.item())])
+        elif isinstance(value, Mapping | list | tuple):
+            structure.append([where, qualified_name(type(value))])
+            for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+                note(f"{where} {described(key)}", item)
         else:
-            structure.append([where, value.item() if isinstance(value, Tensor) and value.numel() else repr(value)])
+            structure.append([where, described(value)])
 
     for name, (module, adapter) in layers.items():
         for key in adapter.parameters(module):
@@ -236,7 +248,7 @@ def _contents(layers: Layers, optimizers: Optimizers, ema: Ema | None) -> tuple[
                 raise ModelError(f"parameter {where} is gone, expected it to be there after the reduction")
             note(where, parameter)
             for number, optimizer in enumerate(optimizers):
-                for kind, value in sorted(optimizer.state.get(parameter, {}).items()):
+                for kind, value in sorted(optimizer.state.get(parameter, {}).items(), key=lambda item: str(item[0])):
                     note(f"{where} optimizer {number} {kind}", value)
             if ema is not None:
                 slot, leaf = ema_slot(ema, name, key)
@@ -255,7 +267,12 @@ class ReplicatedTeam(ProcessTeam):
     def __init__(self, wrapper: nn.Module, model: nn.Module) -> None:
         super().__init__(model, wrapper.process_group, wrapper.device)
         self.wrapper = wrapper
-        self.stale = False
+        self._retired: RemovableHandle | None = None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the wrapper still holds parameters that were replaced."""
+        return self._retired is not None
 
     def ready(self) -> None:
         if self.stale:
@@ -288,11 +305,15 @@ class ReplicatedTeam(ProcessTeam):
         self.replaced()
 
     def replaced(self) -> None:
-        if not self.stale:
-            retire(self.wrapper)
-        self.stale = True
+        if self._retired is None:
+            self._retired = retire(self.wrapper)
+
+    def reinstated(self) -> None:
+        if self._retired is not None:
+            self._retired.remove()
+            self._retired = None
 
     def rewrap(self) -> nn.Module:
         if self.stale:
-            self.wrapper, self.stale = rewrapped(self.wrapper), False
+            self.wrapper, self._retired = rewrapped(self.wrapper), None
         return self.wrapper

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressm.adapters import check_known
 from compressm.compression._batches import replayable
+from compressm.compression._described import described
 from compressm.compression._undisturbed import ordinary
 from compressm.compression.audit import Ema, check_ema, check_optimizers
 from compressm.compression.cadence import Cadence
 from compressm.compression.calibration import rehearse
 from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish, log
-from compressm.compression.guard import Guard, Rollback
+from compressm.compression.guard import Guard
 from compressm.compression.moments import check_moments
 from compressm.compression.optimizer_state import masters_of
 from compressm.compression.planning import (
@@ -33,6 +35,7 @@ from compressm.compression.planning import (
 from compressm.compression.policies import Policy, check_multiple
 from compressm.compression.progress import STATE_FORMAT, check_progress, check_state
 from compressm.compression.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
+from compressm.compression.rollback import Rollback
 from compressm.compression.schedules import Look, Schedule, ScheduleWarning
 from compressm.compression.snapshot import Parts, check_registrable
 from compressm.errors import CompressmError, bad_argument
@@ -114,6 +117,7 @@ class Compressor:
         self.team = team_of(model, self.optimizers)
         self.model = self.team.model
         self.layers = compressible_layers(self.model)
+        check_known(self.layers)
         self.policy, self.schedule = check_kind(policy, Policy, "policy"), check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
         self.moments = moments if moments is not None else self.recipe.moments
@@ -153,6 +157,16 @@ class Compressor:
         """How often :meth:`step` has been called, over all resumed runs; a rollback sets it back."""
         return self._step
 
+    @property
+    def due(self) -> bool:
+        """Whether the next :meth:`step` attempts a reduction (which an adaptive schedule may think better of) or judges one."""
+        guard, step = self.guard, self._step + 1
+        if guard is not None and guard.probation is not None:
+            return step >= guard.probation.until
+        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._reduced):
+            return False
+        return self._waiting or self.schedule.due(step)
+
     def register(self, **objects: Any) -> None:
         """Name objects that a rollback sets back along with the model: schedulers, scalers, samplers, counters.
 
@@ -183,23 +197,22 @@ class Compressor:
             or rolled it back; None if nothing was due.
 
         Raises:
-            CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.
+            CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.  Or a registered object did
+                not take its state back in a rollback; everything else did.
         """
         self.team.ready()
+        due = self.due
         self._step += 1
         if self._cadence is not None:
             self._cadence.call()
         guard = self.guard
-        if guard is not None and guard.probation is not None:
+        watched = guard is not None and guard.probation is not None
+        if watched:
             self._waiting |= self.schedule.due(self._step)
-            with ordinary():
-                return self._validate(guard) if self._step >= guard.probation.until else None
-        if not self._waiting and not self.schedule.due(self._step):
-            return None
-        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._reduced):
+        if not due:
             return None
         with ordinary():
-            return self._consider()
+            return self._validate(guard) if watched else self._consider()
 
     def _consider(self) -> ReductionReport | GuardReport | None:
         """Attempt a reduction, if an adaptive schedule agrees."""
@@ -248,12 +261,22 @@ class Compressor:
         return report
 
     def _validate(self, guard: Guard) -> GuardReport:
-        report, progress = guard.validate(self._parts(), self._step, lambda: self._next(guard.probation.began))
-        if progress is not None:
+        def resume(progress: Mapping[str, Any]) -> None:
             self._set_progress(progress)
             self._attempts += 1
             self._waiting = not guard.stopped and self._next(self._step) is None
-        return self._record(report)
+
+        began = guard.probation.began
+        report, failed = guard.validate(self._parts(), self._step, lambda: self._next(began), resume)
+        self._record(report)
+        if failed:
+            what, error = next(iter(failed.items()))
+            raise CompressmError(
+                f"guard: {what} did not take back its state of step {report.resumed_at} ({type(error).__name__}: {error}), "
+                "expected what state_dict() had returned to be welcome. Everything else is back, step_count included: see "
+                "compressor.history[-1]; set this one back by hand"
+            ) from error
+        return report
 
     def _record(self, report: GuardReport) -> GuardReport:
         log.info("%s", report)
@@ -337,8 +360,8 @@ class Compressor:
             remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
             raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
         history = [report_from_dict(report) for report in state["history"]]
-        if self.guard is not None and state.get("guard") is not None:
-            self.guard.load(state["guard"], self._parts())
+        if self.guard is not None:
+            self.guard.load(state.get("guard"), self._parts())
         self._set_progress(state)
         self._waiting = bool(state.get("waiting", False))
         self.history = history
@@ -391,10 +414,7 @@ class Compressor:
 
     def _arguments(self) -> list[Any]:
         """What must be the same on all processes that train the model together, JSON-ready."""
-        named = [
-            type(item).__qualname__ if type(item).__repr__ is object.__repr__ else repr(item)
-            for item in (self.policy, self.schedule)
-        ]
+        named = [described(self.policy), described(self.schedule)]
         chosen = [*named, self.recipe.name, self.moments, self.multiple_of, self.uniform, self.ema is None, self.ranks]
         return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
 

@@ -6,137 +6,21 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from compressm.compression._references import References
 from compressm.compression._team import Team
 from compressm.compression._undisturbed import undisturbed
 from compressm.compression.planning import Planned
 from compressm.compression.progress import is_number
 from compressm.compression.report import GuardReport
+from compressm.compression.rollback import Metric, Rollback
 from compressm.compression.schedules import Schedule, ScheduleWarning
 from compressm.compression.snapshot import Parts, Snapshot, check
 from compressm.errors import NumericalError, bad_argument
-
-Metric = Callable[[nn.Module], float]
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """Undoes reductions that cost too much, everything included, and tries less; pass it as ``Compressor(..., guard=)``.
-
-    Before a reduction, the model with its buffers, the optimizers, the EMA, the random states of Python, numpy and torch and
-    whatever was given to ``Compressor.register`` are put aside.
-
-    1. Right after the cut, ``quick`` may be worse than just before by the fraction ``jump``.  Otherwise everything is put
-       back and ranks half-way to the present ones are tried, up to ``tries`` times; then the attempt is refused.
-    2. After ``recovery`` more steps of training, ``evaluate`` may be worse by the fraction ``tolerance`` than the best value
-       before any reduction: reductions that were accepted do not lower the bar for the next.  Otherwise everything is put back
-       as it was before the reduction, bit for bit, and the next attempt removes less (``Policy.gentler``: half of tau).  It is
-       the next scheduled one, or where none is left comes with the next step.  After ``failures`` rollbacks there is none.
-
-    A metric that is NaN or infinite fails.  Metrics run in eval mode without gradients and leave no trace in the model or the
-    random states.  In distributed training every process calls them, and rank 0's number decides.
-
-    After a rollback ``Compressor.step_count`` is what it was at the reduction, and registered schedulers follow; loops should
-    count with it: ``while compressor.step_count < total_steps``.
-
-    Args:
-        evaluate: ``evaluate(model) -> float``, on validation data; lower is better.
-        tolerance: relative, at least 0.
-        mode: ``"max"`` where higher is better.
-        recovery: a fraction of the schedule's total steps (float), or a number of steps (int).
-        quick: a cheaper metric of the same direction for step 1, such as the loss of calibration batches; None: ``evaluate``.
-        jump: relative, at least 0; None skips step 1.
-        tries: how many raised ranks to try in step 1.
-        failures: rollbacks after which no further reduction is attempted.
-        disk_bytes: what is put aside goes to temporary files if it is larger than this, else into CPU memory.
-        folder: of these files; None: the system's.
-
-    Raises:
-        ArgumentError: out of range.
-    """
-
-    evaluate: Metric
-    tolerance: float = 0.005
-    _: KW_ONLY
-    mode: str = "min"
-    recovery: float | int = 0.01
-    quick: Metric | None = None
-    jump: float | None = 0.1
-    tries: int = 3
-    failures: int = 2
-    disk_bytes: int = 8 << 30
-    folder: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("evaluate", "quick"):
-            value = getattr(self, name)
-            if not callable(value) and (name == "evaluate" or value is not None):
-                raise bad_argument(name, got=repr(value), expected="a function of the model that returns a number")
-        if self.mode not in ("min", "max"):
-            raise bad_argument("mode", got=repr(self.mode), expected='"min" or "max"')
-        for name in ("tolerance", "jump"):
-            value = getattr(self, name)
-            if not (name == "jump" and value is None) and not (is_number(value) and 0 <= value < math.inf):
-                raise bad_argument(name, got=repr(value), expected="a number, at least 0")
-        fraction = isinstance(self.recovery, float) and 0 < self.recovery < 1
-        steps = type(self.recovery) is int and self.recovery >= 1
-        if not fraction and not steps:
-            expected = "a fraction of training in (0, 1) or a positive number of steps"
-            raise bad_argument("recovery", got=repr(self.recovery), expected=expected)
-        for name, least in (("tries", 0), ("failures", 1), ("disk_bytes", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise bad_argument(name, got=repr(value), expected=f"an integer, at least {least}")
-
-    @classmethod
-    def pragmatic(cls, evaluate: Metric, tolerance: float = 0.0, **options: Any) -> Rollback:
-        """The CompreSSM authors' pragmatic mode: go on cutting until the first drop, undo that one and stop.
-
-        They remove 10 % of the states at every attempt: use it with ``policy=Shrink(0.1)`` and a schedule of many attempts.
-        Unlike theirs, the bar stays where it was before the first attempt, buffers are restored as well, and the last
-        reduction is validated too.
-
-        Args:
-            evaluate, tolerance, options: as for the class.
-        """
-        return cls(evaluate, tolerance, **{"jump": None, "failures": 1, **options})
-
-    def window(self, schedule: Schedule) -> int:
-        """Recovery in optimizer steps.
-
-        Raises:
-            ArgumentError: it is a fraction and the schedule does not know its total steps, or it does not fit in.
-        """
-        total = schedule.total_steps
-        if isinstance(self.recovery, int):
-            window = self.recovery
-        elif total is None:
-            got = f"{self.recovery}, a fraction of training, with {schedule}, which does not say how long that is"
-            remedy = "Pass total_steps to the schedule, or recovery as a number of steps"
-            raise bad_argument("recovery", got=got, expected="a number of steps", remedy=remedy)
-        else:
-            window = max(1, round(self.recovery * total))
-        if total is not None and schedule.steps[-1] + window > total:
-            got = f"{window} steps after the last attempt at step {schedule.steps[-1]}"
-            remedy = "Shorten recovery, or let the schedule end earlier"
-            raise bad_argument("recovery", got=got, expected=f"an end before total_steps = {total}", remedy=remedy)
-        return window
-
-    def passes(self, value: float, reference: float, tolerance: float) -> bool:
-        """Whether a metric is at most ``tolerance * |reference|`` worse than a reference."""
-        slack = tolerance * abs(reference)
-        good = value <= reference + slack if self.mode == "min" else value >= reference - slack
-        return math.isfinite(value) and good
-
-    def better(self, one: float, other: float) -> float:
-        """The better of two values."""
-        return min(one, other) if self.mode == "min" else max(one, other)
 
 
 @dataclass
@@ -152,7 +36,8 @@ class Guard:
     """A Rollback at work in one Compressor.
 
     Attributes:
-        best: the best value of ``evaluate`` before any reduction, or None.
+        best: the best value of ``evaluate`` before any reduction that the guard watched, or None.
+        unwatched: how many reductions were in force before those, made by a run without a guard.
         failures: rollbacks so far.
         probation: the reduction that waits for its validation, or None.
 
@@ -166,6 +51,7 @@ class Guard:
         self.team = team
         self.rule, self.window = rule, rule.window(schedule)
         self.best: float | None = None
+        self.unwatched = 0
         self.failures = 0
         self.probation: Probation | None = None
         self._warned = False
@@ -201,18 +87,22 @@ class Guard:
         """
         self._warn_unregistered(parts)
         started, rule, step = time.perf_counter(), self.rule, progress["step"]
-        reference = self._reference(parts, untouched=not progress["reduced"])
+        reference = self._reference(parts, progress["reduced"])
         snapshot = Snapshot.take(parts, progress, rule.disk_bytes, rule.folder)
-        done, value, tried = self._try(parts, planned, snapshot, reference, execute, gentler)
+        probation = Probation(step, step + self.window, snapshot)
+        done, value, tried = self._try(parts, planned, probation, reference, execute, gentler)
         words = "" if rule.jump is None else f"metric {reference:.5g} before the cut, right after it {', '.join(tried)}"
         if done is not None:
-            self.probation = Probation(step, step + self.window, snapshot)
             return done, words
         words += f", allowed is {rule.jump:g} worse"
         return GuardReport(step, time.perf_counter() - started, "refused", words, parts.ranks, value, reference, step)
 
-    def _reference(self, parts: Parts, *, untouched: bool) -> float:
-        """What the metric right after a cut is compared with; of a model without reductions, ``best`` hears of it too."""
+    def _reference(self, parts: Parts, reduced: int) -> float:
+        """What the metric right after a cut is compared with; ``best`` hears of it too before the first cut that is watched.
+
+        Args:
+            reduced: how many reductions are in force.
+        """
         rule = self.rule
         before = self._measure(parts, rule.evaluate, "evaluate")
         reference = before if rule.quick is None or rule.jump is None else self._measure(parts, rule.quick, "quick")
@@ -222,85 +112,117 @@ class Guard:
                     f"guard: the metric is {value} before the reduction, expected a finite number to compare with. Has "
                     "training diverged?"
                 )
-        if untouched:
-            self.best = before if self.best is None else rule.better(self.best, before)
+        if self.best is None:
+            self.best, self.unwatched = before, reduced
+        elif reduced == self.unwatched:
+            self.best = rule.better(self.best, before)
         return reference
 
     def _try(
         self,
         parts: Parts,
         planned: Planned | None,
-        snapshot: Snapshot,
+        probation: Probation,
         reference: float,
         execute: Callable[[Planned], None],
         gentler: Callable[[Planned], Planned | None],
     ) -> tuple[Planned | None, float, list[str]]:
         """Cut by a plan, then by gentler ones, until the metric allows it.
 
+        Nothing trains in between: what is undone here are references, and every parameter is the same object as before.
+
         Returns:
-            the plan that is in force, or None with everything put back and the snapshot closed; the last value of the metric;
-            words on every cut.
+            the plan that is in force, its probation begun, or None with everything put back and the snapshot closed; the last
+            value of the metric; words on every cut.
         """
         rule, tried = self.rule, []
         quick, name = (rule.evaluate, "evaluate") if rule.quick is None else (rule.quick, "quick")
-        value, cut, passed = reference, False, False
+        before = References(parts.layers, parts.optimizers, parts.ema)
+        value = reference
         try:
             while planned is not None and len(tried) <= rule.tries:
                 execute(planned)
-                cut = True
                 value = reference if rule.jump is None else self._measure(parts, quick, name)
                 tried.append(f"{value:.5g} with {'/'.join(map(str, planned.plan.ranks.values()))} states")
-                passed = rule.jump is None or rule.passes(value, reference, rule.jump)
-                if passed:
+                if rule.jump is None or rule.passes(value, reference, rule.jump):
+                    self.probation = probation
                     return planned, value, tried
-                snapshot.restore(parts)
-                cut, planned = False, gentler(planned)
+                before.restore()
+                self.team.reinstated()
+                planned = gentler(planned)
         except BaseException:
-            if cut:
-                snapshot.restore(parts)
+            self.probation = None
+            before.restore()
+            self.team.reinstated()
             raise
         finally:
-            if not passed:
-                snapshot.close()
+            if self.probation is None:
+                probation.snapshot.close()
         return None, value, tried
 
-    def validate(self, parts: Parts, step: int, more: Callable[[], int | None]) -> tuple[GuardReport, Any]:
+    def validate(
+        self, parts: Parts, step: int, more: Callable[[], int | None], resume: Callable[[Any], None]
+    ) -> tuple[GuardReport, dict[str, Exception]]:
         """Judge the reduction on probation; puts everything back if it fails.
+
+        An interruption on the way back, Ctrl-C say, is raised when everything is back.
 
         Args:
             parts: as in :meth:`attempt`.
             step: of the Compressor now.
             more: the next scheduled attempt after the step of the reduction, or None.
+            resume: puts the Compressor's progress of then back; may be called twice.
 
         Returns:
-            the report, and after a rollback the Compressor's progress of then.
+            the report, and what did not take its state back (a registered object, say), with its error.
         """
         started = time.perf_counter()
         probation, rule = self.probation, self.rule
         value = self._measure(parts, rule.evaluate, "evaluate")
         passed = rule.passes(value, self.best, rule.tolerance)
-        worse = f"{rule.tolerance:g} worse than {self.best:.5g}, the best before any reduction"
-        progress = None
+        worse = f"{rule.tolerance:g} worse than {self.best:.5g}, the best before " + (
+            f"the first reduction that the guard watched (after {self.unwatched} that it did not)"
+            if self.unwatched
+            else "any reduction"
+        )
+        failed: dict[str, Exception] = {}
         if passed:
             reason = f"metric {value:.5g} {self.window} steps after the reduction, allowed is {worse}"
-            resumed = step
+            self.probation, resumed = None, step
         else:
-            progress = probation.snapshot.restore(parts)
-            self.team.replaced()
-            self.failures += 1
-            resumed = probation.began
             following = more()
+            failed = self._go_back(parts, probation, resume)
+            resumed = probation.began
             then = "at the next step" if following is None else f"at step {following} at the earliest"
+            but = "".join(f" but for {what} ({type(error).__name__}: {error})" for what, error in failed.items())
             reason = (
-                f"metric {value:.5g} {self.window} steps after the reduction, more than {worse}; everything is as it was at "
-                f"step {resumed}, failure {self.failures} of {rule.failures}, "
+                f"metric {value:.5g} {self.window} steps after the reduction, more than {worse}; everything{but} is as it was "
+                f"at step {resumed}, failure {self.failures} of {rule.failures}, "
                 + ("no further attempt" if self.stopped else f"a gentler attempt {then}")
             )
         probation.snapshot.close()
-        self.probation = None
         outcome = "accepted" if passed else "rolled back"
         seconds = time.perf_counter() - started
-        return GuardReport(step, seconds, outcome, reason, parts.ranks, value, self.best, resumed), progress
+        return GuardReport(step, seconds, outcome, reason, parts.ranks, value, self.best, resumed), failed
+
+    def _go_back(self, parts: Parts, probation: Probation, resume: Callable[[Any], None]) -> dict[str, Exception]:
+        """Put everything back as it was before a reduction, the Compressor's counts included, whatever comes in between."""
+        failures = self.failures + 1
+
+        def go() -> dict[str, Exception]:
+            failed = probation.snapshot.restore(parts)
+            self.team.replaced()
+            self.failures, self.probation = failures, None
+            resume(probation.snapshot.progress)
+            return failed
+
+        try:
+            return go()
+        except Exception:  # nothing has changed
+            raise
+        except BaseException:
+            go()
+            raise
 
     def warn_unvalidated(self, step: int) -> None:
         """Warn, in the name of the caller's caller, if training ends at a step with a reduction on probation."""
@@ -317,7 +239,7 @@ class Guard:
         probation = None
         if (now := self.probation) is not None:
             probation = {"began": now.began, "until": now.until, "snapshot": now.snapshot.state_dict()}
-        return {"best": self.best, "failures": self.failures, "probation": probation}
+        return {"best": self.best, "unwatched": self.unwatched, "failures": self.failures, "probation": probation}
 
     def check(self, state: Any, parts: Parts) -> Any:
         """Raise ArgumentError unless ``state`` came from :meth:`state_dict` of a guard of this model.
@@ -327,6 +249,7 @@ class Guard:
         """
         fine = isinstance(state, Mapping) and {"best", "failures", "probation"} <= state.keys()
         fine = fine and is_number(state["failures"]) and (state["best"] is None or is_number(state["best"]))
+        fine = fine and is_number(state.get("unwatched", 0)) and (state["probation"] is None or state["best"] is not None)
         probation = state["probation"] if fine else None
         if fine and probation is not None:
             fine = isinstance(probation, Mapping) and is_number(probation.get("began")) and is_number(probation.get("until"))
@@ -337,15 +260,19 @@ class Guard:
         check(probation.get("snapshot"), parts)
         return probation["snapshot"]["progress"]
 
-    def load(self, state: Mapping[str, Any], parts: Parts) -> None:
-        """Go on from a checked :meth:`state_dict`."""
-        if self.probation is not None:
-            self.probation.snapshot.close()
-        self.best, self.failures, saved = state["best"], int(state["failures"]), state["probation"]
-        self.probation = None
-        if saved is not None:
+    def load(self, state: Mapping[str, Any] | None, parts: Parts) -> None:
+        """Go on from a checked :meth:`state_dict`, or from a run that had no guard; if that fails, nothing has changed.
+
+        A reduction that was on probation here is forgotten; its snapshot goes when nobody holds it any more, so that whoever
+        called can still undo this.
+        """
+        best, unwatched, failures, probation = None, 0, 0, None
+        if state is not None:
+            best, failures, unwatched = state["best"], int(state["failures"]), int(state.get("unwatched", 0))
+        if state is not None and (saved := state["probation"]) is not None:
             snapshot = Snapshot.from_state_dict(saved["snapshot"], parts, self.rule.disk_bytes, self.rule.folder)
-            self.probation = Probation(int(saved["began"]), int(saved["until"]), snapshot)
+            probation = Probation(int(saved["began"]), int(saved["until"]), snapshot)
+        self.best, self.unwatched, self.failures, self.probation = best, unwatched, failures, probation
 
     def _measure(self, parts: Parts, metric: Metric, name: str) -> float:
         with self.team.together(f"the guard's {name}"):

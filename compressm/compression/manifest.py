@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ import compressm
 from compressm.adapters import Adapter
 from compressm.adapters.base import parameter_at
 from compressm.compression import _random_states
+from compressm.compression._references import References, Undo, put_list, put_mapping, take_back
 from compressm.compression.audit import full_name
 from compressm.compression.codec import decode, encode
 from compressm.compression.compressor import Compressor
@@ -138,7 +140,9 @@ class Restoration:
             CheckpointError: a tensor does not fit, or an optimizer refuses its state; nothing has changed.
         """
         with ExitStack() as undo:
-            undo.callback(reshape(self.model, self.layers, self.ranks, self.optimizers))
+            changing = {name: self.layers[name] for name in self.ranks}
+            undo.callback(References(changing, self.optimizers, None).restore)
+            reshape(self.model, self.layers, self.ranks, self.optimizers)
             own = persistent(self.model)
             for name, saved in self.state.items():
                 _check_shape(name, saved, own[name])
@@ -152,7 +156,7 @@ class Restoration:
                 undo.callback(_random_states.restore, _random_states.capture(self.model), self.model)
                 _random_states.restore(self.rng, self.model)
             if self.compressor is not None:
-                undo.callback(_put_attributes, self.compressor, dict(vars(self.compressor)))
+                undo.callback(take_back, _kept(self.compressor))
                 self.compressor.load_state_dict(self.progress)
             undo.pop_all()
         return self.extra
@@ -356,9 +360,15 @@ def _fill(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         own[name].copy_(value)
 
 
-def _put_attributes(target: Any, attributes: Mapping[str, Any]) -> None:
-    vars(target).clear()
-    vars(target).update(attributes)
+def _kept(compressor: Compressor) -> list[Undo]:
+    """What puts a compressor with its guard and its cadence back as they are, changes inside of their lists included."""
+    undo: list[Undo] = []
+    for part in (compressor, compressor.guard, compressor._cadence):
+        if part is not None:
+            undo.append(partial(put_mapping, vars(part), dict(vars(part))))
+            undo += [partial(put_list, value, list(value)) for value in vars(part).values() if type(value) is list]
+            undo += [partial(put_mapping, value, dict(value)) for value in vars(part).values() if type(value) is dict]
+    return undo
 
 
 def _kind(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressm.adapters import check_known
 from compressm.compression._undisturbed import ordinary
 from compressm.compression.audit import Ema, check_optimizers, check_swappable
 from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish
@@ -39,6 +40,7 @@ def compress(
     """
     plain = plain_model(model)
     layers = compressible_layers(plain)
+    check_known(layers)
     optimizers = as_optimizers(optimizer)
     chosen = choose_recipe(recipe, calibration, layers)
     moments = moments if moments is not None else chosen.moments

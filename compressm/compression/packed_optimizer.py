@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressm.compression._memory import ordered_state
 from compressm.compression.audit import ELEMENTWISE
 from compressm.errors import CheckpointError, OptimizerError
 
@@ -112,7 +113,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, ready: Mapping[str, A
     """``optimizer.load_state_dict``, but no state is rounded where its parameter has kept its dtype.
 
     torch casts all state to the dtype of its parameter, in which its own optimizers keep it; others keep float32 moments or
-    copies of bfloat16 parameters.
+    copies of bfloat16 parameters.  State of a parameter's shape is laid out in memory as the parameter is.
 
     Args:
         optimizer: of the model as it is now.
@@ -134,15 +135,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, ready: Mapping[str, A
         for key, value in group.items():
             if isinstance(value, Tensor) and isinstance(before.get(key), Tensor):
                 group[key] = value.to(before[key])
-    if type(optimizer).__module__.startswith("torch."):
-        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number in exact & ready["state"].keys():
+    for number in set() if type(optimizer).__module__.startswith("torch.") else exact & ready["state"].keys():
         state = optimizer.state[parameters[number]]
         for key, value in ready["state"][number].items():
             loaded = state.get(key)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and value.dtype != loaded.dtype:
                 state[key] = value.to(loaded.device)
+    for parameter in parameters:
+        if isinstance(state := optimizer.state.get(parameter), dict):
+            state.update(ordered_state(state, parameter))
 
 
 def keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

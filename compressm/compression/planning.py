@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compressm.adapters import Adapter, Analysis, LayerEdit, find_layers, supported_layers
+from compressm.adapters import Adapter, Analysis, LayerEdit, Reduced, find_layers, supported_layers
 from compressm.compression._team import Team
 from compressm.compression._workers import each
 from compressm.compression.calibration import collect
@@ -59,7 +59,7 @@ class Planned:
 
     plan: ReductionPlan
     layers: Mapping[str, tuple[nn.Module, Adapter]]
-    reductions: Mapping[str, Any]
+    reductions: Mapping[str, Reduced]
 
 
 def plain_model(model: Any, *, ddp: bool = False) -> nn.Module:
@@ -172,7 +172,7 @@ def make_plan(
     if uniform:
         ranks = {name: min(candidates[name].rank, max(ranks.values())) for name in ranks}
 
-    def reduced(name: str, item: Candidate) -> tuple[LayerReduction, Any | None]:
+    def reduced(name: str, item: Candidate) -> tuple[LayerReduction, Reduced | None]:
         return _reduced(name, item, ranks[name])
 
     with team.together("reducing the layers"):
@@ -213,7 +213,7 @@ def _rank(policy: Policy, name: str, item: Candidate, keep: float | None, multip
     return rank
 
 
-def _reduced(name: str, item: Candidate, rank: int) -> tuple[LayerReduction, Any | None]:
+def _reduced(name: str, item: Candidate, rank: int) -> tuple[LayerReduction, Reduced | None]:
     """One layer's record and, if it changes, its reduction."""
     if rank == item.rank:
         return _record(name, item, None), None
@@ -227,7 +227,7 @@ def _reduced(name: str, item: Candidate, rank: int) -> tuple[LayerReduction, Any
 def describe_edits(planned: Planned) -> dict[str, LayerEdit]:
     """How every layer that changes becomes its reduced system; mutates nothing."""
 
-    def edit(name: str, reduction: Any) -> LayerEdit:
+    def edit(name: str, reduction: Reduced) -> LayerEdit:
         module, adapter = planned.layers[name]
         return adapter.edit(module, reduction)
 
@@ -242,7 +242,7 @@ def with_new_kernels(planned: Planned) -> tuple[LayerReduction, ...]:
     )
 
 
-def _record(name: str, item: Candidate, reduction: Any | None) -> LayerReduction:
+def _record(name: str, item: Candidate, reduction: Reduced | None) -> LayerReduction:
     analysis, hsv = item.analysis, item.analysis.hsv
     kernel = item.adapter.kernel_plan(item.module)
     common = {"name": name, "rank_before": item.rank, "spectrum": tuple(hsv.tolist()), "convention": analysis.convention}

@@ -148,12 +148,13 @@ class GuardReport:
     Attributes:
         step: the Compressor's step count when it was decided.
         seconds: wall time of the decision, evaluation included.
-        outcome: ``"accepted"`` after the recovery window, ``"rolled back"`` after it, or ``"refused"`` right after the cut
-            (at every rank that was tried; nothing has changed).
+        outcome: ``"accepted"`` after the recovery window, ``"rolled back"`` after it (parameters are new objects of the old
+            size and values), or ``"refused"`` right after the cut (at every rank that was tried; nothing has changed, every
+            parameter is the object that it was).
         reason: the figures behind it, and what happens next.
         ranks: states per layer now, by module name.
         metric: what ``evaluate`` returned; for ``"refused"`` what the last try gave.
-        reference: the best value before any reduction; for ``"refused"`` the value just before this one.
+        reference: the best value before any reduction that the guard watched; for ``"refused"`` the value just before this one.
         resumed_at: the Compressor's step count from here on; smaller than ``step`` after a rollback.
     """
 
@@ -168,7 +169,7 @@ class GuardReport:
 
     @property
     def changed(self) -> bool:
-        """Whether parameters were replaced."""
+        """Whether the model's parameters are other objects than before the step."""
         return self.outcome == "rolled back"
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressm.adapters import Adapter
 from compressm.adapters.base import holder, parameter_at
 from compressm.compression import _random_states
+from compressm.compression._memory import ordered_state, placed_like
 from compressm.compression.audit import Ema, Optimizers, ema_layer, full_name
 from compressm.compression.shelf import Shelf
 from compressm.compression.surgery import reshape
@@ -104,6 +105,11 @@ class Snapshot:
         """States per layer, then."""
         return self._tree["ranks"]
 
+    @property
+    def progress(self) -> Any:
+        """What the snapshot was taken with."""
+        return _join(self._tree["progress"], self._tensors.__getitem__)
+
     def state_dict(self) -> dict[str, Any]:
         """A tree for :meth:`from_state_dict`; its tensors are the snapshot's own."""
         return self._state(self._tensors.__getitem__)
@@ -121,41 +127,67 @@ class Snapshot:
         check(state, parts)
         return cls(state, disk_bytes, folder, state["homes"])
 
-    def restore(self, parts: Parts) -> Any:
-        """Put everything back; gradients are dropped.  May be done again.
+    def restore(self, parts: Parts) -> dict[str, Exception]:
+        """Put everything back; gradients are dropped.  May be done again, also after an interruption.
 
         The model's layers get parameters of their old size, new objects that take the others' places in the optimizers'
-        groups.  Modules, optimizers, their groups, buffers and registered objects stay the same objects.
+        groups.  Modules, optimizers, their groups, buffers and registered objects stay the same objects.  What does not take
+        its state back, a registered object whose ``load_state_dict`` raises, keeps nothing else from it.
 
         Returns:
-            the progress that the snapshot was taken with.
+            the errors, by what they are about.
 
         Raises:
             ArgumentError: model, optimizers or registered objects are others than they were; nothing has changed.
+            ModelError: a new weight is part of a CUDA graph; nothing has changed.
         """
         _check_layout(self._state(lambda name: torch.empty(self._shapes[name], device="meta")), parts)
-        reshape(parts.model, parts.layers, self.ranks, parts.optimizers)
-        get = self._tensors.__getitem__
+        reshape(parts.model, parts.layers, self.ranks, parts.optimizers, ema=parts.ema)
+        failed: dict[str, Exception] = {}
         with torch.no_grad():
             for parameter in parts.model.parameters():
                 parameter.grad = None
-            _fill_module(parts.model, _join(self._tree["model"], get))
-            if isinstance(parts.ema, nn.Module):
-                for name, (module, adapter) in parts.layers.items():
-                    copied = ema_layer(parts.ema, name)
-                    for key, value in adapter.attributes(module, self.ranks[name]).items():
-                        owner, leaf = holder(copied, key)
-                        setattr(owner, leaf, value)
-                _fill_module(parts.ema, _join(self._tree["ema"], get))
-            elif parts.ema is not None:
-                _fill_mapping(parts.ema, _join(self._tree["ema"], get))
-            devices = parts.devices
-            for index, optimizer in enumerate(parts.optimizers):
-                _fill_optimizer(optimizer, _join(self._tree["optimizers"][index], self._fresh(devices)), parts.model)
+            for what, fill in self._pieces(parts):
+                try:
+                    fill()
+                except Exception as error:  # the caller's code may be behind each of them
+                    failed[what] = error
+        return failed
+
+    def _pieces(self, parts: Parts) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What is put back one after the other, in words, and how."""
+        devices, get = parts.devices, self._tensors.__getitem__
+
+        def saved(section: str, key: Any = None, get: Getter = get) -> Any:
+            return _join(self._tree[section] if key is None else self._tree[section][key], get)
+
+        for what, module in (("model", parts.model), ("ema", parts.ema)):
+            if isinstance(module, nn.Module):
+                yield what, lambda what=what, module=module: _fill_module(module, saved(what))
+                yield f"extra state of the {what}", lambda what=what, module=module: _fill_extra(module, saved(what, "extra"))
+        if isinstance(parts.ema, nn.Module):
+            yield "attributes of the ema", lambda: self._set_attributes(parts)
+        elif parts.ema is not None:
+            yield "ema", lambda: _fill_mapping(parts.ema, saved("ema"))
+        for index, optimizer in enumerate(parts.optimizers):
+            yield f"optimizer {index}", lambda index=index, optimizer=optimizer: _fill_optimizer(
+                optimizer, saved("optimizers", index, self._fresh(devices)), parts.model
+            )
         for name, item in parts.registered.items():
-            _fill_registered(item, _join(self._tree["registered"][name], self._fresh(devices)))
-        _random_states.restore(_random_states.adopted(_join(self._tree["random"], get), parts.model), parts.model)
-        return _join(self._tree["progress"], get)
+            yield f"registered object {name!r}", lambda name=name, item=item: _fill_registered(
+                item, saved("registered", name, self._fresh(devices))
+            )
+        yield "random states", lambda: _random_states.restore(
+            _random_states.adopted(saved("random"), parts.model), parts.model
+        )
+
+    def _set_attributes(self, parts: Parts) -> None:
+        """Sizes that the averaged copy's layers say."""
+        for name, (module, adapter) in parts.layers.items():
+            copied = ema_layer(parts.ema, name)
+            for key, value in adapter.attributes(module, self.ranks[name]).items():
+                owner, leaf = holder(copied, key)
+                setattr(owner, leaf, value)
 
     def _fresh(self, devices: list[torch.device]) -> Getter:
         """Looks up a copy of a tensor where it belongs; on a machine without its device, where the model is."""
@@ -279,13 +311,16 @@ def _fill_module(module: nn.Module, state: Mapping[str, Any]) -> None:
         if old.shape == value.shape:
             old.copy_(value)
         else:
-            new = nn.Parameter(value.to(old.device, copy=True), requires_grad=old.requires_grad)
+            new = nn.Parameter(placed_like(value.to(old.device, copy=True), old), requires_grad=old.requires_grad)
             new.__dict__.update(old.__dict__)
             owner._parameters[leaf] = new
     for name, value in state["buffers"].items():
         owner, leaf = holder(module, name)
         _fill_slot(owner._buffers, leaf, value)
-    for name, value in state["extra"].items():
+
+
+def _fill_extra(module: nn.Module, extra: Mapping[str, Any]) -> None:
+    for name, value in extra.items():
         module.get_submodule(name).set_extra_state(value)
 
 
@@ -303,7 +338,8 @@ def _fill_slot(container: Any, key: str, value: Tensor) -> None:
         with torch.inference_mode() if old.is_inference() else nullcontext():  # elsewhere it cannot be changed
             old.copy_(value)
     else:
-        container[key] = value.to(old.device if isinstance(old, Tensor) else "cpu", copy=True)
+        fresh = value.to(old.device if isinstance(old, Tensor) else "cpu", copy=True)
+        container[key] = placed_like(fresh, old) if isinstance(old, Tensor) else fresh
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -324,7 +360,10 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], 
         held[index].grad = None
     optimizer.state.clear()
     for key, value in saved["state"].items():
-        optimizer.state[held[key] if isinstance(key, int) else key] = value
+        if isinstance(key, int):
+            optimizer.state[held[key]] = ordered_state(value, held[key])
+        else:
+            optimizer.state[key] = value
     for group, before in zip(optimizer.param_groups, saved["groups"], strict=True):
         for key in group.keys() - before.keys():
             del group[key]

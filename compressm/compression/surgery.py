@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from compressm.adapters import Adapter, LayerEdit
 from compressm.adapters.base import holder, parameter_at
+from compressm.compression._memory import placed_like
+from compressm.compression._references import Undo, take_back
 from compressm.compression._undisturbed import ordinary
 from compressm.compression._workers import each
 from compressm.compression.audit import (
@@ -32,7 +34,7 @@ from compressm.compression.moments import new_states, warn_unknown
 from compressm.compression.optimizer_state import MASTER, master_stores, masters_of, state_kinds
 from compressm.compression.stale import check_copies
 
-Action = tuple[Callable[[], None], Callable[[], None]]  # do, undo; neither can fail
+Action = tuple[Callable[[], None], Undo]
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,7 @@ def apply_edits(
         if isinstance(ema, nn.Module):
             for swap in swaps:
                 actions += _attribute_actions(ema_layer(ema, swap.name), swap.attributes)
-    pairs = {full_name(swap.name, key): (old, swap.new[key]) for swap in swaps for key, old in swap.old.items()}
-    check_copies(model, pairs, ema)
+    check_copies(model, _pairs(swaps), ema, optimizers)
     _commit(model, optimizers, swaps, actions, ema, changed)
 
 
@@ -176,13 +177,24 @@ def reshape(
     layers: Mapping[str, tuple[nn.Module, Adapter]],
     ranks: Mapping[str, int],
     optimizers: Optimizers = (),
-) -> Callable[[], None]:
+    *,
+    ema: Ema | None = None,
+) -> Undo:
     """Give layers blank (zero) parameters of other ranks, in model and optimizers, as before loading a checkpoint.
 
     Optimizer state of the replaced parameters is dropped.
 
+    Args:
+        ema: an averaged copy that the caller sees to.
+
     Returns:
         a function that puts the old parameters and their state back.
+
+    Raises:
+        ModelError, OptimizerError: nothing has changed.
+
+    Warns:
+        StaleCopyWarning: something goes on with the old weights.
     """
     swaps = []
     for name, rank in ranks.items():
@@ -194,6 +206,8 @@ def reshape(
             empty = {key: (master, blank[key].to(master)) for key, master in masters.items()}
             swaps.append(Swap.of(name, module, blank, adapter.attributes(module, rank), empty))
     actions = [action for optimizer in optimizers for action in _optimizer_actions(optimizer, swaps, {})]
+    if swaps:
+        check_copies(model, _pairs(swaps), ema, optimizers)
     return _commit(model, optimizers, swaps, actions + _master_actions(optimizers, swaps))
 
 
@@ -204,31 +218,29 @@ def _commit(
     actions: list[Action],
     ema: Ema | None = None,
     layers: Mapping[str, tuple[nn.Module, Adapter]] | None = None,
-) -> Callable[[], None]:
+) -> Undo:
     """Do everything, audit, and undo everything if the audit raises; returns the undo."""
     trained, before = trained_names(model, optimizers), signature(model, optimizers)
     dead = [tensor for swap in swaps for tensor in (*swap.old.values(), *swap.old_masters.values())]
     for swap in swaps:
         actions += swap.actions()
-    done: list[Callable[[], None]] = []
-
-    def undo() -> None:
-        while done:
-            done.pop()()
-
-    complete = False
+    done: list[Undo] = []
     try:
         for do, reverse in actions:
-            do()
             done.append(reverse)
+            do()
         audit(model, optimizers, trained=trained, dead=dead, before=before)
         if ema is not None:
             audit_ema(ema, model, layers or {}, dead)
-        complete = True
-    finally:
-        if not complete:
-            undo()
-    return undo
+    except BaseException:
+        take_back(done)
+        raise
+    return partial(take_back, done)
+
+
+def _pairs(swaps: Sequence[Swap]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Full name to old and new parameter."""
+    return {full_name(swap.name, key): (old, swap.new[key]) for swap in swaps for key, old in swap.old.items()}
 
 
 def _optimizer_actions(
@@ -244,7 +256,8 @@ def _optimizer_actions(
     for swap in swaps:
         for key, (old, new) in swap.held.items():
             if old in optimizer.state:
-                actions.append(_rekey(optimizer.state, old, new, states.get(swap.name, {}).get(key)))
+                state = states.get(swap.name, {}).get(key)
+                actions.append(_rekey(optimizer.state, old, new, state and _placed(state, optimizer.state[old])))
     return actions
 
 
@@ -265,16 +278,22 @@ def _ema_actions(ema: Ema, name: str, edit: LayerEdit) -> list[Action]:
     actions = []
     for key, (slot, leaf) in slots.items():
         old, value = slot[leaf], values[key].to(slot[leaf])
-        actions.append(_assign(slot, leaf, _like(old, value) if isinstance(old, nn.Parameter) else value))
+        actions.append(_assign(slot, leaf, _like(old, value) if isinstance(old, nn.Parameter) else placed_like(value, old)))
     return actions
 
 
 def _like(old: Tensor, value: Tensor) -> Tensor:
-    """A leaf of that value: a Parameter if the old one is, with its requires_grad and attributes."""
-    value = value.detach().clone().contiguous()
+    """A leaf of that value: a Parameter if the old one is, with its requires_grad and attributes, in memory like its."""
+    value = placed_like(value.detach().clone(), old)
     new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value.requires_grad_(old.requires_grad)
     new.__dict__.update(old.__dict__)
     return new
+
+
+def _placed(state: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """New optimizer state in memory like that of the old."""
+    moved = {key: was for key, was in before.items() if isinstance(was, Tensor) and isinstance(state.get(key), Tensor)}
+    return state | {key: placed_like(state[key], was) for key, was in moved.items() if state[key] is not was}
 
 
 def _assign(container: Any, key: Any, value: Any) -> Action:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import compressm
+from compressm.compression import GuardReport
 from compressm.errors import CheckpointError, ConfigError, NumericalError
 from compressm.experiments.batches import step_seed
 from compressm.experiments.models import count_parameters
@@ -48,16 +49,25 @@ class Record:
     """What a run did so far, a JSON tree.
 
     ``window`` gathers what the next point of the curve will say: sums over its steps.  ``test`` is what the run ended with.
+    ``verdicts`` are what a guard decided about reductions; of those that it undid nothing else remains.
     """
 
     step: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     reductions: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
     seconds_training: float = 0.0
     seconds_total: float = 0.0
     window: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "tally": 0.0, "steps": 0, "seconds": 0.0})
     test: dict[str, Any] = field(default_factory=dict)
+
+    def go_back(self, step: int) -> None:
+        """Forget what came after a step, and the reduction that was made then."""
+        self.step = step
+        self.curve = [point for point in self.curve if point["step"] <= step]
+        self.evaluations = [evaluation for evaluation in self.evaluations if evaluation["step"] < step]
+        self.reductions = [reduction for reduction in self.reductions if reduction["step"] < step]
 
 
 def learning_rate(settings: Settings) -> Callable[[int], float]:
@@ -123,6 +133,8 @@ class TrainingRun:
         self.optimizer = torch.optim.AdamW(task.parameter_groups(self.model), fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(self.settings))
         self.compressor = self._compressor() if name == "compressed" else None
+        if self.compressor is not None:
+            self.compressor.register(scheduler=self.scheduler)
         self.record = Record()
         self._recent = _Recent()  # loss and tally of the steps not yet in the record
 
@@ -157,14 +169,13 @@ class TrainingRun:
             record.step += 1
             record.window["steps"] += 1
             record.window["seconds"] += time.perf_counter() - started
-            at_end = record.step == settings.steps
-            due = self.compressor is not None and self.compressor.schedule.due(record.step)
-            look = at_end or record.step % settings.eval_every == 0
-            if due or look or record.step % settings.log_every == 0:
+            due = self.compressor is not None and self.compressor.due
+            if due or self._looks() or record.step % settings.log_every == 0:
                 self._close_window(observer)
             if self.compressor is not None:
-                self._reduce(observer, due)
-            if look:
+                self._reduce(observer, due)  # may go back to an earlier step
+            at_end = record.step == settings.steps
+            if self._looks():
                 self._evaluate(observer, at_end)
             now = time.perf_counter()
             record.seconds_total, clock = record.seconds_total + now - clock, now
@@ -175,6 +186,10 @@ class TrainingRun:
             if stop:
                 return False
         return True
+
+    def _looks(self) -> bool:
+        """Whether the model is evaluated at this step."""
+        return self.record.step == self.settings.steps or self.record.step % self.settings.eval_every == 0
 
     def train_step(self) -> None:
         """One optimizer step on the next batch."""
@@ -246,9 +261,14 @@ class TrainingRun:
         self.record.seconds_training += time.perf_counter() - started
         after = self.task.evaluate(self.model, metric.watched)
         sides = {f"{metric.key}_before": before[metric.key], f"{metric.key}_after": after[metric.key]}
-        reduction = {**report.to_dict(), **sides}
-        self.record.reductions.append(reduction)
-        observer.reduction(self.name, reduction)
+        made = {**report.to_dict(), **sides}
+        if isinstance(report, GuardReport):
+            self.record.verdicts.append(made)
+            if report.changed:
+                self.record.go_back(report.resumed_at)
+            return
+        self.record.reductions.append(made)
+        observer.reduction(self.name, made)
 
     def _evaluate(self, observer: Observer, at_end: bool) -> None:
         quality = self.task.evaluate(self.model, self.task.metric.watched)
@@ -300,6 +320,7 @@ class TrainingRun:
             "curve": record.curve,
             "evaluations": record.evaluations,
             "reductions": record.reductions,
+            "verdicts": record.verdicts,
             "final": {
                 **record.test,
                 "states": states,

@@ -263,6 +263,8 @@ def test_without_backward_q_is_data_free(training):
         measured, _ = measure(run.model, [x], forward=forward)
     assert all(gramians.Q is None for gramians in measured.values())
     with pytest.warns(CalibrationWarning, match=match) as caught:
-        report = compressm.compress(run.model, compressm.FixedRank(3), calibration=[x], forward=forward)
+        report = compressm.compress(
+            run.model, compressm.FixedRank(3), optimizer=run.optimizer, calibration=[x], forward=forward
+        )
     assert caught[0].filename == __file__
     assert {layer.gramians for layer in report.layers} == {"data P, data-free Q"}

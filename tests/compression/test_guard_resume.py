@@ -79,7 +79,8 @@ def test_a_state_on_probation_is_checked(whole):
         guard = {**state["guard"], "probation": {**state["guard"]["probation"], "snapshot": cut}}
         with pytest.raises(ArgumentError, match="snapshot"):
             fresh.load_state_dict({**state, "guard": guard})
-    for bad in (3, {}, {**state["guard"], "best": "x"}, {**state["guard"], "probation": 7}):
+    wrong = [{"best": "x"}, {"best": None}, {"unwatched": "x"}, {"probation": 7}]
+    for bad in (3, {}, *({**state["guard"], **change} for change in wrong)):
         with pytest.raises(ArgumentError, match="state_dict guard"):
             fresh.load_state_dict({**state, "guard": bad})
     assert fresh.step_count == 0
@@ -120,3 +121,60 @@ def test_objects_that_were_not_registered_in_time(whole):
     assert compressor.ranks == ranks
     with pytest.raises(ArgumentError, match="scaler: expected an object with state_dict"):
         compressor.register(scaler=5)
+
+
+def test_a_guard_that_comes_in_mid_life_compares_with_what_it_found(whole, tmp_path):
+    """The run before had none: the value before the first reduction that the guard watches is the bar, also after a resume."""
+    schedule = compressm.At([2, 5, 9], total_steps=60)
+    one = whole(ranks=(20, 20))
+    plain = one.guarded(None, compressm.Shrink(0.5), schedule)
+    one.steps(plain, 3)
+    path = compressm.save(tmp_path / "a", one.model, optimizer=one.optimizer, compressor=plain)
+    two = whole(ranks=(20, 20), steps=1)
+    metric = Script(1.0, 1.0, 1.004, 1.004, 1.004, 1.006)
+    late = two.guarded(compressm.Rollback(metric, recovery=2), compressm.Shrink(0.5), schedule)
+    compressm.load(path, two.model, optimizer=two.optimizer, compressor=late)
+    assert late.guard.best is None
+    reduced, accepted = [report for report in two.steps(late, 4) if report]
+    assert reduced.ranks == {"lrus.0": 5, "lrus.1": 5}
+    assert (accepted.outcome, accepted.reference) == ("accepted", 1.0)
+    words = "the best before the first reduction that the guard watched (after 1 that it did not)"
+    assert f"allowed is 0.005 worse than 1, {words}" in accepted.reason
+    path = compressm.save(tmp_path / "b", two.model, optimizer=two.optimizer, compressor=late)
+    three = whole(ranks=(20, 20), steps=1)
+    again = three.guarded(compressm.Rollback(metric, recovery=2), compressm.Shrink(0.5), schedule)
+    compressm.load(path, three.model, optimizer=three.optimizer, compressor=again)
+    undone = three.steps(again, 4)[-1]
+    assert (undone.outcome, undone.reference) == ("rolled back", 1.0)
+    assert words in undone.reason
+    assert again.ranks == {"lrus.0": 5, "lrus.1": 5}
+
+
+def test_a_late_guard_on_probation_resumes(whole, tmp_path):
+    one = whole(ranks=(20, 20))
+    plain = one.guarded(None, compressm.Shrink(0.5), compressm.At([1, 3], total_steps=60))
+    one.steps(plain, 2)
+    late = one.guarded(compressm.Rollback(Script(3.0), recovery=2), compressm.Shrink(0.5), plain.schedule)
+    late.load_state_dict(plain.state_dict())
+    one.steps(late, 1)
+    state = late.state_dict()
+    assert (state["guard"]["best"], state["guard"]["unwatched"]) == (3.0, 1)
+    other = one.guarded(compressm.Rollback(Script(4.0), recovery=2), compressm.Shrink(0.5), plain.schedule)
+    other.load_state_dict(state)
+    assert one.steps(other, 2)[-1].outcome == "rolled back"
+    assert other.ranks == {"lrus.0": 10, "lrus.1": 10}
+
+
+def test_a_run_without_a_guard_loaded_where_one_was_at_work(whole):
+    one = whole()
+    compressor = one.guarded(compressm.Rollback(Script(1.0), recovery=5))
+    early = one.guarded(None).state_dict()
+    one.steps(compressor, 2)
+    plain = compressor.state_dict() | {"guard": None}
+    one.steps(compressor, 1)
+    assert compressor.guard.probation is not None
+    with pytest.raises(ArgumentError, match="ranks"):
+        compressor.load_state_dict(early)
+    assert compressor.guard.probation is not None
+    compressor.load_state_dict(plain | {"ranks": compressor.ranks})
+    assert (compressor.guard.probation, compressor.guard.best, compressor.guard.failures) == (None, None, 0)

@@ -82,8 +82,8 @@ class Hoarder(torch.optim.SGD):
         self.flat = {"chunks": [(p, p.numel()) for p in params]}
 
 
-def test_an_optimizer_that_keeps_dead_parameters_elsewhere(trained, snapshot):
-    model, _ = trained
+def test_an_optimizer_that_keeps_dead_parameters_elsewhere(snapshot):
+    model = Mixed()
     optimizer = Hoarder(model.parameters(), lr=1e-2, momentum=0.9)
     train(model, [optimizer], 2)
     before = snapshot(model, optimizer)
@@ -305,16 +305,16 @@ def test_other_graphs_alive_are_told(trained, monkeypatch):
         pass
 
     graph = Captured()
-    model, _ = trained
+    model, optimizer = trained
     name, old = next(iter(layer_parameters(model).items()))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Captured)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stale.check_copies(model, {name: (old, old)}, None)  # on the CPU there is nothing to say
+        stale.check_copies(model, {name: (old, old)}, None, [optimizer])  # on the CPU there is nothing to say
 
     class OnGPU(nn.Parameter):
         is_cuda = True
 
     with pytest.warns(StaleCopyWarning, match=r"1 CUDA graphs.*captured before this reduction"):
-        stale.check_copies(model, {name: (OnGPU(old.detach()), old)}, None)
+        stale.check_copies(model, {name: (OnGPU(old.detach()), old)}, None, [optimizer])
     del graph

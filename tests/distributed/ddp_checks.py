@@ -362,5 +362,54 @@ def a_guard_undoes_on_every_process(folder):
     cases.assert_identical_everywhere(cases.fingerprint(model.module, optimizer))
 
 
+@check
+def a_refused_attempt_leaves_the_wrapper_as_it_was(folder):
+    """Its gradient buckets hold the parameters that are back: the same wrapper trains on."""
+    guard = compressm.Rollback(lambda model: float(12 - model.layers[0].d_state), recovery=1, tries=1)
+    model = DDP(cases.make("lru"))
+    optimizer = cases.adam(model)
+    options = cases.arguments(policy=compressm.FixedRank(2), schedule=compressm.At([2]), guard=guard)
+    compressor = compressm.Compressor(model, optimizer, **options)
+    parameters, reports = list(model.parameters()), []
+    for tokens in cases.batches(4, 4, seed=1):
+        cases.step(model, optimizer, tokens[dist.get_rank() :: 2])
+        reports.append(compressor.step())
+        assert compressor.rewrap() is model
+    assert [report and report.outcome for report in reports] == [None, "refused", None, None]
+    assert not reports[1].changed
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    cases.assert_identical_everywhere(cases.fingerprint(model.module, optimizer))
+
+
+class Thing:
+    """Without a repr of its own: the standard one says its address."""
+
+
+class Hooked(torch.optim.AdamW):
+    """Keeps objects beside its moments."""
+
+
+@check
+def objects_that_are_the_same_but_for_their_address(folder):
+    class Mine(compressm.compression.policies.Policy):
+        def rank(self, spectrum, multiple_of=1):
+            return 3
+
+        def __repr__(self):
+            return f"Mine({Thing()})"
+
+    model = DDP(cases.make("lru"))
+    optimizer = Hooked(model.parameters(), lr=1e-2)
+    cases.step(model, optimizer, cases.batches(1, 4, seed=1)[0])
+    compressm.compression.register_optimizer_state(Hooked, {"hook": "keep"})
+    padding = [Thing() for _ in range(1 + 1000 * dist.get_rank())]
+    for parameter in model.parameters():
+        optimizer.state[parameter]["hook"] = {"things": [Thing(), {"a", "b", "c", "d"}], "moments": [torch.ones(2)]}
+    compressor = compressm.Compressor(model, optimizer, **cases.arguments(policy=Mine(), schedule=compressm.At([1])))
+    assert compressor.step().changed
+    assert len(padding) > 0
+    cases.step(compressor.rewrap(), optimizer, cases.batches(1, 4, seed=1)[0])
+
+
 if __name__ == "__main__":
     launch.main(CHECKS, Path(sys.argv[1]))

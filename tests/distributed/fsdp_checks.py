@@ -299,6 +299,18 @@ def sharded_checkpoints_resume(folder):
 
 
 @check
+def an_optimizer_that_is_not_passed_is_named(folder):
+    """It holds the shards, which are replaced as whole parameters are."""
+    model = by_layer(cases.make("lru"))
+    optimizer = cases.adam(model)
+    cases.step(model, optimizer, cases.batches(1, 4, seed=1)[0])
+    compressor = compressm.Compressor(model, None, **cases.arguments(schedule=compressm.At([1])))
+    with pytest.warns(compressm.compression.StaleCopyWarning, match=r"^AdamW holds layers\.0\.B_im"):
+        assert compressor.step().changed
+    assert optimizer.param_groups[0]["params"][1].shape[0] == 9
+
+
+@check
 def a_guard_is_refused(folder):
     model = by_layer(cases.make("lru"))
     with pytest.raises(ModelError, match="guard: got a Rollback"):

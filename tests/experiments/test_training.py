@@ -71,6 +71,68 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_result(tmp_path, recipe):
         assert rest.compressor.history[-1].ranks == whole.compressor.history[-1].ranks
 
 
+class Guarded(TrainingRun):
+    """With a guard that acts off schedule: it judges, undoes, and tries again at the next step."""
+
+    values = (1.0, 2.0, 1.0, 1.0)
+
+    def _compressor(self):
+        values = list(self.values)
+        return compressm.Compressor(
+            self.model, self.optimizer, policy=compressm.FixedRank(5), schedule=compressm.Once(24, at=0.5),
+            guard=compressm.Rollback(lambda model: values.pop(0) if len(values) > 1 else values[0], jump=None, recovery=5),
+        )  # fmt: skip
+
+
+def guarded(path, values):
+    settings = resolve("digits", {**TINY, "eval_every": 4, "log_every": 3})
+    kind = type("Guarded", (Guarded,), {"values": values})
+    return kind("compressed", make_task(settings, None, torch.device("cpu")), [settings.d_state] * settings.blocks, path)
+
+
+def test_a_guard_that_acts_off_schedule(tmp_path):
+    """Rolled back at step 17 to 12, reduced again at 13, accepted at 18: the record is that of the way that counts."""
+    run, listener = guarded(tmp_path / "a", (1.0, 2.0, 1.0, 1.0)), Listener()
+    assert run.train(listener, never)
+    record = run.record
+    assert [(verdict["outcome"], verdict["step"]) for verdict in record.verdicts] == [("rolled back", 17), ("accepted", 18)]
+    assert all({"accuracy_before", "accuracy_after"} <= verdict.keys() for verdict in record.verdicts)
+    assert [reduction["step"] for reduction in listener.reductions] == [12, 13]
+    assert [reduction["step"] for reduction in record.reductions] == [13]
+    assert record.step == run.compressor.step_count == run.scheduler.last_epoch == 24
+    steps = [point["step"] for point in record.curve]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 24
+    assert [evaluation["step"] for evaluation in record.evaluations] == [4, 8, 12, 16, 20, 24]
+    assert record.test
+    assert max(run.model.states) < 12
+    assert [entry["outcome"] for entry in run.summary()["verdicts"]] == ["rolled back", "accepted"]
+
+
+def test_a_run_whose_last_step_is_undone_goes_on(tmp_path):
+    run = guarded(tmp_path / "a", (1.0, 2.0))
+    run.compressor.guard.window = 12
+    assert run.train(Listener(), never)
+    assert [(verdict["outcome"], verdict["step"]) for verdict in run.record.verdicts] == [("rolled back", 24)]
+    assert run.record.step == 24
+    assert run.record.evaluations[-1]["step"] == 24
+    assert [reduction["step"] for reduction in run.record.reductions] == [13]  # the gentler attempt
+    assert run.model.states == [9] * run.settings.blocks
+
+
+def test_a_guarded_run_stopped_anywhere_resumes_to_the_same_result(tmp_path):
+    whole = guarded(tmp_path / "whole", (1.0, 2.0, 1.0, 1.0))
+    assert whole.train(Listener(), never)
+    for cut, left in ((11, (1.0, 2.0, 1.0, 1.0)), (14, (2.0, 1.0, 1.0))):
+        part = guarded(tmp_path / "part", (1.0, 2.0, 1.0, 1.0))
+        assert not part.train(Listener(), lambda cut=cut, part=part: part.record.step >= cut)
+        rest = guarded(tmp_path / "part", left)
+        rest.restore()
+        assert rest.train(Listener(), never)
+        assert timeless(rest.record) == timeless(whole.record)
+        assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True))
+
+
 def test_the_record_is_the_sum_of_the_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(training._Recent, "capacity", 3)
     run, losses = make(tmp_path / "a", "full", steps=8, log_every=8, eval_every=8), []
