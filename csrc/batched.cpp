@@ -1,103 +1,71 @@
 #include "batched.h"
 
-#include <ATen/ATen.h>
-#include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/functorch/BatchedTensorImpl.h>
 
 #include <algorithm>
-#include <optional>
-#include <vector>
 
 namespace compressm {
 namespace {
 
 using at::Tensor;
 
-// One level of batches; those of is_grads_batched are of an older kind than torch.func's.
-struct Batch {
-  bool legacy;
-  int64_t level;
-
-  // Where the batch lies in the memory of a tensor; nothing for a tensor that is no part of it.
-  std::optional<int64_t> dim(const Tensor& t) const {
-    if (legacy) {
-      if (const auto* batched = at::maybeGetBatchedImpl(t)) {
-        for (const at::BatchDim& each : batched->bdims()) {
-          if (each.level() == level) return each.dim();
-        }
-      }
-    } else if (const auto* batched = at::functorch::maybeGetBatchedImpl(t)) {
-      if (batched->level() == level) return batched->bdim();
-    }
-    return std::nullopt;
-  }
-
-  int64_t size(const Tensor& t) const { return value(t).size(*dim(t)); }
-
-  // Number i of the batch, still batched where there are further levels.
-  Tensor member(const Tensor& t, int64_t i) const {
-    const int64_t own = *dim(t);
-    Tensor one = value(t).select(own, i);
-    if (!legacy) return one;
-    at::BatchDims rest;
-    for (const at::BatchDim& each : at::maybeGetBatchedImpl(t)->bdims()) {
-      if (each.level() != level) rest.emplace_back(each.level(), each.dim() - (each.dim() > own));
-    }
-    return rest.empty() ? one : at::makeBatched(one, rest);
-  }
-
-  Tensor joined(const std::vector<Tensor>& members) const {
-    const Tensor all = at::stack(members);
-    return legacy ? at::addBatchDim(all, level, 0) : at::functorch::makeBatched(all, 0, level);
-  }
-
- private:
-  const Tensor& value(const Tensor& t) const {
-    return legacy ? at::maybeGetBatchedImpl(t)->value() : at::functorch::maybeGetBatchedImpl(t)->value();
-  }
-};
-
-// The innermost level of the tensors on the stack; nothing where none is batched.
-std::optional<Batch> innermost(const torch::jit::Stack& stack) {
-  std::optional<Batch> found;
-  for (const c10::IValue& value : stack) {
-    if (!value.isTensor() || !value.toTensor().defined()) continue;
-    const Tensor& t = value.toTensor();
-    std::optional<Batch> own;
-    if (const auto* batched = at::functorch::maybeGetBatchedImpl(t)) {
-      own = {false, batched->level()};
-    } else if (const auto* batched = at::maybeGetBatchedImpl(t)) {
-      own = {true, batched->bdims().back().level()};
-    }
-    const auto deeper = [&] { return own->legacy == found->legacy ? own->level > found->level : found->legacy; };
-    if (own && (!found || deeper())) found = own;
-  }
-  return found;
+int64_t innermost(const Tensor& t) {
+  const auto* batched = at::functorch::maybeGetBatchedImpl(t);
+  return batched ? batched->level() : 0;
 }
 
-}  // namespace
+int64_t size(const Tensor& t, int64_t) {
+  const auto* batched = at::functorch::maybeGetBatchedImpl(t);
+  return batched->value().size(batched->bdim());
+}
 
-void call_for_each(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
-  const std::optional<Batch> batch = innermost(stack);
-  if (!batch) return op.callBoxed(&stack);
+Tensor member(const Tensor& t, int64_t, int64_t i) {
+  const auto* batched = at::functorch::maybeGetBatchedImpl(t);
+  return batched->value().select(batched->bdim(), i);
+}
+
+Tensor joined(const std::vector<Tensor>& members, int64_t level) {
+  return at::functorch::makeBatched(at::stack(members), 0, level);
+}
+
+void call_for_each_of(const BatchKind& kind, int64_t level, const c10::OperatorHandle& op, torch::jit::Stack& stack) {
   const auto taken = [&](const c10::IValue& value) {
-    return value.isTensor() && value.toTensor().defined() && batch->dim(value.toTensor());
+    return value.isTensor() && value.toTensor().defined() && kind.has(value.toTensor(), level);
   };
-  const int64_t count = batch->size(std::find_if(stack.begin(), stack.end(), taken)->toTensor());
+  const int64_t count = kind.size(std::find_if(stack.begin(), stack.end(), taken)->toTensor(), level);
   TORCH_CHECK(count > 0, op.schema().name(), ": expected a batch with members");
   std::vector<std::vector<Tensor>> results(op.schema().returns().size());
   for (int64_t i = 0; i < count; ++i) {
     torch::jit::Stack one;
     for (const c10::IValue& value : stack) {
-      one.push_back(taken(value) ? c10::IValue(batch->member(value.toTensor(), i)) : value);
+      one.push_back(taken(value) ? c10::IValue(kind.member(value.toTensor(), level, i)) : value);
     }
     call_for_each(op, one);
     for (std::size_t k = 0; k < results.size(); ++k) results[k].push_back(one[k].toTensor());
   }
   stack.clear();
   for (const std::vector<Tensor>& members : results) {
-    stack.emplace_back(members[0].defined() ? batch->joined(members) : Tensor());
+    stack.emplace_back(members[0].defined() ? kind.joined(members, level) : Tensor());
   }
+}
+
+}  // namespace
+
+const BatchKind& transform_batches() {
+  static const BatchKind kind{innermost, [](const Tensor& t, int64_t level) { return innermost(t) == level; }, size, member,
+                              joined};
+  return kind;
+}
+
+void call_for_each(const c10::OperatorHandle& op, torch::jit::Stack& stack) {
+  for (const BatchKind* kind : {&transform_batches(), &gradient_batches()}) {
+    int64_t level = 0;
+    for (const c10::IValue& value : stack) {
+      if (value.isTensor() && value.toTensor().defined()) level = std::max(level, kind->innermost(value.toTensor()));
+    }
+    if (level > 0) return call_for_each_of(*kind, level, op, stack);
+  }
+  op.callBoxed(&stack);
 }
 
 }  // namespace compressm
