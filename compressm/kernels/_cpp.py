@@ -74,9 +74,7 @@ def _build_folder(digest: str) -> Path:
     from torch.utils import cpp_extension
 
     root = config.current().build_dir or Path(cpp_extension.get_default_build_root())
-    folder = root / f"compressm_cpp_{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return root / f"compressm_cpp_{digest}"
 
 
 @functools.cache
@@ -95,7 +93,8 @@ def why_not() -> str | None:
     if reason is not None:
         warnings.warn(
             f"compressm: the C++ CPU kernels are not available: {reason}. Plain torch runs instead, several times slower. "
-            "Install a C++20 compiler and ninja, or set COMPRESSM_DISABLE_CPP=1 to silence this.",
+            "Install a C++20 compiler and ninja, name a folder that can be written to by COMPRESSM_BUILD_DIR, or set "
+            "COMPRESSM_DISABLE_CPP=1 to silence this.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -130,6 +129,7 @@ def library() -> Any:
 
 
 def _load(sources: list[Path], compiler: str) -> str | None:
+    """Load the library, building it first where there is none; the reason where that fails."""
     from filelock import FileLock
 
     version = _version(compiler)
@@ -137,13 +137,15 @@ def _load(sources: list[Path], compiler: str) -> str | None:
     folder = _build_folder(digest)
     library = folder / f"compressm_cpp_{digest}.so"
     try:
-        with FileLock(folder / "build.lock"):  # the system frees it when its holder dies
-            if not library.exists():
-                _build(sources, library, _flags(version))
-                return None
+        if not library.exists():  # a library that is there is complete, and its folder need not be writable
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "build.lock"):  # the system frees it when its holder dies
+                if not library.exists():
+                    _build(sources, library, _flags(version))
+                    return None
         torch.ops.load_library(str(library))
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        return f"building or loading them in {folder} failed: {str(error).strip().splitlines()[-1]}"
+        return f"building or loading them in {folder} failed: {(str(error).strip() or repr(error)).splitlines()[-1]}"
     return None
 
 

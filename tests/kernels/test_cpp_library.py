@@ -1,0 +1,57 @@
+"""Where the C++ library lies: a folder that cannot be written to is a warning and the reference, or no matter at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressm.kernels import _cpp
+
+CALL = """
+import warnings
+import torch
+from compressm import kernels
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    x = torch.randn(2, 8, 9)
+    y = kernels.causal_conv1d(x, torch.ones(8, 2))
+    kernels.layer_norm(x, torch.ones(9))
+print(float((y[..., 1:] - x[..., 1:] - x[..., :-1]).abs().max()) < 1e-5)
+print([str(w.message) for w in told if "compressm" in str(w.message)])
+"""
+
+
+def run(folder: Path) -> tuple[str, list[str]]:
+    """Whether the result is right, and the warnings, of a process with that folder for the library."""
+    environment = {**os.environ, "COMPRESSM_BUILD_DIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", CALL], env=environment, capture_output=True, text=True, check=True)
+    right, told = done.stdout.splitlines()
+    return right, eval(told)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_means_the_reference_and_one_warning(tmp_path, place):
+    (tmp_path / "file").write_text("in the way")
+    right, told = run(tmp_path / place)
+    assert right == "True"
+    assert len(told) == 1
+    assert "COMPRESSM_BUILD_DIR" in told[0]
+    assert "Plain torch runs instead" in told[0]
+
+
+def test_a_library_that_is_there_is_loaded_without_writing(tmp_path):
+    if _cpp.why_not() is not None:
+        pytest.skip("no C++ library here")
+    digest = _cpp._digest(_cpp._sources(), _cpp._version(_cpp._compiler()))
+    built = _cpp._build_folder(digest) / f"compressm_cpp_{digest}.so"
+    folder = tmp_path / built.parent.name
+    folder.mkdir()
+    shutil.copy(built, folder)
+    folder.chmod(0o555)
+    assert run(tmp_path) == ("True", [])
+    assert [path.name for path in folder.iterdir()] == [built.name]
