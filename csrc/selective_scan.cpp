@@ -250,6 +250,7 @@ ScanGradientTensors selective_backward(const Tensor& grad_out, const OptionalTen
   if (z) check(y, "y", u.sizes(), u.scalar_type());
   check(grad_B, "grad_B", B.sizes());
   check(grad_C, "grad_C", C.sizes());
+  if (scan.channels == 0) grad_B.zero_(), grad_C.zero_();
   const auto options = A.options();
   const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, u.options()); };
   Tensor grad_u = like(u), grad_delta = like(delta), grad_z = like(z);

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compressm.kernels import _selective_scan_ref, _triton
 from compressm.kernels import _selective_scan_triton_bwd as bwd
 from compressm.kernels import _selective_scan_triton_fwd as fwd
-from compressm.kernels import _triton
+from compressm.kernels._custom_op import recomputed_gradients
 from compressm.kernels._plan import KernelPlan
 from compressm.kernels._selective_scan_triton_tiles import ANY, CHANNEL, TIME
 
@@ -114,8 +115,10 @@ def forward(
     shape = checkpoint_shape(batch, channels, length, states, cu_seqlens is not None, sequences, config["T"])
     carries = A.new_empty(shape if train else (0,))
     if out.numel() == 0 or last.numel() == 0:
-        last = last.zero_() if initial_state is None else last.copy_(initial_state)
-        return out.zero_(), last, carries, y
+        result, state = _selective_scan_ref.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus
+        )
+        return out.copy_(result), last.copy_(state), carries, y
     memory = _memory(config["T"], length, sequences, cu_seqlens)
     B_packed, C_packed = (_pack(t, memory) for t in (B, C))
     kinds = [_kind(t, cu_seqlens, groups) for t in (u, delta, z, out)]
@@ -159,7 +162,11 @@ def backward(
     states, groups = A.shape[1], B.shape[1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if u.numel() == 0 or states * sequences == 0:
-        return _backward_of_nothing(grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state)
+        return recomputed_gradients(
+            lambda *tensors: _selective_scan_ref.selective_scan(*tensors, cu_seqlens, delta_softplus),
+            (u, delta, A, B, C, D, z, delta_bias, initial_state),
+            (grad_out, grad_last),
+        )
     deterministic = torch.are_deterministic_algorithms_enabled()
     threads = 2 * THREADS if deterministic else THREADS
     config = config or _config(sequences, channels, length, states, groups, threads)
@@ -198,14 +205,6 @@ def backward(
         u.new_empty((0,)) if delta_bias is None else shares[1].sum(0),
         u.new_empty((0,)) if initial_state is None else torch.empty_like(initial_state).copy_(scratch[:, 0, 0].mT),
     )
-
-
-def _backward_of_nothing(grad_last: Tensor | None, *arguments: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients where no step or no state exists: the initial state is the last one."""
-    grads = [arguments[0].new_empty((0,)) if t is None else torch.zeros_like(t) for t in arguments]
-    if grad_last is not None and arguments[8] is not None:
-        grads[8].copy_(grad_last)
-    return tuple(grads)
 
 
 def _grid(sequences: int, channels: int, groups: int, config: Config) -> tuple[int]:

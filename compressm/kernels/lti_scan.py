@@ -256,7 +256,7 @@ def _run(
         parts.append(y)
     tables = _cpp.library().lti_tables if backend == "cpp" else _lti_scan_block.block_tables
     blocked = Operands(*tables(*operands, tau))
-    body = u[:, head:].reshape(batch, -1, tau * channels)
+    body = u[:, head:].reshape(batch, length // tau, tau * channels)
     y, last = _core(body, blocked, start, backend, rows, store, shifted=True)
     parts.append(y.reshape(batch, length - head, operands.w_out.shape[0]))
     return (torch.cat(parts, 1) if head else parts[0]), last
