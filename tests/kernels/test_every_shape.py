@@ -14,7 +14,7 @@ from compressm import kernels as K
 from compressm.layers import LRU, LayerNorm, LRUBlock, Mamba, RMSNorm
 
 H, N = 8, 4
-SHAPES = [(6, 11), (3, 14), (3, 9), (7, 33), (2, 257), (5, 2)]  # batch, length, unlike any other size; the second graph is for all
+SHAPES = [(6, 11), (3, 14), (3, 9), (7, 33), (2, 257), (5, 2)]  # batch, length: unlike other sizes
 
 
 class Op(nn.Module):
