@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from compressm._version import __version__
 
 _EXPORTS = {
     "DiagonalSystem": "compressm.control",
