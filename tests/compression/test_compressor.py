@@ -100,7 +100,7 @@ def test_reports_name_spectrum_and_kernels(training, caplog):
     for text in (str(report), caplog.text):
         assert "8 -> 3 states" in text
         assert "of the sum of the real data-free spectrum cut" in text
-    assert "attempt 1 of 1, FixedRank(ranks=3), recipe default" in report.reason
+    assert "attempt 1 of 1, FixedRank(states=3), recipe default" in report.reason
     json.dumps(report.to_dict())
     assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
