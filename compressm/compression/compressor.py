@@ -84,8 +84,10 @@ class Compressor:
         forward: ``forward(model, batch) -> output`` for calibrating models that are called differently.
         ema: averaged copy that follows: ``AveragedModel``, another module of the same structure, or a dict of names to tensors.
         moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
-        multiple_of: ranks are rounded up to a multiple of this.
-        uniform: all layers keep as many states as the one that needs most, for servers that expect one state size.
+        multiple_of: ranks are rounded up to a multiple of this (tensor-core sizes), a Budget's so that it is met; those of
+            FixedRank are taken as they are.
+        uniform: all layers keep as many states as the one that needs most, for servers that expect one state size; a Budget
+            is met all the same.
         sequences: at most so many calibration sequences, over all processes.
         guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
 
@@ -122,12 +124,12 @@ class Compressor:
         self.schedule = check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
         self.demands = Demands(multiple_of, uniform)
-        self.policy = check_policy(policy, self.layers, self.demands, self.recipe, calibration)
         self.moments = moments if moments is not None else self.recipe.moments
         self.ema = ema
         check_moments(self.moments)
         self.calibration = Calibration(replayable(calibration), forward, sequences, self.team)
         self.team.check(self.layers, ema)
+        self.policy = check_policy(policy, self.layers, self.demands, self.recipe, calibration)
         if self.optimizers:
             check_optimizers(self.layers, self.model, self.optimizers)
         if ema is not None:

@@ -145,8 +145,8 @@ class Demands:
     """What is asked of ranks whatever the policy.
 
     Attributes:
-        multiple_of: ranks are rounded up to a multiple of this.
-        uniform: every layer keeps as many states as the one that needs most.
+        multiple_of: ranks are to be multiples of this; rounding is the policy's, which knows what it promises.
+        uniform: every layer keeps as many states as the one for which the policy answers most.
     """
 
     multiple_of: int = 1
