@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from compressm._version import __version__
 
 _EXPORTS = {
     "DiagonalSystem": "compressm.control",
@@ -19,6 +19,8 @@ _EXPORTS = {
     "Energy": "compressm.compression",
     "FixedRank": "compressm.compression",
     "Shrink": "compressm.compression",
+    "Budget": "compressm.compression",
+    "ErrorBound": "compressm.compression",
     "Once": "compressm.compression",
     "Warmup": "compressm.compression",
     "Every": "compressm.compression",
@@ -44,8 +46,10 @@ if TYPE_CHECKING:
     from compressm.adapters import register_adapter
     from compressm.compression import (
         At,
+        Budget,
         Compressor,
         Energy,
+        ErrorBound,
         Every,
         FixedRank,
         Once,

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 import compressm
+from compressm._version import __version__
 from compressm.errors import CompressmError, ConfigError
 from compressm.experiments.settings import PRESETS, parse_assignments
 
@@ -165,7 +166,7 @@ def bench(
 @app.callback(invoke_without_command=True)
 def common(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        print(f"compressm {compressm.__version__}")
+        print(f"compressm {__version__}")
         raise typer.Exit()
 
 

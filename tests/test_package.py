@@ -15,7 +15,7 @@ from compressm.errors import ConfigError
 
 ROOT = Path(compressm.__file__).parent
 FLOORS = {
-    "errors": 0, "config": 0, "kernels": 1, "layers": 2, "control": 2, "adapters": 3, "compression": 4,
+    "_version": 0, "errors": 0, "config": 0, "kernels": 1, "layers": 2, "control": 2, "adapters": 3, "compression": 4,
     "experiments": 5, "integrations": 5, "benchmarking": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 
@@ -46,6 +46,15 @@ def test_rooms_import_only_from_lower_floors():
                 downward = FLOORS[other] < FLOORS[own] or (own, other) == ("config", "errors")
                 assert downward, f"{path.relative_to(ROOT)} imports {module}"
     assert seen > 20
+
+
+def test_only_users_of_the_package_import_it_as_a_whole():
+    """Its ``__init__`` knows every room: whoever lies below what it exports would import upwards."""
+    highest = max(FLOORS[room(module)] for module in compressm._EXPORTS.values())
+    for path in ROOT.rglob("*.py"):
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if own != "__init__" and FLOORS[own] < highest:
+            assert "compressm" not in imports(path), path
 
 
 def test_only_config_reads_the_environment():

@@ -179,6 +179,23 @@ class Adapter(ABC):
         """Number of states."""
 
     @abstractmethod
+    def state_bytes(self, module: nn.Module, rank: int) -> int:
+        """Bytes that the layer would carry from one token to the next at ``rank`` states, per sequence.
+
+        What a server keeps for every sequence: the recurrent state, float32 or wider as the layer computes it, and whatever
+        else the layer remembers of earlier tokens.  Grows with the rank.
+        """
+
+    def bounded(self, convention: str, measured: bool) -> bool:
+        """Whether the spectrum that :meth:`analyse` would find bounds the error (``Analysis.bounded``); False by default.
+
+        Args:
+            convention: as in :meth:`analyse`.
+            measured: whether there will be calibration data.
+        """
+        return False
+
+    @abstractmethod
     def analyse(self, module: nn.Module, name: str, convention: str, measured: Any | None) -> Analysis:
         """The layer's spectrum and what is needed to cut it.
 

@@ -41,6 +41,11 @@ class LRUAdapter(LTIAdapter):
     def rank(self, module: nn.Module) -> int:
         return plain_parameters(module, ("nu_log",))["nu_log"].shape[0]
 
+    def state_bytes(self, module: nn.Module, rank: int) -> int:
+        """A complex number a state: 8 bytes, or 16 for float64 parameters."""
+        dtype = plain_parameters(module, ("nu_log",))["nu_log"].dtype
+        return rank * torch.promote_types(dtype, torch.float32).to_complex().itemsize
+
     @torch.no_grad()
     def read(self, module: nn.Module, name: str = "") -> DiagonalSystem:
         parameters = plain_parameters(module, NAMES, name)

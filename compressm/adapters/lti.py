@@ -101,6 +101,9 @@ class LTIAdapter(Adapter):
     def with_output(self, output: Any, signal: Tensor) -> Any:
         """``output`` with its output signal replaced by ``signal``."""
 
+    def bounded(self, convention: str, measured: bool) -> bool:
+        return not measured or convention == "complex"
+
     def analyse(self, module: nn.Module, name: str, convention: str, measured: DataGramians | None) -> LTIAnalysis:
         """Balanced with the data Gramians, or data-free where there are none or the convention is the paper's."""
         system = self.read(module, name)

@@ -82,6 +82,15 @@ class MambaAdapter(Adapter):
     def rank(self, module: nn.Module) -> int:
         return plain_parameters(module, ("A_log",))["A_log"].shape[1]
 
+    def state_bytes(self, module: nn.Module, rank: int) -> int:
+        """``rank`` numbers a channel for the scan, 4 bytes each unless A_log is wider, and the last inputs of the convolution,
+        which stay as they are but lie in the same slot of a server's cache."""
+        A_log = plain_parameters(module, ("A_log",))["A_log"]
+        named = [getattr(module, name) for name in ("d_conv", "conv_kernel_size") if hasattr(module, name)]
+        width = named[0] if named else module.conv1d.kernel_size[0]
+        scan, window = torch.promote_types(A_log.dtype, torch.float32), _precision(module.conv1d, torch.float32)
+        return A_log.shape[0] * (rank * scan.itemsize + width * window.itemsize)
+
     def attributes(self, module: nn.Module, rank: int) -> dict[str, int]:
         parameters = plain_parameters(module, NAMES)
         width = parameters["x_proj.weight"].shape[0] - 2 * (parameters["A_log"].shape[1] - rank)

@@ -1,5 +1,6 @@
 """Shrinking models: how many states, when, measured on what, carried out atomically, and saved."""
 
+from compressm.compression.budget import Budget
 from compressm.compression.calibration import CalibrationWarning
 from compressm.compression.checkpoint import load, save
 from compressm.compression.compressor import Compressor
@@ -7,7 +8,7 @@ from compressm.compression.inspection import Inspection, inspect
 from compressm.compression.moments import UnknownStateWarning
 from compressm.compression.oneshot import compress
 from compressm.compression.optimizer_state import attach_masters, register_optimizer_state
-from compressm.compression.policies import Energy, FixedRank, Policy, Shrink
+from compressm.compression.policies import Energy, ErrorBound, FixedRank, LayerPolicy, Policy, Shrink
 from compressm.compression.report import GuardReport, LayerReduction, ReductionPlan, ReductionReport
 from compressm.compression.rollback import Rollback
 from compressm.compression.schedules import At, Every, Once, Schedule, ScheduleWarning, Warmup, WhenStable
@@ -15,13 +16,16 @@ from compressm.compression.stale import StaleCopyWarning
 
 __all__ = [
     "At",
+    "Budget",
     "CalibrationWarning",
     "Compressor",
     "Energy",
+    "ErrorBound",
     "Every",
     "FixedRank",
     "GuardReport",
     "Inspection",
+    "LayerPolicy",
     "LayerReduction",
     "Once",
     "Policy",

@@ -18,13 +18,14 @@ from compressm.compression.audit import Ema, check_ema, check_optimizers
 from compressm.compression.cadence import Cadence
 from compressm.compression.calibration import rehearse
 from compressm.compression.distributed import team_of
-from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish, log
+from compressm.compression.execution import as_optimizers, check_kind, check_policy, choose_recipe, execute, finish, log
 from compressm.compression.guard import Guard
 from compressm.compression.moments import check_moments
 from compressm.compression.optimizer_state import masters_of
 from compressm.compression.planning import (
     Calibration,
     Candidate,
+    Demands,
     Planned,
     analyse,
     compressible_layers,
@@ -32,7 +33,7 @@ from compressm.compression.planning import (
     make_plan,
     raised,
 )
-from compressm.compression.policies import Policy, check_multiple
+from compressm.compression.policies import Policy
 from compressm.compression.progress import STATE_FORMAT, check_progress, check_state
 from compressm.compression.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
 from compressm.compression.rollback import Rollback
@@ -71,7 +72,7 @@ class Compressor:
         model: a plain module, or one wrapped in DistributedDataParallel (call :meth:`rewrap` after every step) or sharded by
             ``fully_shard``, with a Compressor on every process; a ``torch.compile`` wrapper is looked through.
         optimizer: the one that trains it, or a sequence of several; None if nothing trains.
-        policy: how many states stay (Energy, FixedRank, Shrink).
+        policy: how many states stay (Energy, FixedRank, Shrink, Budget, ErrorBound).
         schedule: when (Once, Warmup, Every, At, WhenStable), in optimizer steps.
         calibration: iterable of batches for data Gramians (each a tensor, a tuple with the input first, or a dict of keyword
             arguments; a DataLoader is fine, the one of training as well), on several processes each its own part; one sequence
@@ -83,8 +84,10 @@ class Compressor:
         forward: ``forward(model, batch) -> output`` for calibrating models that are called differently.
         ema: averaged copy that follows: ``AveragedModel``, another module of the same structure, or a dict of names to tensors.
         moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
-        multiple_of: ranks are rounded up to a multiple of this.
-        uniform: all layers keep as many states as the one that needs most, for servers that expect one state size.
+        multiple_of: ranks are rounded up to a multiple of this (tensor-core sizes), a Budget's so that it is met; those of
+            FixedRank are taken as they are.
+        uniform: all layers keep as many states as the one that needs most, for servers that expect one state size; a Budget
+            is met all the same.
         sequences: at most so many calibration sequences, over all processes.
         guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
 
@@ -118,15 +121,15 @@ class Compressor:
         self.model = self.team.model
         self.layers = compressible_layers(self.model)
         check_known(self.layers)
-        self.policy, self.schedule = check_kind(policy, Policy, "policy"), check_kind(schedule, Schedule, "schedule")
+        self.schedule = check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
+        self.demands = Demands(multiple_of, uniform)
         self.moments = moments if moments is not None else self.recipe.moments
-        self.multiple_of, self.uniform, self.ema = multiple_of, uniform, ema
+        self.ema = ema
         check_moments(self.moments)
-        check_multiple(multiple_of)
         self.calibration = Calibration(replayable(calibration), forward, sequences, self.team)
         self.team.check(self.layers, ema)
-        self.policy.check_layers(self.ranks)
+        self.policy = check_policy(policy, self.layers, self.demands, self.recipe, calibration)
         if self.optimizers:
             check_optimizers(self.layers, self.model, self.optimizers)
         if ema is not None:
@@ -241,9 +244,7 @@ class Compressor:
                 planned,
                 progress=self._progress(),
                 execute=self._execute,
-                gentler=lambda plan: raised(
-                    candidates, plan, multiple_of=self.multiple_of, uniform=self.uniform, team=self.team
-                ),
+                gentler=lambda plan: raised(candidates, plan, demands=self.demands, team=self.team),
             )
             if isinstance(outcome, GuardReport):
                 self._attempts += 1
@@ -384,9 +385,7 @@ class Compressor:
         return self._choose(analyse(self.model, self.layers, self.recipe.convention, self.calibration))
 
     def _choose(self, candidates: Mapping[str, Candidate]) -> Planned:
-        policy = self._policy_now
-        options = {"multiple_of": self.multiple_of, "uniform": self.uniform, "team": self.team}
-        return make_plan(candidates, policy, keep=self._keep(), **options)
+        return make_plan(candidates, self._policy_now, keep=self._keep(), demands=self.demands, team=self.team)
 
     def _execute(self, planned: Planned) -> None:
         execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments, team=self.team)
@@ -414,8 +413,8 @@ class Compressor:
 
     def _arguments(self) -> list[Any]:
         """What must be the same on all processes that train the model together, JSON-ready."""
-        named = [described(self.policy), described(self.schedule)]
-        chosen = [*named, self.recipe.name, self.moments, self.multiple_of, self.uniform, self.ema is None, self.ranks]
+        named = [described(self.policy), described(self.schedule), described(self.demands)]
+        chosen = [*named, self.recipe.name, self.moments, self.ema is None, self.ranks]
         return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
 
     def _keep(self) -> dict[str, float] | None:

@@ -14,7 +14,8 @@ from torch import nn
 from compressm.adapters import Adapter
 from compressm.compression._team import Team
 from compressm.compression.audit import Ema
-from compressm.compression.planning import Planned, describe_edits, with_new_kernels
+from compressm.compression.planning import Demands, Planned, describe_edits, with_new_kernels
+from compressm.compression.policies import Policy
 from compressm.compression.report import ReductionReport, describe
 from compressm.compression.surgery import apply_edits
 from compressm.errors import ArgumentError, bad_argument
@@ -75,7 +76,7 @@ def finish(planned: Planned, step: int, reason: str, started: float) -> Reductio
     if kept:
         reason += f"; {kept} of {len(layers)} layers left alone (too little to gain)"
     report = ReductionReport(step, time.perf_counter() - started, reason, layers)
-    log.info("step %d: %s (%.2f s)", step, reason, report.seconds)
+    log.info("%s", report.summary)
     for layer in layers:
         log.info("%s", describe(layer))
     return report
@@ -114,10 +115,29 @@ def choose_recipe(name: str | None, calibration: Any, layers: Mapping[str, tuple
     return recipe
 
 
+def check_policy(
+    policy: Any, layers: Mapping[str, tuple[nn.Module, Adapter]], demands: Demands, recipe: Recipe, calibration: Any
+) -> Policy:
+    """The policy, if it can be carried out on these layers.
+
+    Raises:
+        ArgumentError: it is none, or cannot.
+    """
+    known = {}
+    for name, (module, adapter) in layers.items():
+        bounded = adapter.bounded(recipe.convention, calibration is not None)
+        known[name] = demands.of(name, module, adapter, bounded=bounded)
+    check_kind(policy, Policy, "policy").check_layers(known)
+    return policy
+
+
 def check_kind(value: Any, kind: type, name: str) -> Any:
     """The value, if it is an instance of a policy, schedule or guard class; ArgumentError otherwise."""
     if not isinstance(value, kind):
         got = value.__name__ + " (the class)" if isinstance(value, type) else repr(value)
-        expected = {"policy": "an Energy, FixedRank or Shrink", "schedule": "a Once, Warmup, Every, At or WhenStable"}
+        expected = {
+            "policy": "an Energy, FixedRank, Shrink, Budget or ErrorBound",
+            "schedule": "a Once, Warmup, Every, At or WhenStable",
+        }
         raise bad_argument(name, got=got, expected=f"{expected.get(name, 'a Rollback')} instance")
     return value

@@ -50,6 +50,7 @@ class LayerInspection:
         kind: class name.
         states: rank now.
         slowest: largest modulus of an eigenvalue.
+        state_bytes: what the layer carries from one token to the next, per sequence, in bytes.
         spectra: with the data first, if there are some, then data-free: the default's, then the paper's.
     """
 
@@ -57,6 +58,7 @@ class LayerInspection:
     kind: str
     states: int
     slowest: float
+    state_bytes: int
     spectra: tuple[SpectrumInspection, ...]
 
 
@@ -144,9 +146,9 @@ def inspect(
     inspected = each(lambda name, _: tuple(_spectrum(run[name]) for run in runs), layers)
     found = []
     for name, (module, adapter) in layers.items():
-        spectra = inspected[name]
-        slowest = adapter.slowest(module)
-        found.append(LayerInspection(name, type(module).__name__, adapter.rank(module), slowest, spectra))
+        rank = adapter.rank(module)
+        size = adapter.state_bytes(module, rank)
+        found.append(LayerInspection(name, type(module).__name__, rank, adapter.slowest(module), size, inspected[name]))
     return Inspection(tuple(found))
 
 
@@ -166,7 +168,8 @@ def _layer_table(layer: LayerInspection) -> Table:
     """One layer in 80 columns: a line for every spectrum."""
     from rich.table import Table
 
-    title = f"[bold]{layer.name or '(model)'}[/] ({layer.kind}): {layer.states} states, |lambda| up to {layer.slowest:.6f}"
+    size = f"{layer.states} states, {layer.state_bytes:,} bytes a sequence"
+    title = f"[bold]{layer.name or '(model)'}[/] ({layer.kind}): {size}, |lambda| up to {layer.slowest:.6f}"
     table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, expand=False)
     table.add_column("spectrum", min_width=19)
     taus = [f"{tau:g}".removeprefix("0") for tau in TAUS]

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import compressm
+from compressm._version import __version__
 from compressm.adapters import Adapter
 from compressm.adapters.base import parameter_at
 from compressm.compression import _random_states
@@ -77,7 +77,7 @@ def pack(
     tensors: dict[str, Tensor] = {}
     manifest = {
         "format": FORMAT,
-        "compressm": compressm.__version__,
+        "compressm": __version__,
         "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
         "dtypes": {name: _dtype(module, adapter) for name, (module, adapter) in layers.items()},
         "model": encode(persistent(model), "model", tensors),

@@ -12,10 +12,10 @@ from torch import nn
 from compressm.adapters import check_known
 from compressm.compression._undisturbed import ordinary
 from compressm.compression.audit import Ema, check_optimizers, check_swappable
-from compressm.compression.execution import as_optimizers, check_kind, choose_recipe, execute, finish
+from compressm.compression.execution import as_optimizers, check_policy, choose_recipe, execute, finish
 from compressm.compression.moments import check_moments
-from compressm.compression.planning import Calibration, analyse, compressible_layers, make_plan, plain_model
-from compressm.compression.policies import Policy, check_multiple
+from compressm.compression.planning import Calibration, Demands, analyse, compressible_layers, make_plan, plain_model
+from compressm.compression.policies import Policy
 from compressm.compression.report import ReductionReport
 
 
@@ -45,15 +45,14 @@ def compress(
     chosen = choose_recipe(recipe, calibration, layers)
     moments = moments if moments is not None else chosen.moments
     check_swappable(plain, {name: (module, adapter.parameters(module)) for name, (module, adapter) in layers.items()})
-    ranks = {name: adapter.rank(module) for name, (module, adapter) in layers.items()}
-    check_kind(policy, Policy, "policy").check_layers(ranks)
+    demands = Demands(multiple_of, uniform)
+    check_policy(policy, layers, demands, chosen, calibration)
     check_moments(moments)
-    check_multiple(multiple_of)
     if optimizers:
         check_optimizers(layers, plain, optimizers)
     started = time.perf_counter()
     with ordinary():
         candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
-        planned = make_plan(candidates, policy, multiple_of=multiple_of, uniform=uniform)
+        planned = make_plan(candidates, policy, demands=demands)
         execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
     return finish(planned, 0, f"one-shot, {policy}, recipe {chosen.name}", started)

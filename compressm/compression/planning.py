@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from compressm.adapters import Adapter, Analysis, LayerEdit, Reduced, find_layer
 from compressm.compression._team import Team
 from compressm.compression._workers import each
 from compressm.compression.calibration import collect
-from compressm.compression.policies import FixedRank, LayerSpectrum, Policy, between
+from compressm.compression.policies import FixedRank, HalfWay, Layer, LayerSpectrum, Policy, ask, check_positive
 from compressm.compression.report import LayerReduction, ReductionPlan
 from compressm.errors import ModelError, NumericalError, bad_argument
 
@@ -139,13 +140,33 @@ def analyse(
         return calibration.team.each(candidate, layers)
 
 
+@dataclass(frozen=True)
+class Demands:
+    """What is asked of ranks whatever the policy.
+
+    Attributes:
+        multiple_of: ranks are to be multiples of this; rounding is the policy's, which knows what it promises.
+        uniform: every layer keeps as many states as the one for which the policy answers most.
+    """
+
+    multiple_of: int = 1
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("multiple_of", self.multiple_of)
+
+    def of(self, name: str, module: nn.Module, adapter: Adapter, *, bounded: bool) -> Layer:
+        """What a policy may know of a layer before it is measured."""
+        size = partial(adapter.state_bytes, module)
+        return Layer(name, adapter.rank(module), state_bytes=size, bounded=bounded, **vars(self))
+
+
 def make_plan(
     candidates: Mapping[str, Candidate],
     policy: Policy,
     *,
     keep: Mapping[str, float] | None = None,
-    multiple_of: int = 1,
-    uniform: bool = False,
+    demands: Demands,
     team: Team | None = None,
 ) -> Planned:
     """Choose ranks and reduce.
@@ -154,22 +175,18 @@ def make_plan(
         candidates: from :func:`analyse`.
         policy: the rank policy.
         keep: per layer, the fraction that this attempt must keep of a shared budget; None: the policy's own.
-        multiple_of: ranks are rounded up to a multiple of this.
-        uniform: every layer keeps as many states as the one that needs most.
+        demands: what is asked of the ranks besides.
         team: the processes that train the model together; rank 0 decides for all of them.
 
     Raises:
         NumericalError: a spectrum is all zero or not finite (names the layer).
     """
-
-    def rank(name: str, item: Candidate) -> int:
-        return _rank(policy, name, item, None if keep is None else keep.get(name), multiple_of)
-
     team = Team() if team is None else team
     with team.together("choosing the ranks"):
-        ranks = each(rank, candidates)
+        spectra = {name: _spectrum(name, item, (keep or {}).get(name), demands) for name, item in candidates.items()}
+        ranks = ask(policy, spectra)
     ranks = team.decide(ranks)
-    if uniform:
+    if demands.uniform:
         ranks = {name: min(candidates[name].rank, max(ranks.values())) for name in ranks}
 
     def reduced(name: str, item: Candidate) -> tuple[LayerReduction, Reduced | None]:
@@ -184,14 +201,9 @@ def make_plan(
     return Planned(ReductionPlan(tuple(map(LayerReduction.from_dict, records))), layers, reductions)
 
 
-def raised(
-    candidates: Mapping[str, Candidate], planned: Planned, *, multiple_of: int, uniform: bool, team: Team
-) -> Planned | None:
+def raised(candidates: Mapping[str, Candidate], planned: Planned, *, demands: Demands, team: Team) -> Planned | None:
     """The plan with ranks half-way from its own to the present ones; None where nothing would be left to reduce."""
-    ranks = {
-        layer.name: between(layer.rank_after, layer.rank_before, multiple_of) for layer in planned.plan.layers if layer.changed
-    }
-    again = make_plan(candidates, FixedRank(ranks), uniform=uniform, team=team)
+    again = make_plan(candidates, HalfWay(FixedRank(planned.plan.ranks)), demands=demands, team=team)
     return again if again.plan.changed else None
 
 
@@ -204,13 +216,11 @@ def in_view(
     return spectra, kept | {name: cut.kept(candidates[name].rank).tolist() for name, cut in planned.reductions.items()}
 
 
-def _rank(policy: Policy, name: str, item: Candidate, keep: float | None, multiple_of: int) -> int:
-    """The policy's answer for one layer, checked."""
-    spectrum = LayerSpectrum(name, item.rank, item.analysis.hsv, item.analysis.convention, keep, item.analysis.modes)
-    rank = policy.rank(spectrum, multiple_of)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= item.rank:
-        raise bad_argument("policy", got=repr(rank), expected=f"a rank between 1 and {item.rank} for layer {name!r}")
-    return rank
+def _spectrum(name: str, item: Candidate, keep: float | None, demands: Demands) -> LayerSpectrum:
+    """What a policy sees of a layer."""
+    analysis = item.analysis
+    layer = demands.of(name, item.module, item.adapter, bounded=analysis.bounded)
+    return LayerSpectrum(**vars(layer), hsv=analysis.hsv, convention=analysis.convention, keep=keep, modes=analysis.modes)
 
 
 def _reduced(name: str, item: Candidate, rank: int) -> tuple[LayerReduction, Reduced | None]:
@@ -247,17 +257,16 @@ def _record(name: str, item: Candidate, reduction: Reduced | None) -> LayerReduc
     kernel = item.adapter.kernel_plan(item.module)
     common = {"name": name, "rank_before": item.rank, "spectrum": tuple(hsv.tolist()), "convention": analysis.convention}
     common |= {"gramians": analysis.gramians, "kernel_plan_before": kernel, "kernel_plan_after": kernel}
+    after = item.rank if reduction is None else reduction.order
+    sizes = [item.adapter.state_bytes(item.module, rank) for rank in (item.rank, after)]
+    common |= {"rank_after": after, "state_bytes_before": sizes[0], "state_bytes_after": sizes[1]}
     if reduction is None:
         bound = 0.0 if analysis.bounded else None
-        return LayerReduction(
-            **common, rank_after=item.rank, spectrum_after=common["spectrum"], discarded=0.0, error_bound=bound,
-            method="identity",
-        )  # fmt: skip
+        return LayerReduction(**common, spectrum_after=common["spectrum"], discarded=0.0, error_bound=bound, method="identity")
     kept = reduction.real_order
     tail = float(hsv[kept:].sum())
     return LayerReduction(
         **common,
-        rank_after=reduction.order,
         spectrum_after=tuple(analysis.spectrum_after(reduction).tolist()),
         discarded=tail / float(hsv.sum()),
         error_bound=2 * tail if analysis.bounded and reduction.method == "balanced" else None,

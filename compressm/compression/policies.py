@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
 
+from compressm.compression._workers import each
 from compressm.control import slots
 from compressm.errors import NumericalError, bad_argument
 
@@ -17,20 +18,39 @@ GATE = 0.95
 
 
 @dataclass(frozen=True)
-class LayerSpectrum:
-    """What a policy sees of one layer.
+class Layer:
+    """What is known of one layer before anything is measured.
 
     Attributes:
         name: module name.
         rank: states now.
-        hsv: (n,) float64 Hankel singular values, descending; n = 2 rank in the real convention, rank in the complex.
-        convention: ``"real"`` or ``"complex"``.
-        keep: for policies with a budget, the fraction of the sum that this attempt must keep; else None.
-        modes: how many states of the layer the leading ones of the spectrum take; None: the least that is possible.
+        multiple_of: ranks are to be multiples of this, or what the layer has now.
+        uniform: all layers are to keep the same number of states, those with fewer what they have; each layer says the same.
+        state_bytes: bytes that the layer carries from one token to the next, per sequence, at a number of states; policies
+            that count bytes need it.
+        bounded: whether 2 * sum of the values cut of its spectrum bounds the H-infinity norm of the error.
     """
 
     name: str
     rank: int
+    _: KW_ONLY
+    multiple_of: int = 1
+    uniform: bool = False
+    state_bytes: Callable[[int], int] | None = None
+    bounded: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSpectrum(Layer):
+    """What a policy sees of one layer.
+
+    Attributes:
+        hsv: (n,) float64 Hankel singular values, descending; n = 2 rank in the real convention, rank in the complex.
+        convention: ``"real"`` or ``"complex"``, ``"selective"`` or ``"mean-LTI"``.
+        keep: for policies with a budget, the fraction of the sum that this attempt must keep; else None.
+        modes: how many states of the layer the leading ones of the spectrum take; None: the least that is possible.
+    """
+
     hsv: Tensor
     convention: str
     keep: float | None = None
@@ -52,16 +72,14 @@ class LayerSpectrum:
 
 
 class Policy(ABC):
-    """Chooses the rank of one layer.  Frozen and pure: several layers may be asked at a time, from several threads."""
-
-    multiple_of: int | None = None
+    """Chooses the ranks of all layers.  Frozen and pure: what it answers depends on nothing but what it sees."""
 
     @abstractmethod
-    def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
-        """Number of states to keep, between 1 and ``spectrum.rank``; the latter means: leave the layer alone."""
+    def ranks(self, spectra: Mapping[str, LayerSpectrum]) -> Mapping[str, int]:
+        """States to keep of every layer, by name, each between 1 and what the layer has; the latter means: leave it alone."""
 
-    def check_layers(self, ranks: Mapping[str, int]) -> None:  # noqa: B027 (nothing to check by default)
-        """Raise ArgumentError if the policy names layers that the model does not have."""
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:  # noqa: B027 (nothing to check by default)
+        """Raise ArgumentError if the policy can never be carried out on these layers; asked before training begins."""
 
     @property
     def budget(self) -> float | None:
@@ -73,9 +91,39 @@ class Policy(ABC):
         return HalfWay(self)
 
 
+class LayerPolicy(Policy):
+    """Chooses the rank of each layer by that layer alone; several may be asked at a time, from several threads."""
+
+    @abstractmethod
+    def rank(self, spectrum: LayerSpectrum) -> int:
+        """Number of states to keep, between 1 and ``spectrum.rank``; the latter means: leave the layer alone."""
+
+    def ranks(self, spectra: Mapping[str, LayerSpectrum]) -> dict[str, int]:
+        return each(lambda _, spectrum: self.rank(spectrum), spectra)
+
+
+def ask(policy: Policy, spectra: Mapping[str, LayerSpectrum]) -> dict[str, int]:
+    """The policy's answer, checked, in the order of ``spectra``.
+
+    Raises:
+        ArgumentError: it lacks a layer, names another, or a rank is out of range.
+    """
+    answer = policy.ranks(spectra)
+    named = set(answer) if isinstance(answer, Mapping) else None
+    if named != set(spectra):
+        got = type(answer).__name__ if named is None else f"one for {', '.join(map(str, answer)) or 'none'}"
+        raise bad_argument("policy", got=got, expected=f"a rank for each of the layers {', '.join(spectra)}")
+    for name, spectrum in spectra.items():
+        rank = answer[name]
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= spectrum.rank:
+            expected = f"a rank between 1 and {spectrum.rank} for layer {name!r}"
+            raise bad_argument("policy", got=repr(rank), expected=expected)
+    return {name: answer[name] for name in spectra}
+
+
 @dataclass(frozen=True)
 class HalfWay(Policy):
-    """Half-way from the present rank to the one that another policy asks for, rounded up.
+    """Half-way from the present ranks to those that another policy asks for, rounded up.
 
     Args:
         policy: the other one.
@@ -83,27 +131,28 @@ class HalfWay(Policy):
 
     policy: Policy
 
-    def check_layers(self, ranks: Mapping[str, int]) -> None:
-        self.policy.check_layers(ranks)
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+        self.policy.check_layers(layers)
 
     @property
     def budget(self) -> float | None:
         return self.policy.budget
 
-    def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
-        wanted = self.policy.rank(spectrum, multiple_of)
-        multiple = self.policy.multiple_of or multiple_of
-        return spectrum.rank if wanted == spectrum.rank else between(wanted, spectrum.rank, multiple)
+    def ranks(self, spectra: Mapping[str, LayerSpectrum]) -> dict[str, int]:
+        wanted = ask(self.policy, spectra)
+        return {
+            name: rank if rank == spectra[name].rank else between(rank, spectra[name].rank, spectra[name].multiple_of)
+            for name, rank in wanted.items()
+        }
 
 
 @dataclass(frozen=True)
-class Energy(Policy):
+class Energy(LayerPolicy):
     """Keep the smallest rank whose Hankel singular values hold the fraction 1 - tau of their sum (of sigma, not squared).
 
     Args:
         tau: fraction discarded, 0 <= tau < 1; 0 keeps everything.
         keep: the same said the other way, 1 - tau; give exactly one of the two.
-        multiple_of: ranks are rounded up to a multiple of this (tensor-core sizes); None takes the Compressor's.
         gate: a layer is left alone unless its rank falls below ``gate`` times the present one (CompreSSM's 5 % rule).
 
     Source: CompreSSM (arXiv 2510.02823), algorithm 1.
@@ -111,7 +160,6 @@ class Energy(Policy):
 
     tau: float | None = None
     keep: float | None = None
-    multiple_of: int | None = None
     gate: float = GATE
 
     def __post_init__(self) -> None:
@@ -124,7 +172,7 @@ class Energy(Policy):
         else:
             _check_number("tau", self.tau, "a number in [0, 1)", lambda value: 0 <= value < 1)
             object.__setattr__(self, "keep", 1 - self.tau)
-        _check_rounding(self.multiple_of, self.gate)
+        _check_gate(self.gate)
 
     @property
     def budget(self) -> float:
@@ -134,41 +182,39 @@ class Energy(Policy):
         """Half of tau."""
         return replace(self, tau=self.tau / 2, keep=None)
 
-    def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
+    def rank(self, spectrum: LayerSpectrum) -> int:
         spectrum.check()
-        tau = self.tau if spectrum.keep is None else 1 - spectrum.keep
-        order, multiple = energy_order(spectrum.hsv, tau), self.multiple_of or multiple_of
-        least = _round_and_gate(slots(order, spectrum.convention), spectrum.rank, multiple, self.gate)
-        if least == spectrum.rank:
-            return least
-        return _round_and_gate(spectrum.slots(order), spectrum.rank, multiple, self.gate)
+        order = energy_order(spectrum.hsv, self.tau if spectrum.keep is None else 1 - spectrum.keep)
+        now, multiple = spectrum.rank, spectrum.multiple_of
+        least = _round_and_gate(slots(order, spectrum.convention), now, multiple, self.gate)
+        return now if least == now else _round_and_gate(spectrum.slots(order), now, multiple, self.gate)
 
 
 @dataclass(frozen=True)
-class FixedRank(Policy):
+class FixedRank(LayerPolicy):
     """Cut every layer to a given number of states, or layers by name; layers that have no more are left alone.
 
     Args:
-        ranks: one positive number for all layers, or ``{module name: number}`` (layers not named stay).
+        states: one positive number for all layers, or ``{module name: number}`` (layers not named stay); not rounded to the
+            Compressor's ``multiple_of``.
     """
 
-    ranks: int | Mapping[str, int]
+    states: int | Mapping[str, int]
 
     def __post_init__(self) -> None:
-        if isinstance(self.ranks, Mapping):
-            object.__setattr__(self, "ranks", dict(self.ranks))
-        named = self.ranks.items() if isinstance(self.ranks, dict) else [("rank", self.ranks)]
+        if isinstance(self.states, Mapping):
+            object.__setattr__(self, "states", dict(self.states))
+        named = self.states.items() if isinstance(self.states, dict) else [("rank", self.states)]
         for name, value in named:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise bad_argument(f"FixedRank {name}", got=repr(value), expected="a positive integer")
+            check_positive(f"FixedRank {name}", value)
 
-    def check_layers(self, ranks: Mapping[str, int]) -> None:
-        if isinstance(self.ranks, dict) and (unknown := sorted(set(self.ranks) - set(ranks))):
-            expected = f"names of state-space layers of the model: {', '.join(ranks)}"
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+        if isinstance(self.states, dict) and (unknown := sorted(set(self.states) - set(layers))):
+            expected = f"names of state-space layers of the model: {', '.join(layers)}"
             raise bad_argument("FixedRank", got=", ".join(unknown), expected=expected)
 
-    def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
-        wanted = self.ranks.get(spectrum.name, spectrum.rank) if isinstance(self.ranks, dict) else self.ranks
+    def rank(self, spectrum: LayerSpectrum) -> int:
+        wanted = self.states.get(spectrum.name, spectrum.rank) if isinstance(self.states, dict) else self.states
         if wanted >= spectrum.rank:
             return spectrum.rank
         spectrum.check()
@@ -176,30 +222,80 @@ class FixedRank(Policy):
 
 
 @dataclass(frozen=True)
-class Shrink(Policy):
+class Shrink(LayerPolicy):
     """Remove a fraction of the states at every attempt, whatever the spectrum.
 
     Args:
         fraction: part of the present states to remove, in (0, 1); 0.5 halves the state.
-        multiple_of, gate: as in :class:`Energy`.
+        gate: as in :class:`Energy`.
     """
 
     fraction: float
-    multiple_of: int | None = None
     gate: float = GATE
 
     def __post_init__(self) -> None:
         _check_number("fraction", self.fraction, "a number in (0, 1)", lambda value: 0 < value < 1)
-        _check_rounding(self.multiple_of, self.gate)
+        _check_gate(self.gate)
 
-    def rank(self, spectrum: LayerSpectrum, multiple_of: int = 1) -> int:
+    def rank(self, spectrum: LayerSpectrum) -> int:
         spectrum.check()
         wanted = max(1, math.ceil(spectrum.rank * (1 - self.fraction) - 1e-9))
-        return _round_and_gate(wanted, spectrum.rank, self.multiple_of or multiple_of, self.gate)
+        return _round_and_gate(wanted, spectrum.rank, spectrum.multiple_of, self.gate)
 
     def gentler(self) -> Shrink:
         """Half of the fraction."""
         return replace(self, fraction=self.fraction / 2)
+
+
+@dataclass(frozen=True)
+class ErrorBound(LayerPolicy):
+    """Keep the smallest rank at which the error of every layer is bounded by a value, at every reduction anew.
+
+    Behind the m largest of the n Hankel singular values sigma_i, balanced truncation leaves an error of at most
+    2 (sigma_{m+1} + ... + sigma_n) in the H-infinity norm, the largest gain from any input to the output's error.  Relative,
+    this is divided by sigma_1, which is at most the norm of the layer itself: the error's share of the layer's gain is then
+    no larger than the value.
+
+    The bound belongs to data-free Gramians of linear time-invariant layers.  Where a layer is selective, or calibration data
+    replace the Gramians, there is none, and the policy raises rather than guess.  ``LayerReduction.error_bound`` says what
+    was reached, and None where the reduced system had to be found in another way.
+
+    Args:
+        value: a positive number.
+        relative: whether it is a share of the layer's largest gain; False: in the units of the layer's output per input.
+
+    Source: Enns 1984; Glover 1984; in discrete time Al-Saggaf and Franklin, IEEE TAC 32 (1987); Antoulas, "Approximation of
+    Large-Scale Dynamical Systems" (2005), 7.2.
+    """
+
+    value: float
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        _check_number("value", self.value, "a positive number", lambda value: 0 < value < math.inf)
+        if not isinstance(self.relative, bool):
+            raise bad_argument("relative", got=repr(self.relative), expected="True or False")
+
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+        for layer in layers.values():
+            if not layer.bounded:
+                raise bad_argument(
+                    "policy",
+                    got=f"ErrorBound for layer {layer.name!r}, whose spectrum would bound no error",
+                    expected="a policy that needs no bound",
+                    remedy="Drop calibration (data Gramians have no bound, nor have selective layers), or use Energy or Budget",
+                )
+
+    def rank(self, spectrum: LayerSpectrum) -> int:
+        self.check_layers({spectrum.name: spectrum})
+        spectrum.check()
+        limit = self.value * float(spectrum.hsv[0]) if self.relative else self.value
+        order = max(1, int((2 * _tails(spectrum.hsv) > limit).sum()))
+        return _round_and_gate(spectrum.slots(order), spectrum.rank, spectrum.multiple_of, 1.0)
+
+    def gentler(self) -> ErrorBound:
+        """Half of the value."""
+        return replace(self, value=self.value / 2)
 
 
 def between(low: int, high: int, multiple_of: int) -> int:
@@ -216,8 +312,13 @@ def energy_order(hsv: Tensor, tau: float) -> int:
     """
     if tau <= 0:
         return len(hsv)
-    tail = torch.flip(torch.cumsum(torch.flip(hsv.double(), (0,)), 0), (0,))  # tail[m] = sum of hsv[m:]
+    tail = _tails(hsv)
     return max(1, int((tail > tau * tail[0]).sum()))
+
+
+def _tails(hsv: Tensor) -> Tensor:
+    """(n,) float64, entry m the sum of ``hsv[m:]``."""
+    return torch.flip(torch.cumsum(torch.flip(hsv.double(), (0,)), 0), (0,))
 
 
 def _round_and_gate(wanted: int, rank: int, multiple_of: int, gate: float) -> int:
@@ -230,12 +331,11 @@ def _check_number(name: str, value: object, expected: str, allowed) -> None:
         raise bad_argument(name, got=repr(value), expected=expected)
 
 
-def _check_rounding(multiple_of: int | None, gate: float) -> None:
+def _check_gate(gate: float) -> None:
     _check_number("gate", gate, "a number in (0, 1]", lambda value: 0 < value <= 1)
-    check_multiple(multiple_of)
 
 
-def check_multiple(multiple_of: int | None) -> None:
-    """Raise ArgumentError unless None or a positive integer."""
-    if multiple_of is not None and (isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1):
-        raise bad_argument("multiple_of", got=repr(multiple_of), expected="a positive integer")
+def check_positive(name: str, value: object) -> None:
+    """Raise ArgumentError unless it is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise bad_argument(name, got=repr(value), expected="a positive integer")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, get_type_hints
 
@@ -30,6 +30,8 @@ class LayerReduction:
         method: how the reduced system was found (``"balanced"``, ``"balanced, data-free Q"``, ``"obs"``, ``"identity"``).
         kernel_plan_before, kernel_plan_after: which kernel the layer runs, one line each; empty if it has not run yet.
         output_error: relative root mean square error of the layer's output on the calibration data, where it is known.
+        state_bytes_before, state_bytes_after: what the layer carries from one token to the next, per sequence, in bytes (see
+            ``Adapter.state_bytes``); None in histories of versions that did not say.
     """
 
     name: str
@@ -45,6 +47,8 @@ class LayerReduction:
     kernel_plan_before: str = ""
     kernel_plan_after: str = ""
     output_error: float | None = None
+    state_bytes_before: int | None = None
+    state_bytes_after: int | None = None
 
     @property
     def changed(self) -> bool:
@@ -65,9 +69,8 @@ class LayerReduction:
         return cls(**{k: tuple(v) if k.startswith("spectrum") else v for k, v in values.items()})
 
 
-@dataclass(frozen=True)
-class ReductionPlan:
-    """What the next attempt would do; nothing has been changed."""
+class _OfLayers:
+    """What a plan or a report says of all its ``layers`` together."""
 
     layers: tuple[LayerReduction, ...]
 
@@ -78,19 +81,49 @@ class ReductionPlan:
 
     @property
     def changed(self) -> bool:
-        """Whether any layer would lose states."""
+        """Whether any layer loses states."""
         return any(layer.changed for layer in self.layers)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"ranks": self.ranks, "layers": [_layer_dict(layer) for layer in self.layers]}
+    @property
+    def state_bytes_before(self) -> int | None:
+        """Bytes of state per sequence before, over all layers; None where one does not say."""
+        return _total([layer.state_bytes_before for layer in self.layers])
 
-    def __str__(self) -> str:
-        return "\n".join(describe(layer) for layer in self.layers)
+    @property
+    def state_bytes_after(self) -> int | None:
+        """The same afterwards."""
+        return _total([layer.state_bytes_after for layer in self.layers])
+
+    def _facts(self) -> dict[str, Any]:
+        """JSON-ready."""
+        sizes = {"state_bytes_before": self.state_bytes_before, "state_bytes_after": self.state_bytes_after}
+        return {"ranks": self.ranks, **sizes, "layers": [_layer_dict(layer) for layer in self.layers]}
+
+    def _size(self) -> str:
+        """In words; empty where it is not known."""
+        before, after = self.state_bytes_before, self.state_bytes_after
+        if before is None or after is None:
+            return ""
+        now = f"{before:,} -> {after:,}" if self.changed else f"{after:,}"
+        return f"{now} bytes of state per sequence"
 
 
 @dataclass(frozen=True)
-class ReductionReport:
+class ReductionPlan(_OfLayers):
+    """What the next attempt would do; nothing has been changed."""
+
+    layers: tuple[LayerReduction, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return self._facts()
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, [*map(describe, self.layers), self._size()]))
+
+
+@dataclass(frozen=True)
+class ReductionReport(_OfLayers):
     """One attempt that was made.
 
     Attributes:
@@ -105,20 +138,9 @@ class ReductionReport:
     reason: str
     layers: tuple[LayerReduction, ...]
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """States per layer afterwards, by module name."""
-        return {layer.name: layer.rank_after for layer in self.layers}
-
-    @property
-    def changed(self) -> bool:
-        """Whether any layer lost states."""
-        return any(layer.changed for layer in self.layers)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        layers = [_layer_dict(layer) for layer in self.layers]
-        return {"step": self.step, "seconds": self.seconds, "reason": self.reason, "ranks": self.ranks, "layers": layers}
+        return {"step": self.step, "seconds": self.seconds, "reason": self.reason, **self._facts()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ReductionReport:
@@ -137,8 +159,13 @@ class ReductionReport:
         return cls(data["step"], float(data["seconds"]), data["reason"], layers)
 
     def __str__(self) -> str:
-        head = f"step {self.step}: {self.reason} ({self.seconds:.2f} s)"
-        return "\n".join([head, *(f"  {describe(layer)}" for layer in self.layers)])
+        return "\n".join([self.summary, *(f"  {describe(layer)}" for layer in self.layers)])
+
+    @property
+    def summary(self) -> str:
+        """One line, without the layers."""
+        words = "; ".join(filter(None, [self.reason, self._size()]))
+        return f"step {self.step}: {words} ({self.seconds:.2f} s)"
 
 
 @dataclass(frozen=True)
@@ -221,6 +248,10 @@ def describe(layer: LayerReduction) -> str:
     if layer.kernel_plan_before != layer.kernel_plan_after:
         text += f"; kernel {layer.kernel_plan_before or 'none yet'} -> {layer.kernel_plan_after or 'none yet'}"
     return text
+
+
+def _total(sizes: Sequence[int | None]) -> int | None:
+    return None if None in sizes else sum(sizes)
 
 
 def _layer_dict(layer: LayerReduction) -> dict[str, Any]:

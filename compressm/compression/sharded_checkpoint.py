@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-import compressm
+from compressm._version import __version__
 from compressm.adapters import Adapter
 from compressm.compression._files import write_atomically
 from compressm.compression._team import ReplicatedTeam, Team
@@ -71,7 +71,7 @@ def save_sharded(
     tensors: dict[str, Tensor] = {}
     manifest = {
         "format": FORMAT,
-        "compressm": compressm.__version__,
+        "compressm": __version__,
         "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
         "model": encode(persistent(team.model), "model", tensors),
         "optimizers": encode([_pack_optimizer(o, team.model) for o in optimizers], "optimizers", tensors),

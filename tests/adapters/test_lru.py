@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+import compressm
 from compressm.adapters import LRUAdapter
+from compressm.compression.calibration import collect
 from compressm.control import DiagonalSystem, balance
 from compressm.errors import ModelError, NumericalError
 from compressm.layers import LRU
@@ -214,3 +216,22 @@ def test_input_and_output_of_a_call():
     assert ADAPTER.layer_output((x, state)) is x
     assert ADAPTER.with_output((x, state), state) == (state, state)
     assert ADAPTER.with_output(x, state) is state
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [7, 2])
+def test_state_bytes_are_those_of_the_state(dtype, rank):
+    layer = make(dtype=torch.float32).to(dtype)
+    said = ADAPTER.state_bytes(layer, rank)
+    compressm.compress(layer, compressm.FixedRank(rank))
+    _, state = layer(torch.zeros(1, 4, 3, dtype=dtype), return_last_state=True)
+    assert said == ADAPTER.state_bytes(layer, rank) == state.nbytes == layer.initial_state(1).nbytes
+    assert said == rank * (16 if dtype == torch.float64 else 8)
+
+
+@pytest.mark.parametrize("convention", ["real", "complex"])
+def test_which_spectra_bound_the_error(convention):
+    layer, batches = make(), [torch.randn(2, 9, 3, dtype=torch.float64)]
+    measured = collect(layer, {"": (layer, ADAPTER)}, batches)[""]
+    for found in (None, measured):
+        assert ADAPTER.analyse(layer, "", convention, found).bounded == ADAPTER.bounded(convention, found is not None)

@@ -153,6 +153,25 @@ def test_energy_counts_one_state_per_value():
     assert report.ranks == {"": kept if kept < 0.95 * 6 else 6}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [6, 2])
+def test_state_bytes_are_those_of_the_cache(dtype, rank):
+    layer = Mamba(4, d_state=6, d_conv=3, expand=3).to(dtype)
+    said = ADAPTER.state_bytes(layer, rank)
+    compressm.compress(layer, compressm.FixedRank(rank))
+    assert layer.d_state == rank
+    assert said == ADAPTER.state_bytes(layer, rank) == sum(part.nbytes for part in layer.allocate_inference_cache(1))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("convention", ["real", "complex"])
+def test_nothing_bounds_the_error_of_a_selective_layer(convention, measured):
+    layer = lively()
+    moments = measure(layer, [torch.randn(2, 9, 4, dtype=torch.float64)]) if measured else None
+    assert not ADAPTER.analyse(layer, "", convention, moments).bounded
+    assert not ADAPTER.bounded(convention, measured)
+
+
 class Foreign(nn.Module):
     """A mixer that keeps its sizes in attributes, as mamba_ssm's and transformers' do."""
 
@@ -184,6 +203,7 @@ def test_foreign_mixers_get_their_attributes(attribute):
     compressm.compress(own, compressm.FixedRank(3), calibration=[hidden])
     compressm.compress(layer, compressm.FixedRank(3), calibration=[hidden], ema=average)
     assert getattr(layer, attribute) == 3
+    assert ADAPTER.state_bytes(layer, 3) == ADAPTER.state_bytes(own, 3)
     torch.testing.assert_close(layer(hidden), own(hidden))
     torch.testing.assert_close(average(hidden), own(hidden))
     assert average.module.x_proj.out_features == 7

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch._dynamo
@@ -11,7 +9,6 @@ import torch._dynamo.testing
 from torch import nn
 
 import compressm
-from compressm.compression import Policy
 from compressm.layers import LRU, Mamba
 
 LAYERS = {"LRU": lambda: LRU(4, 8), "Mamba": lambda: Mamba(4, 8)}
@@ -30,16 +27,6 @@ class Stack(nn.Module):
         return x
 
 
-@dataclass(frozen=True)
-class Ranks(Policy):
-    """A rank for every layer, by name."""
-
-    ranks: dict
-
-    def rank(self, spectrum, multiple_of=1):
-        return self.ranks[spectrum.name]
-
-
 @pytest.fixture
 def counted():
     """A compiler that counts the graphs it is given."""
@@ -55,7 +42,7 @@ def train_step(run: nn.Module, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def reduce_to(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: list[int]) -> None:
-    policy = Ranks({f"layers.{i}": rank for i, rank in enumerate(ranks)})
+    policy = compressm.FixedRank({f"layers.{i}": rank for i, rank in enumerate(ranks)})
     compressm.compress(model, policy, optimizer=optimizer)
 
 

@@ -100,9 +100,41 @@ def test_reports_name_spectrum_and_kernels(training, caplog):
     for text in (str(report), caplog.text):
         assert "8 -> 3 states" in text
         assert "of the sum of the real data-free spectrum cut" in text
-    assert "attempt 1 of 1, FixedRank(ranks=3), recipe default" in report.reason
+    assert "attempt 1 of 1, FixedRank(states=3), recipe default" in report.reason
     json.dumps(report.to_dict())
     assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_reports_say_the_bytes_of_state(training, caplog):
+    run = training(ranks=(8, 6))
+    compressor = compressor_of(run, compressm.FixedRank({"lrus.0": 3}), compressm.At([1, 2]))
+    plan = compressor.plan()
+    assert (plan.state_bytes_before, plan.state_bytes_after) == (16 * 14, 16 * 9)
+    assert str(plan).splitlines()[-1] == "224 -> 144 bytes of state per sequence"
+    with caplog.at_level(logging.INFO, "compressm"):
+        report = compressor.step()
+    assert [(layer.state_bytes_before, layer.state_bytes_after) for layer in report.layers] == [(128, 48), (96, 96)]
+    assert sum(lru.initial_state(1).nbytes for lru in run.model.lrus) == report.state_bytes_after == 144
+    assert "; 224 -> 144 bytes of state per sequence (" in str(report).splitlines()[0]
+    assert "; 224 -> 144 bytes of state per sequence (" in caplog.text
+    assert "; 144 bytes of state per sequence (" in str(compressor.step())
+    data = json.loads(json.dumps(report.to_dict()))
+    assert (data["state_bytes_before"], data["state_bytes_after"]) == (224, 144)
+    assert (plan.to_dict()["state_bytes_before"], plan.to_dict()["state_bytes_after"]) == (224, 144)
+
+
+def test_histories_that_do_not_know_the_bytes_still_load(training):
+    run = training()
+    compressor = compressor_of(run)
+    compressor.step()
+    state = json.loads(json.dumps(compressor.state_dict()))
+    for part in (state["history"][0], *state["history"][0]["layers"]):
+        del part["state_bytes_before"], part["state_bytes_after"]
+    compressor.load_state_dict(state)
+    (report,) = compressor.history
+    assert report.state_bytes_before is report.state_bytes_after is report.layers[0].state_bytes_after is None
+    assert "bytes" not in str(report)
+    assert type(report).from_dict(report.to_dict()) == report
 
 
 def test_kernel_changes_are_told(training):

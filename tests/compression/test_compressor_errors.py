@@ -96,7 +96,7 @@ def test_models_that_cannot_be_compressed(training):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"policy": 0.1}, "policy: expected an Energy, FixedRank or Shrink instance, got 0.1"),
+        ({"policy": 0.1}, "policy: expected an Energy, FixedRank, Shrink, Budget or ErrorBound instance, got 0.1"),
         ({"policy": compressm.Energy}, r"policy.*got Energy \(the class\)"),
         ({"policy": compressm.FixedRank({"lrus.7": 2})}, r"FixedRank: expected names.*got lrus\.7"),
         ({"schedule": 100}, "schedule: expected a Once, Warmup, Every, At or WhenStable instance, got 100"),
@@ -112,11 +112,11 @@ def test_wrong_arguments(training, arguments, match):
 
 
 def test_a_policy_out_of_range_changes_nothing(training, snapshot):
-    class Wild(compressm.compression.Policy):
+    class Wild(compressm.compression.LayerPolicy):
         def __init__(self, answer):
             self.answer = answer
 
-        def rank(self, spectrum, multiple_of=1):
+        def rank(self, spectrum):
             return self.answer
 
     run = training()

@@ -91,7 +91,7 @@ def test_a_scheduled_attempt_is_waited_for(whole):
     assert kinds == [None, "reduced", "rolled back"] + [None] * 3 + ["reduced", "accepted", None]
     assert compressor.step_count == 8
     assert reports[6].ranks == {"lrus.0": 5, "lrus.1": 4}
-    assert "HalfWay(policy=FixedRank(ranks=2))" in reports[6].reason
+    assert "HalfWay(policy=FixedRank(states=2))" in reports[6].reason
     assert "a gentler attempt at step 6 at the earliest" in reports[2].reason
 
 

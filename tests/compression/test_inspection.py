@@ -22,6 +22,7 @@ def test_spectra_ranks_and_bounds(training, snapshot):
     for layer, lru in zip(found.layers, run.model.lrus, strict=True):
         system = LRUAdapter().read(lru)
         assert (layer.kind, layer.states) == ("LRU", lru.d_state)
+        assert layer.state_bytes == lru.initial_state(1).nbytes
         assert layer.slowest == pytest.approx(float(system.log_lam.exp().abs().max()))
         kinds = [(spectrum.convention, spectrum.gramians) for spectrum in layer.spectra]
         assert kinds == [("real", "data"), ("real", "data-free"), ("complex", "data-free")]
@@ -51,6 +52,7 @@ def test_table(training):
     lines = str(found).splitlines()
     for layer in found.layers:
         start = next(i for i, line in enumerate(lines) if line.startswith(f"{layer.name} (LRU): {layer.states} states"))
+        assert f" states, {16 * layer.states} bytes a sequence, |lambda| up to " in lines[start]
         header, rows = lines[start + 1], lines[start + 2 :]
         assert header.split() == "spectrum max min tau .01 tau .02 tau .04 tau .1 bound .02".split()
         for line, spectrum in zip(rows, layer.spectra, strict=False):

@@ -185,10 +185,10 @@ def arguments_that_differ_raise_everywhere(folder):
 
 @check
 def rank_0_decides(folder):
-    class Odd(compressm.compression.Policy):
+    class Odd(compressm.compression.LayerPolicy):
         """Machines that round differently: one state more on rank 1."""
 
-        def rank(self, spectrum, multiple_of=1):
+        def rank(self, spectrum):
             return 3 + dist.get_rank()
 
     *_, model, optimizer, compressor = cases.train_together("lru", DDP, steps=4, policy=Odd())
@@ -399,8 +399,8 @@ class Hooked(torch.optim.AdamW):
 
 @check
 def objects_that_are_the_same_but_for_their_address(folder):
-    class Mine(compressm.compression.policies.Policy):
-        def rank(self, spectrum, multiple_of=1):
+    class Mine(compressm.compression.LayerPolicy):
+        def rank(self, spectrum):
             return 3
 
         def __repr__(self):

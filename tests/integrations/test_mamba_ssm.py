@@ -62,6 +62,13 @@ def test_trains(pair, assert_close):
 
 
 @needs_package
+def test_state_bytes_are_those_of_the_cache(pair):
+    theirs, _ = pair
+    said = compressm.inspect(theirs).layers[0].state_bytes
+    assert said == sum(part.nbytes for part in theirs.allocate_inference_cache(1, 1))
+
+
+@needs_package
 def test_the_patched_scan_is_the_definition(package, assert_close):
     """Against the package's own slow reference, with a final state."""
     interface = sys.modules["mamba_ssm.ops.selective_scan_interface"]

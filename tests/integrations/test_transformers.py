@@ -97,6 +97,12 @@ class TestAccelerate:
             assert_close(mine.recurrent_states[0], theirs.recurrent_states[0], "recurrent state")
             assert_close(mine.conv_states[0], theirs.conv_states[0], "convolution state")
 
+    def test_state_bytes_are_those_of_the_cache(self, pair):
+        model = pair[0].eval()
+        cache = model(tokens(1), use_cache=True).cache
+        held = sum(layer.conv_states[0].nbytes + layer.recurrent_states[0].nbytes for layer in cache.layers)
+        assert held == compressm.compress(model, compressm.FixedRank(2)).state_bytes_before
+
     def test_a_cache_goes_on_with_several_tokens(self, pair, assert_close):
         ours, x = pair[1].eval(), tokens()
         with torch.no_grad():
