@@ -13,6 +13,7 @@ from torch import nn
 from compressm.compression._workers import each
 from compressm.compression.planning import Calibration, Candidate, analyse, compressible_layers, plain_model
 from compressm.compression.policies import energy_order
+from compressm.errors import needs_extra
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -99,10 +100,12 @@ class Inspection:
         """Draw every layer's spectra into one picture file (png, svg or pdf by suffix) and return its path.
 
         Raises:
+            DependencyError: matplotlib is not installed.
             OSError: the file cannot be written.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        with needs_extra("Inspection.plot"):
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
 
         columns = min(3, len(self.layers))
         rows = math.ceil(len(self.layers) / columns)

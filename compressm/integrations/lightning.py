@@ -20,15 +20,16 @@ from compressm.adapters import find_layers
 from compressm.compression import Compressor, Policy
 from compressm.compression.audit import Ema
 from compressm.compression.planning import plain_model
-from compressm.errors import ModelError, bad_argument
+from compressm.errors import ModelError, bad_argument, needs_extra
 from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs, tell_configs
 from compressm.integrations._lightning_loading import teach_load_from_checkpoint
 from compressm.integrations.resizing import follow, resize_on_load
 
-try:
-    from lightning.pytorch import Callback
-except ModuleNotFoundError:
-    from pytorch_lightning import Callback
+with needs_extra("compressm.integrations.lightning"):
+    try:
+        from lightning.pytorch import Callback
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

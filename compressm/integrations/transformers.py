@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import compressm
 from compressm.compression import Compressor, Policy, StaleCopyWarning
 from compressm.compression.codec import encode
 from compressm.compression.optimizer_state import unwrapped
-from compressm.errors import ModelError, bad_argument
+from compressm.errors import ModelError, bad_argument, needs_extra
 from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs
-from compressm.integrations._mamba_mixer import AcceleratedMambaMixer, accelerate_
-from compressm.integrations._peft import save_base, saves_adapters_alone
 from compressm.integrations.resizing import resize_on_load
+
+with needs_extra("compressm.integrations.transformers"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ExportableState
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    from compressm.integrations._mamba_mixer import AcceleratedMambaMixer, accelerate_
+    from compressm.integrations._peft import save_base, saves_adapters_alone
 
 __all__ = ["AcceleratedMambaMixer", "CompressionCallback", "accelerate_", "save_base", "update_config"]
 
