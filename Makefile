@@ -18,6 +18,7 @@ test: $(TESTS)
 
 lint: $(TESTS)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # ARGS chooses a part or changes a run: make bench ARGS="-k selective_scan", ARGS="--bench-resume", ARGS="--bench-seconds 5"
 bench: $(PEERS)

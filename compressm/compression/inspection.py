@@ -92,9 +92,9 @@ class Inspection:
 
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=120, color_system=None)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        file = StringIO()
+        Console(file=file, width=120, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
     def plot(self, path: str | Path) -> Path:
         """Draw every layer's spectra into one picture file (png, svg or pdf by suffix) and return its path.
@@ -161,8 +161,8 @@ def _spectrum(candidate: Candidate) -> SpectrumInspection:
         order = len(hsv) if degenerate else energy_order(hsv, tau)
         ranks[tau] = candidate.analysis.modes(order)
         bounds[tau] = 2 * float(hsv[order:].sum())
-    bounds = bounds if candidate.analysis.bounded else None
-    return SpectrumInspection(convention, candidate.analysis.gramians, tuple(hsv.tolist()), ranks, bounds)
+    known = bounds if candidate.analysis.bounded else None
+    return SpectrumInspection(convention, candidate.analysis.gramians, tuple(hsv.tolist()), ranks, known)
 
 
 def _layer_table(layer: LayerInspection) -> Table:

@@ -58,8 +58,8 @@ def prepare(
         ArgumentError, OptimizerError: see the Compressor.
     """
     plain = plain_model(model)
-    several = isinstance(optimizer, list | tuple)
-    optimizers = [unwrapped(item) for item in (optimizer if several else [optimizer])]
+    items: Any = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers = [unwrapped(item) for item in items]
     compressor = Compressor(plain, optimizers, **{"uniform": bool(sized_configs(plain))} | options)
     accelerator.register_for_checkpointing(compressor)
     resize_on_load(plain, lambda: optimizers, after=lambda: tell_configs(plain))
