@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# What is installed: the package, what its tests need, what its benchmarks compare with.
+# What is installed: the package with its command, what its tests need, what its benchmarks compare with.
 PACKAGE := $(VENV)/.package
 TESTS := $(VENV)/.tests
 PEERS := $(VENV)/.peers
@@ -18,6 +18,7 @@ test: $(TESTS)
 
 lint: $(TESTS)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # ARGS chooses a part or changes a run: make bench ARGS="-k selective_scan", ARGS="--bench-resume", ARGS="--bench-seconds 5"
 bench: $(PEERS)
@@ -29,7 +30,7 @@ bench-gpu: $(PEERS)
 	$(MAKE) report
 
 report: $(PACKAGE)
-	$(BIN)/python -m compressm.benchmarking.report benchmarks/results/*.json --out benchmarks/REPORT.md
+	$(BIN)/python -m benchmarks.reporting.report benchmarks/results/*.json --out benchmarks/REPORT.md
 
 $(PEERS): $(TESTS)
 	$(INSTALL) -e '.[test,peers]'
@@ -43,8 +44,8 @@ $(TESTS): $(PACKAGE)
 $(PACKAGE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("compressm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[train]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-import compressm
 from compressm._version import __version__
-from compressm.errors import CompressmError, ConfigError
+from compressm.errors import ConfigError
 from compressm.experiments.settings import PRESETS, parse_assignments
 
 app = typer.Typer(
@@ -191,12 +189,3 @@ def _stop_on_signal() -> Iterator[list[int]]:
 def _resume_line(preset: str, out: Path) -> str:
     default = out == Path("runs") / preset
     return f"compressm train {preset} --resume" + ("" if default else f" --out {out}")
-
-
-def main() -> None:
-    """Entry point: every CompressmError becomes one sentence and exit code 1."""
-    try:
-        app()
-    except CompressmError as error:
-        print(f"compressm: {error}", file=sys.stderr)
-        sys.exit(1)

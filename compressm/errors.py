@@ -5,7 +5,21 @@ Each message says which argument or file is meant, what came, what was expected,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+# What the extras install beyond the core, by the name under which it is imported.
+EXTRAS = {
+    "train": {
+        "typer": "typer", "pydantic": "pydantic", "matplotlib": "matplotlib", "jinja2": "jinja2", "sklearn": "scikit-learn",
+        "pooch": "pooch", "PIL": "pillow",
+    },
+    "integrations": {
+        "transformers": "transformers", "accelerate": "accelerate", "lightning": "lightning",
+        "pytorch_lightning": "lightning", "peft": "peft",
+    },
+}  # fmt: skip
 
 
 class CompressmError(Exception):
@@ -49,10 +63,31 @@ class ConfigError(CompressmError, ValueError):
 
 
 class DependencyError(CompressmError, ImportError):
-    """A package that an integration needs is missing or cannot be used."""
+    """A package of an extra is missing, or cannot be used."""
 
 
 def bad_argument(name: str, *, got: Any, expected: str, remedy: str = "") -> ArgumentError:
     """Build the error for one wrong argument; the caller raises it."""
     message = f"{name}: expected {expected}, got {got}"
     return ArgumentError(f"{message}. {remedy}" if remedy else message)
+
+
+@contextmanager
+def needs_extra(what: str) -> Iterator[None]:
+    """Say which extra to install where something inside imports a package of one that is missing.
+
+    Args:
+        what: needs the package, for the message.
+
+    Raises:
+        DependencyError: a package of :data:`EXTRAS` is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        for extra, packages in EXTRAS.items():
+            if module in packages:
+                remedy = f"Install it with pip install 'compressm[{extra}]'"
+                raise DependencyError(f"{what}: {packages[module]} is not installed. {remedy}") from error
+        raise

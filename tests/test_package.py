@@ -83,6 +83,10 @@ assert "rich" not in sys.modules and "matplotlib" not in sys.modules
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT.parent)
 
 
+def test_type_checkers_take_the_annotations():
+    assert (ROOT / "py.typed").is_file()
+
+
 def test_every_public_name_loads():
     for name in compressm.__all__:
         assert getattr(compressm, name) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,10 @@ class Reduced(Protocol):
         """
 
 
-class Analysis(ABC):
+Kind = TypeVar("Kind", bound=Reduced)  # of the reductions of one family of layers
+
+
+class Analysis(ABC, Generic[Kind]):
     """One layer's spectrum, ready to be cut at any rank.
 
     Attributes:
@@ -88,7 +91,7 @@ class Analysis(ABC):
         """States of the layer that the ``order`` largest values take."""
 
     @abstractmethod
-    def reduce(self, rank: int) -> Reduced:
+    def reduce(self, rank: int) -> Kind:
         """The reduction to ``rank`` states that ``Adapter.edit`` takes.
 
         Raises:
@@ -96,7 +99,7 @@ class Analysis(ABC):
         """
 
     @abstractmethod
-    def spectrum_after(self, reduction: Reduced) -> Tensor:
+    def spectrum_after(self, reduction: Kind) -> Tensor:
         """Hankel singular values of the reduced layer, descending."""
 
 
@@ -150,7 +153,7 @@ class Meter(ABC):
         """
 
 
-class Adapter(ABC):
+class Adapter(ABC, Generic[Kind]):
     """How one family of layers reads as a system, and which tensors change together.
 
     An adapter has no state and never mutates a module.
@@ -196,7 +199,7 @@ class Adapter(ABC):
         return False
 
     @abstractmethod
-    def analyse(self, module: nn.Module, name: str, convention: str, measured: Any | None) -> Analysis:
+    def analyse(self, module: nn.Module, name: str, convention: str, measured: Any | None) -> Analysis[Kind]:
         """The layer's spectrum and what is needed to cut it.
 
         Args:
@@ -224,7 +227,7 @@ class Adapter(ABC):
         """Largest modulus of an eigenvalue of the recurrence."""
 
     @abstractmethod
-    def edit(self, module: nn.Module, reduction: Reduced) -> LayerEdit:
+    def edit(self, module: nn.Module, reduction: Kind) -> LayerEdit:
         """Describe how the layer becomes the reduced system."""
 
     @abstractmethod
@@ -258,6 +261,15 @@ def parameter_at(module: nn.Module, key: str) -> nn.Parameter | None:
     except AttributeError:
         return None
     return owner._parameters.get(leaf)
+
+
+def own_parameter(module: nn.Module, key: str) -> nn.Parameter:
+    """The parameter under a name that the layer is known to have.
+
+    Raises:
+        ModelError: it is missing or computed.
+    """
+    return plain_parameters(module, (key,))[key]
 
 
 def plain_parameters(module: nn.Module, names: tuple[str, ...], name: str = "") -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,23 +42,19 @@ class DataGramians:
 
 
 @dataclass(frozen=True, eq=False)
-class LTIAnalysis(Analysis):
+class LTIAnalysis(Analysis[Reduction]):
     """A balanced system; see :class:`compressm.control.Balanced`."""
 
     balanced: Balanced
     gramians: str
+    hsv: Tensor = field(init=False, repr=False)
+    convention: str = field(init=False)
+    bounded: bool = field(init=False)
 
-    @property
-    def hsv(self) -> Tensor:
-        return self.balanced.hsv
-
-    @property
-    def convention(self) -> str:
-        return self.balanced.convention
-
-    @property
-    def bounded(self) -> bool:
-        return self.gramians == "data-free"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hsv", self.balanced.hsv)
+        object.__setattr__(self, "convention", self.balanced.convention)
+        object.__setattr__(self, "bounded", self.gramians == "data-free")
 
     def modes(self, order: int) -> int:
         return self.balanced.modes(order)
@@ -73,7 +69,7 @@ class LTIAnalysis(Analysis):
         return self.hsv[: reduction.real_order]
 
 
-class LTIAdapter(Adapter):
+class LTIAdapter(Adapter[Reduction]):
     """Adapter of layers that :meth:`read` as a DiagonalSystem; says how calibration taps them."""
 
     @abstractmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, check_finite, label, plain_parameters
+from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, TensorMap, check_finite, label, plain_parameters
 from compressm.control import (
     MeanSystem,
     SelectiveMoments,
@@ -36,7 +36,7 @@ MIN_LOG_DECAY = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class MambaAnalysis(Analysis):
+class MambaAnalysis(Analysis[SelectiveReduction]):
     """Second moments of a selective scan; ``convention`` is ``"selective"`` or ``"mean-LTI"``."""
 
     moments: SelectiveMoments
@@ -60,7 +60,7 @@ class MambaAnalysis(Analysis):
         return self.hsv[: reduction.order]
 
 
-class MambaAdapter(Adapter):
+class MambaAdapter(Adapter[SelectiveReduction]):
     """A subset of the states and a refitted C; the paper's recipe keeps C and chooses by the mean system of every channel.
 
     The spectrum of the default recipe is that of P = sum_d E[h_d h_d^T] and Q = E[C C^T]: its squares are the output energy
@@ -77,7 +77,7 @@ class MambaAdapter(Adapter):
         return INDEPENDENT
 
     def reads(self, module: nn.Module) -> tuple[str, ...]:
-        return (*NAMES, *(f"dt_proj.{name}" for name, _ in module.dt_proj.named_parameters()))
+        return (*NAMES, *(f"dt_proj.{name}" for name, _ in module.get_submodule("dt_proj").named_parameters()))
 
     def rank(self, module: nn.Module) -> int:
         return plain_parameters(module, ("A_log",))["A_log"].shape[1]
@@ -85,16 +85,17 @@ class MambaAdapter(Adapter):
     def state_bytes(self, module: nn.Module, rank: int) -> int:
         """``rank`` numbers a channel for the scan, 4 bytes each unless A_log is wider, and the last inputs of the convolution,
         which stay as they are but lie in the same slot of a server's cache."""
-        A_log = plain_parameters(module, ("A_log",))["A_log"]
-        named = [getattr(module, name) for name in ("d_conv", "conv_kernel_size") if hasattr(module, name)]
-        width = named[0] if named else module.conv1d.kernel_size[0]
-        scan, window = torch.promote_types(A_log.dtype, torch.float32), _precision(module.conv1d, torch.float32)
+        A_log, conv = plain_parameters(module, ("A_log",))["A_log"], module.get_submodule("conv1d")
+        named = [vars(module)[name] for name in ("d_conv", "conv_kernel_size") if name in vars(module)]
+        width: int = named[0] if named else vars(conv)["kernel_size"][0]
+        scan, window = torch.promote_types(A_log.dtype, torch.float32), _precision(conv, torch.float32)
         return A_log.shape[0] * (rank * scan.itemsize + width * window.itemsize)
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, int]:
         parameters = plain_parameters(module, NAMES)
         width = parameters["x_proj.weight"].shape[0] - 2 * (parameters["A_log"].shape[1] - rank)
-        own = {name: rank for name in ("d_state", "ssm_state_size") if name in vars(module)}
+        names: tuple[str, ...] = ("d_state", "ssm_state_size")
+        own = {name: rank for name in names if name in vars(module)}
         return {**own, "x_proj.out_features": width}
 
     def slowest(self, module: nn.Module) -> float:
@@ -125,13 +126,13 @@ class MambaAdapter(Adapter):
             dt, B, C = value.split([low_rank, order, order])
             return torch.cat([dt, B[states], C[states]])
 
-        def values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def values(tensors: TensorMap) -> dict[str, Tensor]:
             result = {key: subset(key, tensors[key].double()) for key in NAMES}
             C = tensors["x_proj.weight"][low_rank + order :].double()
             result["x_proj.weight"][low_rank + reduction.order :] = reduction.mix.to(C.device) @ C
             return result
 
-        def moments(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def moments(tensors: TensorMap) -> dict[str, Tensor]:
             return {key: subset(key, tensors[key].double()) for key in NAMES}
 
         new = values({key: parameter.detach() for key, parameter in parameters.items()})
@@ -154,15 +155,16 @@ class MambaAdapter(Adapter):
             ModelError, NumericalError: a parameter is missing or not finite.
         """
         parameters = plain_parameters(module, NAMES, name)
-        inner = {f"dt_proj.{key}": parameter for key, parameter in module.dt_proj.named_parameters()}
+        dt_proj = module.get_submodule("dt_proj")
+        inner = {f"dt_proj.{key}": parameter for key, parameter in dt_proj.named_parameters()}
         check_finite(module, {**parameters, **inner}, name)
         check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
         if getattr(module.x_proj, "bias", None) is not None:
             raise ModelError(f"{label(module, name)}: x_proj has a bias, expected none: C could not be refitted through it")
         weight, A_log = parameters["x_proj.weight"], parameters["A_log"]
-        dtype = next(module.dt_proj.parameters(), weight).dtype
+        dtype = next(dt_proj.parameters(), weight).dtype
         with torch.no_grad():
-            dt_bias = module.dt_proj(weight.new_zeros(weight.shape[0] - 2 * A_log.shape[1], dtype=dtype))
+            dt_bias = dt_proj(weight.new_zeros(weight.shape[0] - 2 * A_log.shape[1], dtype=dtype))
         return {**parameters, "dt_bias": dt_bias}
 
 
@@ -213,7 +215,7 @@ class MambaMeter(Meter):
 
     def merge(self, add: Callable[[Any], Any], join: Callable[[Tensor], Tensor]) -> None:
         order = self.A.shape[1]
-        kind = {"dtype": torch.float32, "device": "cpu"}
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         M = torch.cat(self.M) if self.M else torch.empty(0, order, order, **kind)
         C = torch.cat(self.C) if self.C else torch.empty(0, order, **kind)
         M, C = join(M), join(C)
@@ -228,7 +230,7 @@ class MambaMeter(Meter):
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             got = type(hidden).__name__ if not isinstance(hidden, Tensor) else f"a tensor of shape {tuple(hidden.shape)}"
             raise DataError(f"calibration: a {type(module).__name__} layer got {got}, expected (batch, length, d_model)")
-        x, selection = scan_inputs(module, hidden.to(_precision(module.in_proj, hidden.dtype)))
+        x, selection = scan_inputs(module, hidden.to(_precision(module.get_submodule("in_proj"), hidden.dtype)))
         delta, B, C = selection.dt.mT, selection.B.mT, selection.C.mT
         bias = x.new_zeros(x.shape[1]) if selection.dt_bias is None else selection.dt_bias
         length = x.shape[-1]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from compressm.adapters.base import Adapter, label, parameter_at
+from compressm.adapters.base import Adapter, label, own_parameter, parameter_at
 from compressm.errors import ModelError, bad_argument
 
 # Parameters that only state-space layers carry; a module that owns one and has no adapter is reported, never skipped.
@@ -99,7 +99,7 @@ def _lengths(module: nn.Module, adapter: Adapter) -> set[int]:
     rank = adapter.rank(module)
     lengths = {rank, 2 * rank}
     for key, other in adapter.blank(module, rank + 1).items():
-        lengths |= {now for now, then in zip(parameter_at(module, key).shape, other.shape, strict=True) if now != then}
+        lengths |= {now for now, then in zip(own_parameter(module, key).shape, other.shape, strict=True) if now != then}
     return lengths - {1}
 
 

@@ -49,7 +49,8 @@ class Replay:
     """Remembers what an iterator gave."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
-        self.iterator, self.seen = iterator, []
+        self.iterator = iterator
+        self.seen: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
         yield from self.seen

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # no file locks on this system: leftovers of killed writers stay
+if sys.platform == "win32":  # no file locks: leftovers of killed writers stay
     fcntl = None
+else:
+    import fcntl
 
 
 def write_atomically(path: Path, data: bytes) -> None:

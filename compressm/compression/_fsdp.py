@@ -9,7 +9,7 @@ up to 2.11), a group's ``fsdp_params`` and ``offload_policy``, the constructor o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +23,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compressm.adapters import Adapter
-from compressm.adapters.base import holder, parameter_at
+from compressm.adapters.base import holder, own_parameter, parameter_at
 from compressm.compression._references import References
 from compressm.compression._team import Layers, ProcessTeam, Result
 from compressm.compression._workers import each
@@ -223,7 +223,7 @@ def _check_place(full: str, held: Any) -> None:
 @contextmanager
 def _whole(module: nn.Module, adapter: Adapter) -> Iterator[dict[str, tuple[nn.Parameter, nn.Parameter]]]:
     """The parameters that the adapter reads are plain and complete meanwhile: by name, (the sharded one, the plain one)."""
-    gathered = {}
+    gathered: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for key in adapter.reads(module):
         parameter = parameter_at(module, key)
         if isinstance(parameter, DTensor):
@@ -274,8 +274,8 @@ def unsharded(
         yield
         swaps: dict[int, nn.Parameter] = {}
         for key, (sharded, plain) in gathered.items():
-            now = parameter_at(module, key)
-            target = sharded if now is plain else _shard(places[id(sharded)], now, renewals)
+            now = own_parameter(module, key)
+            target: Any = sharded if now is plain else _shard(places[id(sharded)], now, renewals)
             swaps[id(now)] = target
             for number, optimizer in enumerate(optimizers):
                 if now in optimizer.state:
@@ -283,8 +283,7 @@ def unsharded(
                     kept = states.get((number, id(now)))
                     optimizer.state[target] = _shard_state(state, now, target) if kept is None else kept
         _replace(optimizers, swaps)
-        for key, (mesh, placements) in averages.items():
-            slot, leaf = ema_slot(ema, name, key)
+        for slot, leaf, mesh, placements in averages:
             slot[leaf] = distribute_tensor(slot[leaf], mesh, placements, src_data_rank=None)
 
 
@@ -296,14 +295,16 @@ def _whole_state(full: str, state: Mapping[str, Any], parameter: nn.Parameter) -
     return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
 
 
-def _gather_averages(ema: Ema | None, name: str, keys: Iterable[str]) -> dict[str, tuple[Any, Any]]:
-    """Make sharded averages whole; returns how they were sharded."""
-    found = {}
-    for key in sorted(keys) if ema is not None else ():
+def _gather_averages(ema: Ema | None, name: str, keys: Iterable[str]) -> list[tuple[MutableMapping[str, Any], str, Any, Any]]:
+    """Make sharded averages whole; returns where they lie and how they were sharded."""
+    found: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
+    if ema is None:
+        return found
+    for key in sorted(keys):
         slot, leaf = ema_slot(ema, name, key)
         value = slot.get(leaf)
         if isinstance(value, DTensor):
-            found[key] = (value.device_mesh, value.placements)
+            found.append((slot, leaf, value.device_mesh, value.placements))
             slot[leaf] = value.full_tensor()
     return found
 

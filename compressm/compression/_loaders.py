@@ -90,7 +90,7 @@ def _parts(item: Any) -> list[Any]:
     return list(getattr(item, "__dict__", {}).values())
 
 
-def _remembered(item: Any) -> Callable[[], None] | None:
+def _remembered(item: Any) -> Callable[[], Any] | None:
     """How to give an object the state back that it has now; None if it has none."""
     if isinstance(item, torch.Generator):
         return partial(item.set_state, item.get_state())

@@ -69,8 +69,8 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
             yield value
     elif isinstance(value, Mapping):
         yield from _walk_fields(value, seen)
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        yield from _walk_fields(value._asdict(), seen)
+    elif isinstance(value, tuple) and (fields := getattr(value, "_fields", None)) is not None:
+        yield from _walk_fields(dict(zip(fields, value, strict=True)), seen)
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _walk(item, seen)

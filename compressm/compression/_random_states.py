@@ -18,7 +18,8 @@ WORDS = 624  # of the Mersenne twister
 def capture(model: nn.Module) -> dict[str, Any]:
     """States of the global generators, as a tree of JSON values and tensors."""
     _, words, gauss = random.getstate()
-    _, key, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    _, key, position, has_gauss, cached = legacy
     return {
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state(device) for device in _devices(model)],
@@ -39,7 +40,7 @@ def check(state: Any, model: nn.Module) -> None:
         raise CheckpointError(
             f"random states: of {got} GPUs, the model is on {len(devices)}. Load with rng=False; draws will differ then"
         )
-    for device, value in [("cpu", state["torch"]), *zip(devices, state["cuda"], strict=True)]:
+    for device, value in zip([torch.device("cpu"), *devices], [state["torch"], *state["cuda"]], strict=True):
         try:
             torch.Generator(device).set_state(value)
         except (RuntimeError, TypeError) as error:

@@ -55,7 +55,8 @@ class References:
             roots = [module] + ([ema_layer(ema, name)] if isinstance(ema, nn.Module) else [])
             for key in adapter.parameters(module):
                 owner, leaf = holder(module, key)
-                places = [(owner._parameters, leaf)] + ([ema_slot(ema, name, key)] if ema is not None else [])
+                places: list[tuple[MutableMapping[str, Any], str]] = [(owner._parameters, leaf)]
+                places += ([ema_slot(ema, name, key)] if ema is not None else [])
                 places += [(store, full_name(name, key)) for store in master_stores(optimizers, full_name(name, key))]
                 self._undo += [partial(mapping.__setitem__, place, mapping[place]) for mapping, place in places]
             for root in roots:

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter
-from compressm.adapters.base import parameter_at
+from compressm.adapters.base import own_parameter, parameter_at
 from compressm.adapters.registry import qualified_name
 from compressm.compression._ddp import check_rewrappable, retire, rewrapped
 from compressm.compression._described import described
@@ -38,8 +39,11 @@ class Team:
 
     size, rank = 1, 0
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module | None = None) -> None:
-        self.model = model
+        if model is not None:
+            self.model = model
 
     def each(self, function: Callable[[str, tuple[nn.Module, Adapter]], Result], layers: Layers) -> dict[str, Result]:
         """``{name: function(name, layer)}`` with the layers' parameters whole while it runs."""
@@ -165,7 +169,7 @@ class ProcessTeam(Team):
         return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)]).to(tensor.device)
 
     def decide(self, value: Any) -> Any:
-        said = [json.dumps(value) if self.rank == 0 else None]
+        said: list[Any] = [json.dumps(value) if self.rank == 0 else None]
         dist.broadcast_object_list(said, src=self.source, group=self.group, device=self.device)
         return json.loads(said[0])
 
@@ -194,7 +198,7 @@ class ProcessTeam(Team):
     def same_parameters(self, layers: Layers) -> None:
         """Raise DistributedError unless all processes hold the same parameters, to the last bit."""
         for name, (module, adapter) in layers.items():
-            values = [parameter_at(module, key) for key in adapter.parameters(module)]
+            values = [own_parameter(module, key) for key in adapter.parameters(module)]
             self.same(f"parameters of layer {name!r} before the reduction", digest(values))
 
     @torch.no_grad()
@@ -207,7 +211,7 @@ class ProcessTeam(Team):
 
     def _gathered(self, value: Any) -> list[Any]:
         """What every rank says, in their order."""
-        said = [None] * self.size
+        said: list[Any] = [None] * self.size
         dist.all_gather_object(said, value, group=self.group)
         return said
 
@@ -219,7 +223,7 @@ def digest(tensors: Sequence[Tensor]) -> str:
         value = tensor.detach()
         value = (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).cpu().contiguous()
         result.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        result.update(value.reshape(-1).view(torch.uint8).numpy())
+        result.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()
 
 
@@ -264,7 +268,7 @@ class ReplicatedTeam(ProcessTeam):
         model: the plain module in it.
     """
 
-    def __init__(self, wrapper: nn.Module, model: nn.Module) -> None:
+    def __init__(self, wrapper: DistributedDataParallel, model: nn.Module) -> None:
         super().__init__(model, wrapper.process_group, wrapper.device)
         self.wrapper = wrapper
         self._retired: RemovableHandle | None = None

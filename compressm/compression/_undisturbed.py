@@ -6,14 +6,14 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "privateuseone")
-MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # a module made at run time
 
 
 @contextmanager
@@ -88,9 +88,13 @@ def undisturbed(model: nn.Module, layers: Sequence[nn.Module] = ()) -> Iterator[
                 _restore_buffers(module, references, values)
 
 
-def _restorable(buffer: Tensor | None) -> bool:
+def _restorable(buffer: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a measurement can change a buffer in place: for those made in inference mode there are stand-ins."""
     return buffer is not None and not buffer.is_inference()
+
+
+def _stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, vars(module)
 
 
 def _stand_ins(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
@@ -102,7 +106,7 @@ def _stand_ins(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     places = [
         (slots, key, tensor)
         for module in model.modules()
-        for slots in (module._parameters, module._buffers, vars(module))
+        for slots in _stores(module)
         for key, tensor in slots.items()
         if isinstance(tensor, Tensor) and tensor.is_inference()
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter
-from compressm.adapters.base import holder, parameter_at, plain_parameters
+from compressm.adapters.base import holder, own_parameter, parameter_at, plain_parameters
 from compressm.compression.optimizer_state import FIRST, MAGNITUDE, MASTER, SECOND, VALUE, ZERO, masters_of, state_kinds
 from compressm.errors import ArgumentError, ModelError, OptimizerError, bad_argument
 
@@ -121,7 +121,7 @@ def check_ema(ema: Ema, model: nn.Module, layers: Mapping[str, tuple[nn.Module, 
     for name, (module, adapter) in layers.items():
         for key in adapter.parameters(module):
             slot, leaf = ema_slot(ema, name, key)
-            live = parameter_at(module, key)
+            live = own_parameter(module, key)
             value, shape = slot.get(leaf), live.shape
             if value is None or value.shape != shape:
                 got = "nothing" if value is None else f"shape {tuple(value.shape)}"
@@ -132,7 +132,7 @@ def check_ema(ema: Ema, model: nn.Module, layers: Mapping[str, tuple[nn.Module, 
                 raise bad_argument("ema", got=got, expected="a copy with its own memory", remedy=remedy)
 
 
-def ema_slot(ema: Ema, layer: str, key: str) -> tuple[MutableMapping[str, Tensor], str]:
+def ema_slot(ema: Ema, layer: str, key: str) -> tuple[MutableMapping[str, Any], str]:
     """Where a layer's tensor lies in an EMA copy: the dict itself or the owning submodule's parameters, and the name there."""
     if isinstance(ema, MutableMapping):
         return ema, full_name(layer, key)
@@ -143,7 +143,7 @@ def ema_slot(ema: Ema, layer: str, key: str) -> tuple[MutableMapping[str, Tensor
     return owner._parameters, leaf
 
 
-def ema_layer(ema: nn.Module, layer: str) -> nn.Module:
+def ema_layer(ema: Ema | None, layer: str) -> nn.Module:
     """A layer's copy in an averaged module.
 
     Raises:
@@ -226,10 +226,11 @@ def audit(
             )
         _audit_state(optimizer, names, counts)
     now = signature(model, optimizers)
-    for (index, name, key), (dtype, device) in (before or {}).items():
-        if (index, name, key) in now and now[index, name, key] != (dtype, device):
-            got = " on ".join(map(str, now[index, name, key]))
-            raise OptimizerError(f"optimizer: state {key} of {name} became {got}, expected {dtype} on {device} as before")
+    for place, (dtype, device) in (before or {}).items():
+        if place in now and now[place] != (dtype, device):
+            _, name, slot = place
+            got = " on ".join(map(str, now[place]))
+            raise OptimizerError(f"optimizer: state {slot} of {name} became {got}, expected {dtype} on {device} as before")
 
 
 def _audit_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str], counts: Mapping[int, int]) -> None:
@@ -265,8 +266,7 @@ def _paths_to(value: Any, ids: set[int], path: str = "", seen: set[int] | None =
     if not isinstance(value, Mapping | list | tuple | set) or id(value) in seen:
         return
     seen.add(id(value))
-    keyed = isinstance(value, Mapping)
-    for key, item in value.items() if keyed else enumerate(value):
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
         if isinstance(key, Tensor) and id(key) in ids:
             yield f"{path}[a parameter]"
         label = repr(key) if isinstance(key, str | int) else "a parameter"

@@ -63,11 +63,12 @@ class Budget(Policy):
 
     @property
     def _total(self) -> int:
-        return self.bytes if self.states is None else self.states
+        (total,) = (given for given in (self.bytes, self.states) if given is not None)
+        return total
 
     def _price(self, layer: Layer) -> Callable[[int], int]:
         """What a layer takes of the total at a rank."""
-        return layer.state_bytes if self.states is None else int
+        return layer.state_bytes or int if self.states is None else int
 
     def _taken(self, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
         return sum(self._price(layer)(ranks[name]) for name, layer in layers.items())

@@ -223,8 +223,8 @@ class _Differentiable:
 def _differentiable_checkpoints() -> Iterator[None]:
     """Parts of the model under ``checkpoint(..., use_reentrant=True)`` are recomputed in the non-reentrant way meanwhile."""
     reentrant = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = _Differentiable
+    checkpoint.CheckpointFunction = _Differentiable  # type: ignore[misc, assignment]  # in torch's place meanwhile
     try:
         yield
     finally:
-        checkpoint.CheckpointFunction = reentrant
+        checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]

@@ -150,8 +150,8 @@ def from_storable(tensors: dict[str, Tensor], complex_names: Any) -> dict[str, T
     result = dict(tensors)
     for name in complex_names:
         value = result.get(name)
-        pairs = value is not None and not value.is_complex() and value.shape[-1:] == (2,)
-        if not pairs or value.dtype not in (torch.float16, torch.float32, torch.float64):
+        real = value is not None and value.dtype in (torch.float16, torch.float32, torch.float64)
+        if value is None or not real or value.shape[-1:] != (2,):
             raise CheckpointError(f"manifest: complex tensor {name[:80]!r} is missing or malformed")
         result[name] = torch.view_as_complex(value)
     return result

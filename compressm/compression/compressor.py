@@ -19,7 +19,7 @@ from compressm.compression.cadence import Cadence
 from compressm.compression.calibration import rehearse
 from compressm.compression.distributed import team_of
 from compressm.compression.execution import as_optimizers, check_kind, check_policy, choose_recipe, execute, finish, log
-from compressm.compression.guard import Guard
+from compressm.compression.guard import Guard, Probation
 from compressm.compression.moments import check_moments
 from compressm.compression.optimizer_state import masters_of
 from compressm.compression.planning import (
@@ -145,8 +145,7 @@ class Compressor:
         self._kept = dict.fromkeys(self.layers, 1.0)
         self._memory: Any = None  # of an adaptive schedule
         self._waiting = False  # an attempt came due that has not been made
-        if calibration is not None:
-            batches = self.calibration.batches
+        if (batches := self.calibration.batches) is not None:
             rehearse(self.model, self.layers, batches, forward=forward, sequences=sequences, team=self.team)
         self._cadence = Cadence(self.schedule, self.optimizers) if self.optimizers else None
 
@@ -209,13 +208,13 @@ class Compressor:
         if self._cadence is not None:
             self._cadence.call()
         guard = self.guard
-        watched = guard is not None and guard.probation is not None
-        if watched:
+        probation = None if guard is None else guard.probation
+        if probation is not None:
             self._waiting |= self.schedule.due(self._step)
         if not due:
             return None
         with ordinary():
-            return self._validate(guard) if watched else self._consider()
+            return self._consider() if guard is None or probation is None else self._validate(guard, probation)
 
     def _consider(self) -> ReductionReport | GuardReport | None:
         """Attempt a reduction, if an adaptive schedule agrees."""
@@ -261,14 +260,13 @@ class Compressor:
         self.history.append(report)
         return report
 
-    def _validate(self, guard: Guard) -> GuardReport:
+    def _validate(self, guard: Guard, probation: Probation) -> GuardReport:
         def resume(progress: Mapping[str, Any]) -> None:
             self._set_progress(progress)
             self._attempts += 1
             self._waiting = not guard.stopped and self._next(self._step) is None
 
-        began = guard.probation.began
-        report, failed = guard.validate(self._parts(), self._step, lambda: self._next(began), resume)
+        report, failed = guard.validate(self._parts(), self._step, lambda: self._next(probation.began), resume)
         self._record(report)
         if failed:
             what, error = next(iter(failed.items()))

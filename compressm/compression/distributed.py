@@ -64,5 +64,5 @@ def _team(model: Any) -> Team:
     if isinstance(model, nn.Module) and wrapper_names(model) == {FULLY_SHARD}:
         from compressm.compression._fsdp import ShardedTeam
 
-        return ShardedTeam(model._orig_mod if type(model).__name__ == "OptimizedModule" else model)
+        return ShardedTeam(model.get_submodule("_orig_mod") if type(model).__name__ == "OptimizedModule" else model)
     return Team(plain_model(model))

@@ -135,7 +135,7 @@ class Guard:
             the plan that is in force, its probation begun, or None with everything put back and the snapshot closed; the last
             value of the metric; words on every cut.
         """
-        rule, tried = self.rule, []
+        rule, tried = self.rule, list[str]()
         quick, name = (rule.evaluate, "evaluate") if rule.quick is None else (rule.quick, "quick")
         before = References(parts.layers, parts.optimizers, parts.ema)
         value = reference
@@ -177,10 +177,12 @@ class Guard:
             the report, and what did not take its state back (a registered object, say), with its error.
         """
         started = time.perf_counter()
-        probation, rule = self.probation, self.rule
+        probation, best, rule = self.probation, self.best, self.rule
+        assert probation is not None
+        assert best is not None  # measured in front of every reduction
         value = self._measure(parts, rule.evaluate, "evaluate")
-        passed = rule.passes(value, self.best, rule.tolerance)
-        worse = f"{rule.tolerance:g} worse than {self.best:.5g}, the best before " + (
+        passed = rule.passes(value, best, rule.tolerance)
+        worse = f"{rule.tolerance:g} worse than {best:.5g}, the best before " + (
             f"the first reduction that the guard watched (after {self.unwatched} that it did not)"
             if self.unwatched
             else "any reduction"
@@ -203,7 +205,7 @@ class Guard:
         probation.snapshot.close()
         outcome = "accepted" if passed else "rolled back"
         seconds = time.perf_counter() - started
-        return GuardReport(step, seconds, outcome, reason, parts.ranks, value, self.best, resumed), failed
+        return GuardReport(step, seconds, outcome, reason, parts.ranks, value, best, resumed), failed
 
     def _go_back(self, parts: Parts, probation: Probation, resume: Callable[[Any], None]) -> dict[str, Exception]:
         """Put everything back as it was before a reduction, the Compressor's counts included, whatever comes in between."""

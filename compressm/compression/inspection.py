@@ -13,6 +13,7 @@ from torch import nn
 from compressm.compression._workers import each
 from compressm.compression.planning import Calibration, Candidate, analyse, compressible_layers, plain_model
 from compressm.compression.policies import energy_order
+from compressm.errors import needs_extra
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -93,18 +94,20 @@ class Inspection:
 
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=120, color_system=None)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        file = StringIO()
+        Console(file=file, width=120, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
     def plot(self, path: str | Path) -> Path:
         """Draw every layer's spectra into one picture file (png, svg or pdf by suffix) and return its path.
 
         Raises:
+            DependencyError: matplotlib is not installed.
             OSError: the file cannot be written.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        with needs_extra("Inspection.plot"):
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
 
         columns = min(3, len(self.layers))
         rows = math.ceil(len(self.layers) / columns)
@@ -160,8 +163,8 @@ def _spectrum(candidate: Candidate) -> SpectrumInspection:
         order = len(hsv) if degenerate else energy_order(hsv, tau)
         ranks[tau] = candidate.analysis.modes(order)
         bounds[tau] = 2 * float(hsv[order:].sum())
-    bounds = bounds if candidate.analysis.bounded else None
-    return SpectrumInspection(convention, candidate.analysis.gramians, tuple(hsv.tolist()), ranks, bounds)
+    known = bounds if candidate.analysis.bounded else None
+    return SpectrumInspection(convention, candidate.analysis.gramians, tuple(hsv.tolist()), ranks, known)
 
 
 def _layer_table(layer: LayerInspection) -> Table:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from compressm._version import __version__
 from compressm.adapters import Adapter
-from compressm.adapters.base import parameter_at
+from compressm.adapters.base import own_parameter
 from compressm.compression import _random_states
 from compressm.compression._references import References, Undo, put_list, put_mapping, take_back
 from compressm.compression.audit import full_name
@@ -156,6 +156,7 @@ class Restoration:
                 undo.callback(_random_states.restore, _random_states.capture(self.model), self.model)
                 _random_states.restore(self.rng, self.model)
             if self.compressor is not None:
+                assert self.progress is not None  # checked when it was read
                 undo.callback(take_back, _kept(self.compressor))
                 self.compressor.load_state_dict(self.progress)
             undo.pop_all()
@@ -256,7 +257,7 @@ def persistent(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _dtype(module: nn.Module, adapter: Adapter) -> str:
-    return str(parameter_at(module, adapter.parameters(module)[0]).dtype).removeprefix("torch.")
+    return str(own_parameter(module, adapter.parameters(module)[0]).dtype).removeprefix("torch.")
 
 
 def _section(manifest: Mapping[str, Any], name: str, tensors: dict[str, Tensor], kind: Any) -> Any:
@@ -331,7 +332,7 @@ def _check_room(layers: Layers, ranks: Mapping[str, int], state: Mapping[str, Te
             full = full_name(name, key)
             if full not in state:
                 raise CheckpointError(f"{full} is missing, expected the tensors of {rank} states of layer {name!r}")
-            slopes = [(b - a) / (now - probe) for a, b in zip(small.shape, parameter_at(module, key).shape, strict=True)]
+            slopes = [(b - a) / (now - probe) for a, b in zip(small.shape, own_parameter(module, key).shape, strict=True)]
             needed = math.prod(a + slope * (rank - probe) for a, slope in zip(small.shape, slopes, strict=True))
             if needed > 2 * state[full].numel() + 4096:
                 got = tuple(state[full].shape)

@@ -81,7 +81,7 @@ def new_states(
         if not foreign:
             result[key] = {name: value for name, value in state.items() if _stays(value, old[key], kinds.get(name))}
     elsewhere = {
-        key: state for other in optimizers if other is not optimizer for key, p in old.items() if (state := other.state.get(p))
+        key: kept for other in optimizers if other is not optimizer for key, p in old.items() if (kept := other.state.get(p))
     }
     for piece in _pieces(kinds, states, old, moments):
         _carry(piece, {**elsewhere, **states}, result, old, edit, moments)
@@ -105,23 +105,28 @@ def warn_unknown(optimizer: torch.optim.Optimizer, keys: set[str]) -> None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One kind of state of all parameters of a layer: an entry in their shape, or its row and column means, or both."""
+    """One kind of state of all parameters of a layer: an entry in their shape, or its row and column means, or both.
+
+    Attributes:
+        kind: one of KINDS; None where nobody named it.
+        name, rows, columns: keys of the state; empty for what it does not have.
+    """
 
     kind: str | None
-    name: str | None
-    rows: str | None = None
-    columns: str | None = None
+    name: str
+    rows: str = ""
+    columns: str = ""
 
     def read(self, state: State, parameter: Tensor) -> Tensor | None:
         """Float64, in the parameter's shape; None if the parameter has no such state."""
-        if self.rows is not None and isinstance(state.get(self.rows), Tensor):
+        if isinstance(state.get(self.rows), Tensor):
             return _product(state[self.rows], state[self.columns], parameter.shape)
         value = state.get(self.name)
-        return value.detach().double() if _has_shape(value, parameter) else None
+        return value.detach().double() if isinstance(value, Tensor) and _has_shape(value, parameter) else None
 
     def written(self, state: State, value: Tensor) -> dict[str, Tensor]:
         """The new state, in the form, dtype and device of the old one."""
-        if self.rows is None or not isinstance(state.get(self.rows), Tensor):
+        if not isinstance(state.get(self.rows), Tensor):
             return {self.name: value.to(state[self.name])}
         keep = state[self.rows].ndim == value.ndim
         rows, columns = value.mean(-1, keepdim=keep), value.mean(-2, keepdim=keep)
@@ -136,7 +141,7 @@ def _pieces(kinds: Mapping[str, str], states: Mapping[str, State], old: Mapping[
         if kind in (FIRST, MAGNITUDE, VALUE, MASTER, ZERO):
             yield _Piece(kind, key)
     if ROWS in named:
-        yield _Piece(SECOND, seconds[0] if seconds else None, named[ROWS], named[COLUMNS])
+        yield _Piece(SECOND, seconds[0] if seconds else "", named[ROWS], named[COLUMNS])
     for key in seconds[1 if ROWS in named else 0 :]:
         yield _Piece(SECOND, key)
     if moments == "slice":

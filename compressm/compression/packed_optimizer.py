@@ -126,7 +126,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, ready: Mapping[str, A
     kind = type(optimizer).__name__
     own = [dict(group) for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(ready)
+        optimizer.load_state_dict(dict(ready))
     except Exception as error:
         raise CheckpointError(f"its optimizer state does not fit {kind} ({type(error).__name__}: {error})") from error
     for group, before in zip(optimizer.param_groups, own, strict=True):
@@ -213,8 +213,7 @@ def _check_entry(where: str, key: Any, value: Any, parameter: Tensor) -> None:
             got = str(value.dtype) if isinstance(value, Tensor) else f"{value!r:.80}"
             raise CheckpointError(f"{where} is {got}, expected a tensor like its parameter, {parameter.dtype}")
         if value.shape != parameter.shape:
-            got, expected = tuple(value.shape), tuple(parameter.shape)
-            raise CheckpointError(f"{where} has shape {got}, expected {expected}")
+            raise CheckpointError(f"{where} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
         if not (value.is_floating_point() or value.is_complex()):
             raise CheckpointError(f"{where} is {value.dtype}, expected floating point")
     if isinstance(value, Tensor) and has_nan(value):

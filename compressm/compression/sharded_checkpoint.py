@@ -188,7 +188,7 @@ def _targets(manifest: Mapping[str, Any], model: nn.Module, optimizers: Sequence
     """Tensors to read into: the model's own, and blank ones sharded like the parameters they belong to."""
     own = {f"model/{name}": value.detach() for name, value in persistent(model).items()}
     parameters = dict(model.named_parameters())
-    like = {}
+    like: dict[str, nn.Parameter | None] = {}
     for number, state in enumerate(manifest["optimizers"]):
         for name, entries in state["state"].items():
             like |= {f"optimizers/{number}/state/{name}/{key}": parameters.get(name) for key in entries}

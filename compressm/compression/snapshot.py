@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter
-from compressm.adapters.base import holder, parameter_at
+from compressm.adapters.base import holder, own_parameter
 from compressm.compression import _random_states
 from compressm.compression._memory import ordered_state, placed_like
 from compressm.compression.audit import Ema, Optimizers, ema_layer, full_name
@@ -161,22 +161,22 @@ class Snapshot:
         def saved(section: str, key: Any = None, get: Getter = get) -> Any:
             return _join(self._tree[section] if key is None else self._tree[section][key], get)
 
+        def put(fill: Callable[..., None], item: Any, place: tuple[Any, ...], *more: Any) -> Callable[[], None]:
+            return lambda: fill(item, saved(*place), *more)
+
         for what, module in (("model", parts.model), ("ema", parts.ema)):
             if isinstance(module, nn.Module):
-                yield what, lambda what=what, module=module: _fill_module(module, saved(what))
-                yield f"extra state of the {what}", lambda what=what, module=module: _fill_extra(module, saved(what, "extra"))
+                yield what, put(_fill_module, module, (what,))
+                yield f"extra state of the {what}", put(_fill_extra, module, (what, "extra"))
         if isinstance(parts.ema, nn.Module):
             yield "attributes of the ema", lambda: self._set_attributes(parts)
         elif parts.ema is not None:
-            yield "ema", lambda: _fill_mapping(parts.ema, saved("ema"))
+            yield "ema", put(_fill_mapping, parts.ema, ("ema",))
         for index, optimizer in enumerate(parts.optimizers):
-            yield f"optimizer {index}", lambda index=index, optimizer=optimizer: _fill_optimizer(
-                optimizer, saved("optimizers", index, self._fresh(devices)), parts.model
-            )
+            place = "optimizers", index, self._fresh(devices)
+            yield f"optimizer {index}", put(_fill_optimizer, optimizer, place, parts.model)
         for name, item in parts.registered.items():
-            yield f"registered object {name!r}", lambda name=name, item=item: _fill_registered(
-                item, saved("registered", name, self._fresh(devices))
-            )
+            yield f"registered object {name!r}", put(_fill_registered, item, ("registered", name, self._fresh(devices)))
         yield "random states", lambda: _random_states.restore(
             _random_states.adopted(saved("random"), parts.model), parts.model
         )
@@ -265,7 +265,8 @@ def _check_names(state: Any, parts: Parts) -> None:
         got, expected = ("no EMA" if state["ema"] is None else "an EMA"), ("none" if parts.ema is None else "one")
         raise bad_argument("snapshot", got=got, expected=expected)
     for name, home in state["homes"].items():
-        torch.device(home if isinstance(name, str) else None)
+        place: Any = home if isinstance(name, str) else None
+        torch.device(place)
 
 
 def _split(tree: Any, where: str, tensors: dict[str, Tensor]) -> Any:
@@ -307,7 +308,7 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
 def _fill_module(module: nn.Module, state: Mapping[str, Any]) -> None:
     for name, value in state["parameters"].items():
         owner, leaf = holder(module, name)
-        old = parameter_at(module, name)
+        old = own_parameter(module, name)
         if old.shape == value.shape:
             old.copy_(value)
         else:

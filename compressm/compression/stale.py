@@ -94,7 +94,8 @@ def check_optimizers_outside(names: Mapping[int, str], optimizers: Iterable[torc
     """
 
     def look() -> list[str]:
-        return _about_optimizers(names, *_alive(torch.optim.Optimizer), optimizers)
+        (alive,) = _alive(torch.optim.Optimizer)
+        return _about_optimizers(names, alive, optimizers)
 
     if look():
         gc.collect()

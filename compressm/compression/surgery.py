@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter, LayerEdit
-from compressm.adapters.base import holder, parameter_at
+from compressm.adapters.base import holder, own_parameter
 from compressm.compression._memory import placed_like
 from compressm.compression._references import Undo, take_back
 from compressm.compression._undisturbed import ordinary
@@ -35,6 +35,7 @@ from compressm.compression.optimizer_state import MASTER, master_stores, masters
 from compressm.compression.stale import check_copies
 
 Action = tuple[Callable[[], None], Undo]
+Leaf = TypeVar("Leaf", bound=Tensor)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Swap:
 
         ``masters`` maps some of the names to their old master copies and the new values of these.
         """
-        old = {key: parameter_at(module, key) for key in tensors}
+        old = {key: own_parameter(module, key) for key in tensors}
         new = {key: _like(old[key], value) for key, value in tensors.items()}
         before = {key: master for key, (master, _) in (masters or {}).items()}
         after = {key: _like(master, value) for key, (master, value) in (masters or {}).items()}
@@ -130,12 +131,7 @@ def apply_edits(
     swaps = [_swap(name, *layers[name], edit, optimizers) for name, edit in edits.items()]
     actions: list[Action] = []
     for optimizer in optimizers:
-        carried = each(
-            lambda name, swap, optimizer=optimizer: new_states(
-                optimizer, {key: old for key, (old, _) in swap.held.items()}, edits[name], moments, optimizers
-            ),
-            {swap.name: swap for swap in swaps},
-        )
+        carried = each(partial(_carried, optimizer, edits, moments, optimizers), {swap.name: swap for swap in swaps})
         if unknown := set().union(*(keys for _, keys in carried.values())):
             warn_unknown(optimizer, unknown)
         actions += _optimizer_actions(optimizer, swaps, {name: states for name, (states, _) in carried.items()})
@@ -151,6 +147,19 @@ def apply_edits(
     _commit(model, optimizers, swaps, actions, ema, changed)
 
 
+def _carried(
+    optimizer: torch.optim.Optimizer,
+    edits: Mapping[str, LayerEdit],
+    moments: str,
+    optimizers: Optimizers,
+    name: str,
+    swap: Swap,
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """One layer's new state, see :func:`new_states`."""
+    old = {key: held for key, (held, _) in swap.held.items()}
+    return new_states(optimizer, old, edits[name], moments, optimizers)
+
+
 def _swap(name: str, module: nn.Module, adapter: Adapter, edit: LayerEdit, optimizers: Optimizers) -> Swap:
     """A layer's swap; parameters with a copy in higher precision are the rounding of that copy."""
     attached = masters_of(optimizers)
@@ -159,16 +168,17 @@ def _swap(name: str, module: nn.Module, adapter: Adapter, edit: LayerEdit, optim
     for optimizer in optimizers:
         for slot in (slot for slot, kind in state_kinds(optimizer).items() if kind == MASTER):
             for key in edit.tensors:
-                copy = optimizer.state.get(parameter_at(module, key), {}).get(slot)
-                if isinstance(copy, Tensor) and copy.shape == parameter_at(module, key).shape:
+                parameter = own_parameter(module, key)
+                copy = optimizer.state.get(parameter, {}).get(slot)
+                if isinstance(copy, Tensor) and copy.shape == parameter.shape:
                     precise[key] = copy
-    tensors = dict(edit.tensors)
+    tensors, renewed = dict(edit.tensors), dict[str, tuple[Tensor, Tensor]]()
     if precise:
-        live = {key: parameter_at(module, key) for key in tensors}
-        values = edit.values({key: value.detach().double() for key, value in {**live, **precise}.items()})
+        live: dict[str, Tensor] = {key: own_parameter(module, key) for key in tensors}
+        values = edit.values({key: value.detach().double() for key, value in (live | precise).items()})
         tensors |= {key: values[key].to(master).to(tensors[key]) for key, master in precise.items()}
-        masters = {key: (master, values[key].to(master)) for key, master in masters.items()}
-    return Swap.of(name, module, tensors, adapter.attributes(module, edit.rank_after), masters)
+        renewed = {key: (master, values[key].to(master)) for key, master in masters.items()}
+    return Swap.of(name, module, tensors, adapter.attributes(module, edit.rank_after), renewed)
 
 
 @ordinary()
@@ -282,10 +292,11 @@ def _ema_actions(ema: Ema, name: str, edit: LayerEdit) -> list[Action]:
     return actions
 
 
-def _like(old: Tensor, value: Tensor) -> Tensor:
+def _like(old: Leaf, value: Tensor) -> Leaf:
     """A leaf of that value: a Parameter if the old one is, with its requires_grad and attributes, in memory like its."""
     value = placed_like(value.detach().clone(), old)
-    new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value.requires_grad_(old.requires_grad)
+    wanted = old.requires_grad
+    new: Any = nn.Parameter(value, wanted) if isinstance(old, nn.Parameter) else value.requires_grad_(wanted)
     new.__dict__.update(old.__dict__)
     return new
 
@@ -307,7 +318,7 @@ def _assign(container: Any, key: Any, value: Any) -> Action:
 
 def _attribute_actions(module: nn.Module, attributes: Mapping[str, int]) -> list[Action]:
     """Set plain attributes of a layer, by name relative to it."""
-    actions = []
+    actions: list[Action] = []
     for key, value in attributes.items():
         owner, leaf = holder(module, key)
         old = getattr(owner, leaf)

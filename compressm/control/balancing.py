@@ -293,7 +293,7 @@ def hankel_singular_values(system: DiagonalSystem, convention: str) -> Tensor:
 
 def _checked(
     system: DiagonalSystem, convention: str, P: Tensor | None, Q: Tensor | None, fallback_Q: Tensor | None
-) -> list[Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The Gramians to balance, see :func:`balance`."""
     check_convention(convention)
     if system.batch_shape:
@@ -303,16 +303,16 @@ def _checked(
         white_P, white_Q = white_gramians(system, convention)
         P, Q = white_P if P is None else P, white_Q if Q is None else Q
     dtype = torch.float64 if convention == "real" else torch.complex128
-    prepared = []
-    for name, gramian in (("P", P), ("Q", Q), ("fallback_Q", fallback_Q)):
-        if gramian is not None:
-            if gramian.shape != (n, n):
-                raise bad_argument(name, got=tuple(gramian.shape), expected=f"({n}, {n}) in the {convention} convention")
-            gramian = gramian.to(system.log_lam.device, dtype)
-            if not bool(torch.isfinite(gramian).all()):
-                raise NumericalError(f"Gramian {name} holds NaN or infinite entries, expected finite ones")
-        prepared.append(gramian)
-    return prepared
+
+    def prepared(name: str, gramian: Tensor) -> Tensor:
+        if gramian.shape != (n, n):
+            raise bad_argument(name, got=tuple(gramian.shape), expected=f"({n}, {n}) in the {convention} convention")
+        gramian = gramian.to(system.log_lam.device, dtype)
+        if not bool(torch.isfinite(gramian).all()):
+            raise NumericalError(f"Gramian {name} holds NaN or infinite entries, expected finite ones")
+        return gramian
+
+    return prepared("P", P), prepared("Q", Q), None if fallback_Q is None else prepared("fallback_Q", fallback_Q)
 
 
 def factor(gramian: Tensor) -> Tensor:

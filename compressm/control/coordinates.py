@@ -87,7 +87,7 @@ class Coordinates:
         index = torch.arange(len(modes), device=self.A.device)
         rows[index, modes] = 1
         if self.convention == "real":
-            rows[index, modes + self.order] = 1j
+            rows.imag[index, modes + self.order] = 1
         return rows
 
 

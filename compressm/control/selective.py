@@ -14,6 +14,7 @@ The subset whose refitted error is smaller wins.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +145,7 @@ def refitted_subset(moments: SelectiveMoments, rank: int) -> SelectiveReduction:
     for name, subset in (("backward", states), ("forward", forward_subset(moments, rank))):
         refit = refitted_mix(moments, subset)
         found.append(SelectiveReduction(subset, refit, f"{name} subset, C refitted", _error(moments, subset, refit)))
-    return min(found, key=lambda reduction: reduction.output_error)
+    return min(found, key=lambda reduction: math.inf if reduction.output_error is None else reduction.output_error)
 
 
 def backward_subset(P: Tensor, Q: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -22,13 +22,13 @@ _taught: set[type[nn.Module]] = set()
 _loading: ContextVar[bool] = ContextVar("loading from a checkpoint", default=False)
 
 
-def teach_load_from_checkpoint(base: type[nn.Module]) -> None:
+def teach_load_from_checkpoint(base: Any) -> None:
     """Let ``load_from_checkpoint`` of ``LightningModule`` and its subclasses give the new module the checkpoint's ranks.
 
     ``load_state_dict`` of modules that exist already stays as it is.  Doing it again changes nothing.
 
     Args:
-        base: ``LightningModule`` of lightning or pytorch_lightning.
+        base: the class ``LightningModule`` of lightning or pytorch_lightning.
     """
     if base in _taught:
         return

@@ -38,6 +38,7 @@ class AcceleratedMambaMixer(MambaMixer):
         x, z = project(self, _without_padding(hidden_states, attention_mask))
         x = _without_padding(self._convolve(x, cache, conv_state).mT, attention_mask)
         dt, B, C, dt_bias = select(self, x)
+        y: Any
         if state is not None and length == 1:
             y = selective_state_update(
                 state, x[:, 0], dt[:, 0], decay(self), B[:, 0], C[:, 0], self.D, z[..., 0], dt_bias, dt_softplus=True

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from compressm.compression import Compressor
 from compressm.compression.optimizer_state import unwrapped
 from compressm.compression.planning import plain_model
+from compressm.errors import needs_extra
 from compressm.integrations._common import sized_configs, tell_configs
 from compressm.integrations.resizing import resize_on_load
+
+with needs_extra("compressm.integrations.accelerate"):
+    from accelerate import Accelerator
 
 __all__ = ["prepare"]
 
@@ -55,8 +58,8 @@ def prepare(
         ArgumentError, OptimizerError: see the Compressor.
     """
     plain = plain_model(model)
-    several = isinstance(optimizer, list | tuple)
-    optimizers = [unwrapped(item) for item in (optimizer if several else [optimizer])]
+    items: Any = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers = [unwrapped(item) for item in items]
     compressor = Compressor(plain, optimizers, **{"uniform": bool(sized_configs(plain))} | options)
     accelerator.register_for_checkpointing(compressor)
     resize_on_load(plain, lambda: optimizers, after=lambda: tell_configs(plain))

@@ -20,15 +20,16 @@ from compressm.adapters import find_layers
 from compressm.compression import Compressor, Policy
 from compressm.compression.audit import Ema
 from compressm.compression.planning import plain_model
-from compressm.errors import ModelError, bad_argument
+from compressm.errors import ModelError, bad_argument, needs_extra
 from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs, tell_configs
 from compressm.integrations._lightning_loading import teach_load_from_checkpoint
 from compressm.integrations.resizing import follow, resize_on_load
 
-try:
-    from lightning.pytorch import Callback
-except ModuleNotFoundError:
-    from pytorch_lightning import Callback
+with needs_extra("compressm.integrations.lightning"):
+    try:
+        from lightning.pytorch import Callback
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback  # type: ignore[assignment]  # the same under another name
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -114,14 +115,14 @@ class CompressionCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         taken, self._taken = self._taken, 0
         if (kept := _kept(trainer)) != self._kept:  # another callback has made its average
-            self._kept, self.compressor.ema = kept, self._average(kept)
-        reports = [self.compressor.step() for _ in range(taken)]
+            self._kept, self._running.ema = kept, self._average(kept)
+        reports = [self._running.step() for _ in range(taken)]
         if any(reports):
             tell_configs(pl_module)
             self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.compressor.close()
+        self._running.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._handles:
@@ -145,15 +146,21 @@ class CompressionCallback(Callback):
             raise bad_argument("ema", got=got, expected="one averaged model, which follows", remedy="Do without the others")
         return averages[0] if averages else passed
 
+    @property
+    def _running(self) -> Compressor:
+        """The Compressor of the training that has begun."""
+        assert self.compressor is not None
+        return self.compressor
+
     def _count(self, *_: Any) -> None:
         self._taken += 1
 
     def _log(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics({f"states/{n}": float(r) for n, r in self.compressor.ranks.items()}, step=trainer.global_step)
+            logger.log_metrics({f"states/{n}": float(r) for n, r in self._running.ranks.items()}, step=trainer.global_step)
 
 
-def _kept(trainer: Trainer) -> list[nn.Module]:
+def _kept(trainer: Any) -> list[nn.Module]:
     """The averaged models that callbacks keep, those that have been made."""
     found: list[nn.Module] = []
     for item in trainer.callbacks:

@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from compressm.errors import BackendError, DependencyError, bad_argument
@@ -52,7 +52,7 @@ def patch() -> None:
     layer.Mamba.forward, layer.Mamba.step = _forward, _step
 
 
-def _forward(self: nn.Module, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
+def _forward(self: Any, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
     """(B, L, d_model) -> the same shape; at ``seqlen_offset`` 0 the states are kept, behind it one token advances them."""
     if inference_params is None:
         return mix(self, hidden_states)
@@ -62,7 +62,7 @@ def _forward(self: nn.Module, hidden_states: Tensor, inference_params: Any = Non
     return mix(self, hidden_states, states)
 
 
-def _step(self: nn.Module, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _step(self: Any, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One token (B, 1, d_model): (output, conv_state, ssm_state), the states in place."""
     return step(self, hidden_states, conv_state, ssm_state), conv_state, ssm_state
 
@@ -104,8 +104,8 @@ def mamba_inner_fn(
     for name, value in rest.items():
         if name.endswith("_rms_weight") and value is not None:
             raise bad_argument(name, got="a tensor", expected="None: B, C and delta are taken as they are")
-    x, z = xz.chunk(2, dim=1)
-    x = causal_conv1d(x, conv1d_weight[:, 0], conv1d_bias, activation="silu")
+    x_in, z = xz.chunk(2, dim=1)
+    x: Any = causal_conv1d(x_in, conv1d_weight[:, 0], conv1d_bias, activation="silu")
     rank, order = delta_proj_weight.shape[1], A.shape[1]
     sizes = [rank, order if B is None else 0, order if C is None else 0]
     low_rank, B_t, C_t = F.linear(x.mT, x_proj_weight).split(sizes, dim=-1)
@@ -114,7 +114,7 @@ def mamba_inner_fn(
     if C is None:
         C = (C_t if C_proj_bias is None else C_t + C_proj_bias).mT
     delta = F.linear(low_rank, delta_proj_weight).mT
-    y = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y: Any = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return F.linear(y.mT, out_proj_weight, out_proj_bias)
 
 
@@ -124,7 +124,7 @@ def stand_in_for_the_extension() -> None:
         return
     module = ModuleType(EXTENSION, "Stands in for mamba_ssm's CUDA extension, which is not installed.")
     module.__spec__ = ModuleSpec(EXTENSION, None)
-    module.fwd = module.bwd = _refuse
+    vars(module).update(fwd=_refuse, bwd=_refuse)
     sys.modules[EXTENSION] = module
 
 

@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import compressm
 from compressm.compression import Compressor, Policy, StaleCopyWarning
 from compressm.compression.codec import encode
 from compressm.compression.optimizer_state import unwrapped
-from compressm.errors import ModelError, bad_argument
+from compressm.errors import ModelError, bad_argument, needs_extra
 from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs
-from compressm.integrations._mamba_mixer import AcceleratedMambaMixer, accelerate_
-from compressm.integrations._peft import save_base, saves_adapters_alone
 from compressm.integrations.resizing import resize_on_load
+
+with needs_extra("compressm.integrations.transformers"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ExportableState
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    from compressm.integrations._mamba_mixer import AcceleratedMambaMixer, accelerate_
+    from compressm.integrations._peft import save_base, saves_adapters_alone
 
 __all__ = ["AcceleratedMambaMixer", "CompressionCallback", "accelerate_", "save_base", "update_config"]
 
@@ -80,7 +83,8 @@ class CompressionCallback(TrainerCallback, ExportableState):
         self._attach(args, model, optimizer)
         schedule = as_schedule(self.schedule, state.max_steps)
         # The Trainer writes only into entries that are there.
-        entry = state.stateful_callbacks.setdefault(type(self).__name__, {"attributes": {"compressor": None}})
+        callbacks: Any = state.stateful_callbacks
+        entry = callbacks.setdefault(type(self).__name__, {"attributes": {"compressor": None}})
         saved = entry["attributes"]["compressor"]
         options = {"uniform": bool(sized_configs(model))} | self.options
         self.compressor = Compressor(model, self._optimizer, policy=self.policy, schedule=schedule, **options)
@@ -98,9 +102,9 @@ class CompressionCallback(TrainerCallback, ExportableState):
             self.compressor.load_state_dict(saved)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        before = self.compressor.ranks
-        self.compressor.step()
-        if self.compressor.ranks != before:
+        before = self._running.ranks
+        self._running.step()
+        if self._running.ranks != before:
             self._resized()
             if self._adapters_alone:
                 warnings.warn(
@@ -114,14 +118,14 @@ class CompressionCallback(TrainerCallback, ExportableState):
         self._postpone_saving(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._adapters_alone and any(report.changed for report in self.compressor.history):
-            save_base(self._model, Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "base"))
+        if self._adapters_alone and any(report.changed for report in self._running.history):
+            save_base(self._trained, Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "base"))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._postpone_saving(control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.compressor.close()
+        self._running.close()
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into its checkpoints."""
@@ -131,7 +135,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
         """Checkpoints due while a guard holds tensors to undo a reduction wait: the Trainer writes states as JSON."""
         if control.should_save or self._postponed:
             tensors: dict[str, torch.Tensor] = {}
-            encode(self.compressor.state_dict(), "compressor", tensors)
+            encode(self._running.state_dict(), "compressor", tensors)
             control.should_save = not tensors
             self._postponed = not control.should_save
 
@@ -162,8 +166,20 @@ class CompressionCallback(TrainerCallback, ExportableState):
         return () if self._optimizer is None else (self._optimizer,)
 
     def _resized(self) -> None:
-        if sized_configs(self._model):
-            update_config(self._model)
+        if sized_configs(self._trained):
+            update_config(self._trained)
+
+    @property
+    def _running(self) -> Compressor:
+        """The Compressor of the training that has begun."""
+        assert self.compressor is not None
+        return self.compressor
+
+    @property
+    def _trained(self) -> nn.Module:
+        """The model that the callback was attached to."""
+        assert self._model is not None
+        return self._model
 
 
 def update_config(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,15 @@ class LRU(nn.Module):
     Parameters: ``nu_log, theta_log, gamma_log`` (N,), ``B_re, B_im`` (N, H), ``C_re, C_im`` (H, N), ``D`` (H,).
     """
 
+    nu_log: nn.Parameter
+    theta_log: nn.Parameter
+    gamma_log: nn.Parameter
+    B_re: nn.Parameter
+    B_im: nn.Parameter
+    C_re: nn.Parameter
+    C_im: nn.Parameter
+    D: nn.Parameter
+
     def __init__(
         self,
         d_model: int,
@@ -50,7 +60,7 @@ class LRU(nn.Module):
         self.d_model = d_model
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
         self._last_call: tuple[str, torch.dtype, int, int] | None = None  # device type, dtype, batch and length of the input
-        empty = {"device": device, "dtype": dtype}
+        empty: dict[str, Any] = {"device": device, "dtype": dtype}
         for name, shape in self.parameter_shapes(d_state).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **empty)))
         self.reset_parameters()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +44,7 @@ class LRUBlock(nn.Module):
         super().__init__()
         if not 0 <= dropout <= 1:
             raise bad_argument("dropout", got=dropout, expected="a probability")
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         lru = LRU(d_model, d_state, r_min=r_min, r_max=r_max, max_phase=max_phase, **options)  # it checks its arguments
         self.norm = LayerNorm(d_model, **options)
         self.lru = lru

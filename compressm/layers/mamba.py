@@ -72,11 +72,11 @@ class Mamba(nn.Module):
             raise bad_argument("dt_init", got=repr(dt_init), expected="'random' or 'constant'")
         if not 0 < dt_min <= dt_max:
             raise bad_argument("dt_min, dt_max", got=(dt_min, dt_max), expected="0 < dt_min <= dt_max")
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_conv, self.expand = d_model, d_conv, expand
         self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
         self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.dt_rank = dt_rank if isinstance(dt_rank, int) else math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **options)
         self.conv1d = nn.Conv1d(
             self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **options
@@ -97,7 +97,8 @@ class Mamba(nn.Module):
         """A = -1, -2, ..., -N in every channel, and D = 1 (section 3.6 of the paper)."""
         self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device).log())
         self.D.fill_(1.0)
-        self.A_log._no_weight_decay = self.D._no_weight_decay = True
+        for parameter in (self.A_log, self.D):
+            vars(parameter)["_no_weight_decay"] = True
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters, those of the sub-modules included."""

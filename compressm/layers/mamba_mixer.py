@@ -8,7 +8,7 @@ an op may take its parameters instead, which gives the same numbers faster; wher
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from compressm.layers._plain import plain
 from compressm.layers.step_sizes import StepSizes
 
 SILU = ("silu", "swish")
+Mixer = Any  # a module with the names of mamba_ssm's
 
 
 class Selection(NamedTuple):
@@ -38,13 +39,13 @@ class Selection(NamedTuple):
 
 
 def mix(
-    mixer: nn.Module,
+    mixer: Mixer,
     hidden_states: Tensor,
     cache: tuple[Tensor, Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
     *,
-    convolution: Callable[..., Tensor] = causal_conv1d,
-    scan: Callable[..., Tensor | tuple[Tensor, Tensor]] = selective_scan,
+    convolution: Callable[..., Any] = causal_conv1d,
+    scan: Callable[..., Any] = selective_scan,
 ) -> Tensor:
     """The whole mixer from a zero state, (B, L, d_model) -> (B, L, d_model).
 
@@ -72,7 +73,7 @@ def mix(
     return mixer.out_proj(result.mT)
 
 
-def step(mixer: nn.Module, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+def step(mixer: Mixer, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
     """One token (B, 1, d_model) -> (B, 1, d_model); conv_state (B, d_inner, width) and ssm_state (B, d_inner, N) in place."""
     x, z = mixer.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
     x = convolve_step(mixer, x, conv_state)
@@ -81,13 +82,13 @@ def step(mixer: nn.Module, hidden_states: Tensor, conv_state: Tensor, ssm_state:
     return mixer.out_proj(y).unsqueeze(1)
 
 
-def scan_inputs(mixer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Selection]:
+def scan_inputs(mixer: Mixer, hidden_states: Tensor) -> tuple[Tensor, Selection]:
     """The scan's input (B, d_inner, L), and its step sizes (B, L, d_inner), B and C (B, L, N)."""
     x = convolve(mixer, project(mixer, hidden_states)[0])
     return x, select(mixer, x.mT)
 
 
-def project(mixer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def project(mixer: Mixer, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """x and gate z, (B, d_inner, L) each, of hidden states (B, L, d_model).
 
     Channels lie next to each other in memory, on a GPU time steps where the projection is plain.
@@ -109,11 +110,11 @@ def project(mixer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convolve(
-    mixer: nn.Module,
+    mixer: Mixer,
     x: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
-    convolution: Callable[..., Tensor] = causal_conv1d,
+    convolution: Callable[..., Any] = causal_conv1d,
 ) -> Tensor:
     """The activated causal convolution of x (B, d_inner, L), zeros in front of every sequence."""
     conv, silu = mixer.conv1d, getattr(mixer, "activation", "silu") in SILU
@@ -127,7 +128,7 @@ def convolve(
     return F.silu(out) if silu else mixer.act(out)
 
 
-def convolve_step(mixer: nn.Module, x: Tensor, conv_state: Tensor) -> Tensor:
+def convolve_step(mixer: Mixer, x: Tensor, conv_state: Tensor) -> Tensor:
     """The same of one step x (B, d_inner) behind the last inputs conv_state (B, d_inner, width), which are written."""
     conv, silu = mixer.conv1d, getattr(mixer, "activation", "silu") in SILU
     if plain(conv, nn.Conv1d):
@@ -140,7 +141,7 @@ def convolve_step(mixer: nn.Module, x: Tensor, conv_state: Tensor) -> Tensor:
     return F.silu(out) if silu else mixer.act(out)
 
 
-def select(mixer: nn.Module, x: Tensor) -> Selection:
+def select(mixer: Mixer, x: Tensor) -> Selection:
     """What depends on the token, from the convolution's output x (..., d_inner)."""
     states, linear = mixer.A_log.shape[1], mixer.dt_proj
     mix = mixer.x_proj(x)
@@ -150,7 +151,7 @@ def select(mixer: nn.Module, x: Tensor) -> Selection:
     return Selection(linear(low_rank), B, C, None)
 
 
-def decay(mixer: nn.Module) -> Tensor:
+def decay(mixer: Mixer) -> Tensor:
     """A = -exp(A_log) (d_inner, N), in float32 at least."""
     return -torch.exp(mixer.A_log.to(torch.promote_types(mixer.A_log.dtype, torch.float32)))
 
@@ -173,7 +174,7 @@ def packing(seq_idx: Tensor) -> Tensor:
     return F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=batch * length)
 
 
-def _in_one_op(mixer: nn.Module, hidden_states: Tensor) -> Tensor | None:
+def _in_one_op(mixer: Mixer, hidden_states: Tensor) -> Tensor | None:
     """The mixer by one op; None where its steps have to run one by one.
 
     That is where the op cannot run (see :func:`mamba_mixer`), or a sub-module is more than its parameters.

@@ -50,4 +50,4 @@ class StepSizes(nn.Linear):
         drawn = torch.rand(self.out_features, device=self.bias.device)
         dt = torch.exp(drawn * span + math.log(self.dt_min)).clamp_min(self.dt_init_floor)
         self.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.bias._no_reinit = True
+        vars(self.bias)["_no_reinit"] = True

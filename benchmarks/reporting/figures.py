@@ -16,9 +16,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from compressm.benchmarking.analysis import AXES, OURS, Curve, Group, Shrinking, computations, is_ours
 from compressm.benchmarking.results import Result
-from compressm.benchmarking.wording import LETTERS, RESOURCES, manner, number, op_name, short, sizes
+
+from .analysis import AXES, OURS, Curve, Group, Shrinking, computations, is_ours
+from .wording import LETTERS, RESOURCES, manner, number, op_name, short, sizes
 
 WIDTH = 8.0  # inches
 DPI = 150

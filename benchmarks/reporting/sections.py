@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from compressm.benchmarking.analysis import (
+from compressm.benchmarking.results import Level, Run
+
+from .analysis import (
     OURS,
     Curve,
     Group,
@@ -19,8 +21,7 @@ from compressm.benchmarking.analysis import (
     shrinking_steps,
     tally,
 )
-from compressm.benchmarking.results import Level, Run
-from compressm.benchmarking.wording import (
+from .wording import (
     NONE,
     RESOURCES,
     code,
@@ -87,7 +88,7 @@ def introduction(runs: Mapping[str, Run]) -> list[str]:
     """Where it all comes from."""
     files = ", ".join(code(f"{name}.json") for name in runs)
     return [
-        f"Generated from {files} by `python -m compressm.benchmarking.report`; `make bench` measures anew."
+        f"Generated from {files} by `python -m benchmarks.reporting.report`; `make bench` measures anew."
         " [How it was measured](#how-it-was-measured) is at the end.",
         "",
     ]

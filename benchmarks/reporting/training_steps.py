@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from compressm.benchmarking.analysis import OURS, Shrinking, contenders, shrinking_steps
 from compressm.benchmarking.results import Run
-from compressm.benchmarking.wording import NONE, escape, number, once, percent, plain_name, sizes, table, times, timing, whole
+
+from .analysis import OURS, Shrinking, contenders, shrinking_steps
+from .wording import NONE, escape, number, once, percent, plain_name, sizes, table, times, timing, whole
 
 REMARKS = {"scifar": "The sCIFAR model of the paper has 6 blocks and batch 50; the sizes that were timed stand under its name."}
 POOR_LINE = 0.1  # by which a line may miss a time before the report says so

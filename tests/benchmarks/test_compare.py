@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from benchmarking.run_cases import CEILINGS, missing, run_of, timed
+from benchmarks.run_cases import CEILINGS, missing, run_of, timed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reporting.compare import app, compare
 from typer.testing import CliRunner
 
-from compressm.benchmarking.compare import app, compare
 from compressm.errors import ArgumentError
 
 RUNNER = CliRunner()

@@ -1,6 +1,6 @@
 """What changed between two result files, for reviewers.
 
-    python -m compressm.benchmarking.compare old.json new.json --fail-over 1.10
+    python -m benchmarks.reporting.compare old.json new.json --fail-over 1.10
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compressm.benchmarking.analysis import Spread, is_ours
 from compressm.benchmarking.results import Result, Run
-from compressm.benchmarking.wording import commit, machine_name, number, once, span
 from compressm.errors import ArgumentError, CompressmError
+
+from .analysis import Spread, is_ours
+from .wording import commit, machine_name, number, once, span
 
 SAME_MACHINE = ("cpu", "device", "cores", "threads")  # entries of machine that two runs must share
 NOISE = 0.03  # by which ceilings of an unchanged machine differ

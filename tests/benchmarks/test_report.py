@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarking.run_cases import missing, run_of, step, table_with, tables, timed
+from benchmarks.run_cases import missing, run_of, step, table_with, tables, timed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
+from reporting import report
+from reporting.wording import number
 from typer.testing import CliRunner
 
-from compressm.benchmarking import report
 from compressm.benchmarking.results import Missing
-from compressm.benchmarking.wording import number
 from compressm.errors import ArgumentError, DataError
 
 HOSTILE = "a|b`c<script>\n# d **e** [f](g) \\|"
@@ -303,6 +303,6 @@ def test_errors_name_the_file_and_the_way_out(tmp_path):
 
 def test_runs_as_a_module(tmp_path):
     run_of(timed()).save(tmp_path / "cpu.json")
-    command = [sys.executable, "-m", report.__name__, str(tmp_path / "cpu.json"), "--out", str(tmp_path / "R.md")]
+    command = [sys.executable, "-m", "benchmarks.reporting.report", str(tmp_path / "cpu.json"), "--out", str(tmp_path / "R.md")]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(report.__file__).parents[2])
     assert (tmp_path / "R.md").read_text().startswith("# Speed report\n")

@@ -1,6 +1,6 @@
 """The speed report: one Markdown file and its pictures, the same bytes for the same result files.
 
-    python -m compressm.benchmarking.report benchmarks/results/*.json --out benchmarks/REPORT.md
+    python -m benchmarks.reporting.report benchmarks/results/*.json --out benchmarks/REPORT.md
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Annotated
 
 import typer
 
-from compressm.benchmarking import figures, sections, training_steps
-from compressm.benchmarking.analysis import OURS, Shrinking, contenders, shrinking_steps
 from compressm.benchmarking.results import Run
-from compressm.benchmarking.wording import escape, machine_name, plain_name
 from compressm.errors import ArgumentError, CompressmError, DataError
+
+from . import figures, sections, training_steps
+from .analysis import OURS, Shrinking, contenders, shrinking_steps
+from .wording import escape, machine_name, plain_name
 
 DEFAULT_OUT = Path("benchmarks/REPORT.md")
 FIGURES = "figures"  # folder beside the report

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compressm.benchmarking.analysis import Group, Spread
 from compressm.benchmarking.results import Milliseconds, Missing, Result
+
+from .analysis import Group, Spread
 
 NONE = "–"
 SPACE = "\u00a0"  # one at which no line breaks
