@@ -9,8 +9,9 @@ import pytest
 from experiments.report_cases import SPECTRUM, layer
 
 from compressm.errors import DataError
-from compressm.experiments.report_data import LayerCut, parse_report, read_report, rows
-from compressm.experiments.summary import duration, milliseconds, sampling_noise, significant, states
+from compressm.experiments.reports.comparison import rows
+from compressm.experiments.reports.data import LayerCut, parse_report, read_report
+from compressm.experiments.reports.summary import duration, milliseconds, sampling_noise, significant, states
 
 
 def test_rows_compare_with_the_full_run(data):
