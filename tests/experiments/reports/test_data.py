@@ -95,6 +95,8 @@ def test_number_formats():
         ('{"runs": [{"title": "x"}]}', r"runs\.0\.name: "),
         ('{"runs": [{"name": "full", "curve": [{"step": "x"}]}]}', r"runs\.0\.curve\.0\.step: "),
         ('{"runs": [{"name": "full"}, {"name": "full"}]}', "names of runs must differ"),
+        ('{"runs": [{"name": "full", "final": {"accuracy": "x"}}]}', "run 'full': accuracy is 'x', expected a number"),
+        ('{"runs": [{"name": "a", "reductions": [{"step": 1, "accuracy_after": []}]}]}', r"run 'a': accuracy_after is \[\]"),
     ],
 )
 def test_damaged_reports(tmp_path, text, message):
