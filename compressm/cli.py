@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import compressm
 from compressm._version import __version__
 from compressm.errors import ConfigError
-from compressm.experiments.settings import PRESETS, parse_assignments
+from compressm.experiments.tasks.presets import PRESETS
 
 app = typer.Typer(
     name="compressm",
@@ -52,8 +53,9 @@ def train(
     """Train, shrink in training, and compare with full size and with small from scratch."""
     from compressm.experiments import runs
     from compressm.experiments.display import TrainingDisplay
-    from compressm.experiments.summary import headline, summary_table
-    from compressm.experiments.tasks import TASK_CLASSES
+    from compressm.experiments.reports.summary import headline, summary_table
+    from compressm.experiments.settings import parse_assignments
+    from compressm.experiments.tasks.objectives import OBJECTIVES
 
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
     overrides = {key: value for key, value in options.items() if value is not None}
@@ -67,7 +69,7 @@ def train(
     command = runs.prepare(preset, overrides, out, folder, resume=resume, overwrite=overwrite)
     if resume and not command.resume:
         console.print(f"nothing to resume in {out}, starting anew", highlight=False)
-    metric = TASK_CLASSES[command.settings.task].metric
+    metric = OBJECTIVES[command.settings.objective].metric
     with _stop_on_signal() as stopped, TrainingDisplay(console, len(command.settings.runs), metric) as display:
         try:
             report = runs.execute(command, out, display, lambda: bool(stopped))
@@ -82,9 +84,9 @@ def train(
 @app.command()
 def report(folder: RunFolder) -> None:
     """Print the table of a finished command again, and draw its report.html anew."""
-    from compressm.experiments.report_data import read_report
-    from compressm.experiments.report_html import write_html
-    from compressm.experiments.summary import headline, summary_table
+    from compressm.experiments.reports.data import read_report
+    from compressm.experiments.reports.html import write_html
+    from compressm.experiments.reports.summary import headline, summary_table
 
     data = read_report(folder)
     console = Console()

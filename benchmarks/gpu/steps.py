@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressm.experiments.language_model import LanguageModel
-from compressm.experiments.models import Classifier
+from compressm.experiments.tasks.models.lru import Classifier
+from compressm.experiments.tasks.models.mamba import LanguageModel
 from gpu.part_layers import autocast
 
 MODES = ("eager", "graph", "compile", "compile+graph")

@@ -38,7 +38,7 @@ def step(problem: Problem) -> Contender:
 
     def train(state: dict[str, Any], batch: int, dropout: float) -> Any:
         state["step"] += 1
-        x, y = (jax_scans.to_jax(t) for t in task.batches[batch])
+        x, y = (jax_scans.to_jax(t) for t in task.objective.batches[batch])
         state["parameters"], state["moments"], loss = update(
             state["parameters"], state["moments"], x, y, state["step"], jax.random.key(state["step"]), dropout
         )

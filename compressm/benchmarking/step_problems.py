@@ -8,7 +8,7 @@ the forward runs under autocast, as with ``--set autocast=bfloat16``; no limits 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,56 +21,47 @@ from compressm.benchmarking.problems import Answers, Contender, Function, Op, Pr
 from compressm.benchmarking.reduction_problems import NOT_COUNTED
 from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
-from compressm.experiments.batches import Batches
-from compressm.experiments.datasets import Dataset
-from compressm.experiments.language_model import BYTES, prediction_loss
-from compressm.experiments.models import count_parameters
-from compressm.experiments.settings import Settings, resolve
-from compressm.experiments.tasks import ImageTask, Task, TextTask
-from compressm.experiments.texts import Text, WindowBatches
-from compressm.experiments.training import TrainingRun
-from compressm.kernels import cross_entropy
+from compressm.experiments.methods.full import Full
+from compressm.experiments.settings import resolve
+from compressm.experiments.tasks.datasets.sequences import Sequences
+from compressm.experiments.tasks.datasets.texts import Text
+from compressm.experiments.tasks.models.mamba import BYTES
+from compressm.experiments.tasks.settings import Settings
+from compressm.experiments.tasks.task import Task
+from compressm.experiments.training import TrainingRun, count_parameters
 
 BATCHES_OF_NOISE = 4
 Change = Callable[[nn.Module], None]  # of a model, in place, before its optimizer is made
 
 
-class NoisyImages(ImageTask):
+class Changed(Full):
+    """The model of full size, changed in place before its optimizer is made.
+
+    Args:
+        change: of the model; None leaves it as it is.
+    """
+
+    def __init__(self, change: Change | None) -> None:
+        self.change = change
+
+    def start(self, task: Task, states: Sequence[int]) -> nn.Module:
+        model = super().start(task, states)
+        if self.change is not None:
+            self.change(model)
+        return model
+
+
+def noisy_images(settings: Settings, length: int, channels: int) -> Sequences:
     """Pixels without meaning in the shapes of a dataset."""
-
-    pixels: tuple[int, int]  # length, channels
-    change: Change | None = None
-
-    def load(self, folder: Path | None) -> None:
-        s = self.settings
-        count = BATCHES_OF_NOISE * s.batch_size
-        x, y = torch.randint(0, 256, (count, *self.pixels), dtype=torch.uint8), torch.randint(0, 10, (count,))
-        self.data = Dataset("noise", x, y, x, y, 10).to(self.device)
-        self.batches = Batches(self.data.train_x, self.data.train_y, s.batch_size, s.seed)
-
-    def build_model(self, run: str, states) -> nn.Module:
-        return _changed(super().build_model(run, states), self.change)
+    count = BATCHES_OF_NOISE * settings.batch_size
+    x, y = torch.randint(0, 256, (count, length, channels), dtype=torch.uint8), torch.randint(0, 10, (count,))
+    return Sequences("noise", x, y, x, y, 10)
 
 
-class NoisyText(TextTask):
+def noisy_text() -> Text:
     """Bytes without meaning."""
-
-    change: Change | None = None
-
-    def load(self, folder: Path | None) -> None:
-        s = self.settings
-        noise = torch.randint(0, BYTES, (1 << 20,), dtype=torch.uint8)
-        self.text = Text("noise", dict.fromkeys(("train", "validation", "test"), noise), 0, "").to(self.device)
-        self.batches = WindowBatches(self.text, s.length, s.batch_size, s.seed)
-
-    def build_model(self, run: str, states) -> nn.Module:
-        return _changed(super().build_model(run, states), self.change)
-
-
-def _changed(model: nn.Module, change: Change | None) -> nn.Module:
-    if change is not None:
-        change(model)
-    return model
+    noise = torch.randint(0, BYTES, (1 << 20,), dtype=torch.uint8)
+    return Text("noise", dict.fromkeys(("train", "validation", "test"), noise), 0, "")
 
 
 class Foreign(nn.Module):
@@ -111,17 +102,14 @@ def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
     """
     model.eval()
     model.zero_grad()
-    batch = task.batches[0]
-    examples = batch if isinstance(task, TextTask) else batch[0]
-    total = torch.zeros((), dtype=torch.float64, device=examples.device)
+    batch = task.objective.batches[0]
+    count, device = len(batch[0]), batch[0].device
+    total = torch.zeros((), dtype=torch.float64, device=device)
     rounded = task.settings.autocast is not None and next(model.parameters()).dtype == torch.float32
-    for chosen in torch.arange(len(examples), device=examples.device).chunk(slabs):
+    for chosen in torch.arange(count, device=device).chunk(slabs):
         with torch.autocast(task.device.type, torch.bfloat16, enabled=rounded):
-            if isinstance(task, TextTask):
-                part = prediction_loss(model, batch[chosen])
-            else:
-                part = cross_entropy(model(batch[0][chosen]), batch[1][chosen])
-        share = len(chosen) / len(examples)
+            part = task.objective.outcome(model, tuple(tensor[chosen] for tensor in batch)).loss
+        share = len(chosen) / count
         (part * share).backward()
         total += part.detach().double() * share
     named = sorted((name.replace(".layer.", "."), p.grad.flatten()) for name, p in model.named_parameters())
@@ -132,13 +120,11 @@ def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
 
 def training_run(problem: Problem, change: Change | None = None) -> TrainingRun:
     """The problem's model with its optimizer at the start of training, its layers replaced by ``change``."""
-    task = copy.copy(problem.extras["task"])
-    task.change = change
-    return _run(task, problem.sizes["states"])
+    return _run(problem.extras["task"], change)
 
 
-def _run(task: Task, states: int) -> TrainingRun:
-    return TrainingRun("full", task, [states] * task.settings.blocks, Path("unused.safetensors"))
+def _run(task: Task, change: Change | None = None) -> TrainingRun:
+    return TrainingRun(Changed(change), task, Path("unused.safetensors"))
 
 
 def step_contender(problem: Problem, change: Change | None = None) -> Contender:
@@ -154,13 +140,13 @@ def step_contender(problem: Problem, change: Change | None = None) -> Contender:
 
 def _problem(task: Task, sizes: Mapping[str, int], dtype: torch.dtype, least: Counts, cells: int) -> Problem:
     settings = task.settings
-    run = _run(task, sizes["states"])
+    run = _run(task)
     exact = copy.deepcopy(run.model).double()
     oracle = gradients(exact, task, slabs_for(cells, settings.batch_size, task.device))
     least = counts.add(least, counts.adamw(count_parameters(run.model))) if dtype == torch.float32 else NOT_COUNTED
     problem = Problem("step", dtype, task.device, {}, None, oracle, least, dict(sizes), {"task": task})
     problem.built_in["compressm"] = lambda: step_contender(problem)
-    problem.built_in[COMPILED] = lambda: step_contender(problem, _compiled_layers(task.mixer))
+    problem.built_in[COMPILED] = lambda: step_contender(problem, _compiled_layers(task.model.mixer))
     return problem
 
 
@@ -176,8 +162,8 @@ def _images(preset: str, length: int, pixel_channels: int) -> Callable[..., Prob
     def build(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
         batch, channels, states, blocks = (sizes[name] for name in ("batch", "channels", "states", "blocks"))
         chosen = {"batch_size": batch, "d_model": channels, "d_state": states, "blocks": blocks}
-        task_class = type("Noise", (NoisyImages,), {"pixels": (length, pixel_channels)})
-        task = task_class(_settings(preset, chosen, dtype, device), None, device)
+        settings = _settings(preset, chosen, dtype, device)
+        task = Task(settings, noisy_images(settings, length, pixel_channels), device)
         rows = batch * length
         block = counts.add(
             counts.lti_scan(batch, length, channels, states, 4, True), counts.linear(rows, channels, 2 * channels, True)
@@ -193,7 +179,7 @@ def _language_model(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, 
         sizes[name] for name in ("batch", "length", "channels", "states", "blocks")
     )
     chosen = {"batch_size": batch, "d_model": channels, "d_state": states, "blocks": blocks, "length": length}
-    task = NoisyText(_settings("stdlib-lm", chosen, dtype, device), None, device)
+    task = Task(_settings("stdlib-lm", chosen, dtype, device), noisy_text(), device)
     rows = batch * length
     block = counts.mamba(batch, length, channels, states, 4, True)
     least = counts.add(counts.scaled(block, blocks), counts.linear(rows, channels, BYTES, True))
@@ -202,7 +188,7 @@ def _language_model(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, 
 
 def _settings(preset: str, chosen: Mapping[str, object], dtype: torch.dtype, device: torch.device) -> Settings:
     autocast = "bfloat16" if dtype == torch.bfloat16 else None
-    return resolve(preset, {**chosen, "runs": ["full"], "autocast": autocast, "device": str(device)})
+    return resolve(preset, {**chosen, "runs": [Full.name], "autocast": autocast, "device": str(device)})
 
 
 STEP: tuple[Pass, ...] = ("step",)

@@ -68,7 +68,12 @@ class Budget(Policy):
 
     def _price(self, layer: Layer) -> Callable[[int], int]:
         """What a layer takes of the total at a rank."""
-        return layer.state_bytes or int if self.states is None else int
+        if self.states is not None:
+            return int
+        if layer.state_bytes is None:
+            remedy = "Give the spectrum its state_bytes, or budget states"
+            raise bad_argument("bytes", got=f"layer {layer.name!r} without", expected="bytes of its state", remedy=remedy)
+        return layer.state_bytes
 
     def _taken(self, layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
         return sum(self._price(layer)(ranks[name]) for name, layer in layers.items())

@@ -1,1 +1,1 @@
-"""What the ``compressm`` command runs: data, models, presets, training, comparison, reports."""
+"""What the ``compressm`` command trains: tasks (dataset x model x objective), methods, and reports on them."""

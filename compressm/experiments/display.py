@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from compressm.compression.report import LayerReduction, describe
-from compressm.experiments.metrics import Metric
+from compressm.experiments.tasks.metrics import Metric
 
 LINE_SECONDS = 15.0  # between plain lines about one run
 

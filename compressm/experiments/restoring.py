@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from compressm.compression import load
 from compressm.compression.checkpoint import read
 from compressm.errors import CheckpointError
-from compressm.experiments.settings import Settings
-from compressm.experiments.tasks import TASK_CLASSES, make_task
-
-AT_HAND = {"digits", "stdlib"}  # datasets that need neither a folder nor a download
+from compressm.experiments.methods import METHODS
+from compressm.experiments.settings import read_settings
+from compressm.experiments.tasks.datasets import DATASETS
+from compressm.experiments.tasks.models import MODELS
+from compressm.experiments.tasks.task import make_task
 
 
 def restore_model(path: Path, data_dir: Path | None = None) -> tuple[nn.Module, list[Tensor] | None]:
@@ -27,11 +28,12 @@ def restore_model(path: Path, data_dir: Path | None = None) -> tuple[nn.Module, 
     manifest, _ = read(path)
     extra: Any = manifest.get("extra")
     try:
-        settings = Settings.model_validate(extra["settings"])
-        model = TASK_CLASSES[settings.task].blank_model(settings, extra["dataset"])
+        settings = read_settings(extra["settings"])
+        replaced = METHODS[extra["run"]].replaced(settings)
+        model = MODELS[settings.model](settings.model_copy(update=replaced)).blank(extra["dataset"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: was not written by compressm train ({type(error).__name__}: {error})") from error
     load(path, model)
-    if data_dir is None and settings.dataset not in AT_HAND:
+    if data_dir is None and not DATASETS[settings.dataset].at_hand:
         return model, None
     return model, make_task(settings, data_dir, torch.device("cpu")).calibration()

@@ -18,12 +18,13 @@ import compressm
 from compressm.compression._files import write_atomically
 from compressm.errors import CheckpointError, ConfigError
 from compressm.experiments.freed_memory import freed_memory_kept
-from compressm.experiments.models import count_parameters
-from compressm.experiments.report_data import FORMAT
-from compressm.experiments.report_html import write_html
-from compressm.experiments.settings import PRESETS, Settings, resolve
-from compressm.experiments.tasks import make_task
-from compressm.experiments.training import TITLES, Observer, TrainingRun, pick_device
+from compressm.experiments.methods import METHODS
+from compressm.experiments.reports.data import FORMAT
+from compressm.experiments.reports.html import write_html
+from compressm.experiments.settings import read_settings, resolve
+from compressm.experiments.tasks.settings import Settings
+from compressm.experiments.tasks.task import make_task
+from compressm.experiments.training import Observer, TrainingRun, count_parameters, pick_device
 
 COMMAND_FILE, REPORT_FILE, PAGE_FILE = "command.json", "report.json", "report.html"
 
@@ -92,7 +93,7 @@ def _clear(command: Command, out: Path) -> None:
     """Make the output folder ready for a command that starts anew."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in TITLES:
+        for name in METHODS:
             checkpoint_path(out, name).unlink(missing_ok=True)
         for name in (REPORT_FILE, PAGE_FILE):
             (out / name).unlink(missing_ok=True)
@@ -118,14 +119,14 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
     if not command.resume:
         _clear(command, out)
     display.message(f"[bold]{settings.title}[/] (seed {settings.seed}) into {out}")
-    plan = task.kernel_plan()  # builds the C++ kernels, if ever, before any clock runs
+    plan = task.model.kernel_plan(task.objective.length, device)  # builds the C++ kernels, if ever, before any clock runs
     display.message(f"at full size each layer runs {plan}")
     finished: list[TrainingRun] = []
     for name in settings.runs:
-        run = TrainingRun(name, task, _initial_states(name, settings, finished), checkpoint_path(out, name))
+        run = TrainingRun(METHODS[name], task, checkpoint_path(out, name), finished)
         if run.path.exists():
             run.restore()
-        summary = (name, TITLES[name], settings.steps, count_parameters(run.model), run.model.states)
+        summary = (name, run.method.title, settings.steps, count_parameters(run.model), run.model.states)
         display.started(*summary)
         if run.record.curve:
             display.point(name, run.record.curve[-1])
@@ -138,7 +139,7 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
         "format": FORMAT,
         "preset": command.preset,
         "title": settings.title,
-        "metric": task.metric.key,
+        "metric": task.objective.metric.key,
         "notes": list(task.notes),
         "config": settings.to_dict(),
         "machine": machine(device),
@@ -209,21 +210,13 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}). Free space or choose another --out") from error
 
 
-def _initial_states(name: str, settings: Settings, finished: Sequence[TrainingRun]) -> list[int]:
-    """Of every block: small runs take over what the compressed one ended with; where there is none, ``rank``."""
-    if name in ("compressed", "full"):
-        return [settings.d_state] * settings.blocks
-    compressed = next((run for run in finished if run.name == "compressed"), None)
-    return [settings.rank] * settings.blocks if compressed is None else compressed.model.states
-
-
 def _earlier(out: Path) -> Command | None:
     path = out / COMMAND_FILE
     if not path.exists():
         return None
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        return Command(body["preset"], Settings.model_validate(body["settings"]), body["data_dir"])
+        return Command(body["preset"], read_settings(body["settings"]), body["data_dir"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}), expected what compressm train wrote. Use --overwrite") from error
 
@@ -231,7 +224,7 @@ def _earlier(out: Path) -> Command | None:
 def _check_same(earlier: Command, preset: str, overrides: dict[str, Any], out: Path) -> None:
     if earlier.preset != preset:
         raise ConfigError(f"--resume: {out} holds a {earlier.preset!r} command, got preset {preset!r}")
-    asked = Settings.model_validate({**PRESETS[preset], **overrides})
+    asked = resolve(preset, overrides)
     for key in overrides:
         was, now = getattr(earlier.settings, key), getattr(asked, key)
         if was != now:

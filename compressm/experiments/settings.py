@@ -1,146 +1,55 @@
-"""Every setting of a training command, and the presets."""
+"""The settings of a command, put together from those of its task's parts and of the methods."""
 
 from __future__ import annotations
 
-import difflib
+import functools
+import itertools
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, create_model, model_validator
 
 from compressm.errors import ConfigError
+from compressm.experiments.methods import METHODS, Method
+from compressm.experiments.registry import did_you_mean
+from compressm.experiments.tasks.datasets import DATASETS
+from compressm.experiments.tasks.models import MODELS
+from compressm.experiments.tasks.objectives import OBJECTIVES
+from compressm.experiments.tasks.parts import Dataset, Model, Objective, Part
+from compressm.experiments.tasks.presets import PRESETS
+from compressm.experiments.tasks.settings import Settings, own_keys
 
-TASKS = {"digits": "images", "smnist": "images", "scifar": "images", "stdlib": "text"}  # by dataset
-KEYS_OF_ONE_TASK = {
-    "images": {
-        "dropout", "r_min", "r_max", "max_phase", "narrow_max_phase", "ssm_lr_factor",
-        "tau", "attempts", "recipe", "multiple_of",
-    },
-    "text": {"length", "rank", "eval_bytes"},
-}  # fmt: skip
-RunName = Literal["compressed", "full", "small", "small_narrow"]
+Parts = tuple[type[Dataset], type[Model], type[Objective]]
+Owner = Method | type[Part]  # of keys
 
 
-class Settings(BaseModel):
-    """One training command.  Frozen; unknown keys, and keys that mean nothing for the dataset's task, are refused.
-
-    ``steps`` are optimizer steps, ``lr`` the peak learning rate; ``warmup`` is the fraction of steps with linearly rising
-    learning rate, ``cosine`` lets it fall to zero afterwards; ``max_grad_norm`` clips gradients, None does not; ``autocast``
-    runs the forward of training steps under ``torch.autocast`` with this dtype, while parameters and evaluations stay float32.
-    A reduction is made at the fraction ``reduce_until`` of the steps.
-
-    Images only: ``ssm_lr_factor`` scales the learning rate of nu_log, theta_log, gamma_log and B, which get no weight decay;
-    ``tau`` is the fraction of the sum of Hankel singular values that is discarded; ``attempts`` reductions are spread evenly
-    up to ``reduce_until``.  Text only: ``length`` is the number of bytes that an example predicts, ``rank`` the states that a
-    reduction leaves in every layer, ``eval_bytes`` the number of bytes of an evaluation.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    title: str
-    dataset: Literal["digits", "smnist", "scifar", "stdlib"]
-    runs: tuple[RunName, ...] = Field(("compressed", "full", "small", "small_narrow"), min_length=1)
-    seed: int = Field(0, ge=0, lt=2**31)
-    device: str = "cpu"
-    blocks: int = Field(1, ge=1)
-    d_model: int = Field(8, ge=1)
-    d_state: int = Field(256, ge=1)
-    length: int = Field(256, ge=1)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    r_min: float = Field(0.9, ge=0, lt=1)
-    r_max: float = Field(0.999, gt=0, lt=1)
-    max_phase: float = Field(6.28, gt=0, le=6.2831853)
-    narrow_max_phase: float = Field(0.314, gt=0, le=6.2831853)
-    steps: int = Field(20000, ge=1)
-    batch_size: int = Field(50, ge=1)
-    lr: float = Field(4e-3, gt=0)
-    ssm_lr_factor: float = Field(1.0, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float | None = Field(None, gt=0)
-    autocast: Literal["bfloat16"] | None = None
-    warmup: float = Field(0.0, ge=0, lt=1)
-    cosine: bool = False
-    tau: float = Field(0.02, ge=0, lt=1)
-    rank: int = Field(12, ge=1)
-    attempts: int = Field(1, ge=1)
-    reduce_until: float = Field(0.2, gt=0, le=1)
-    recipe: Literal["default", "paper"] = "default"
-    multiple_of: int = Field(1, ge=1)
-    calibration_sequences: int = Field(64, ge=1)
-    log_every: int = Field(100, ge=1)
-    eval_every: int = Field(1000, ge=1)
-    eval_bytes: int = Field(2**17, ge=1)
-    timing_rounds: int = Field(20, ge=0)
-
-    @property
-    def task(self) -> str:
-        """``"images"`` or ``"text"``."""
-        return TASKS[self.dataset]
+class _Whole(Settings):
+    """The settings of a command with the keys of all its parts, which must agree with each other."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the keys of other tasks."""
-        return self.model_dump(mode="json", exclude=foreign_keys(self.task))
+        """JSON-ready, without the keys of methods that are not among the runs."""
+        parts = DATASETS[self.dataset], MODELS[self.model], OBJECTIVES[self.objective]
+        owners: list[Owner] = [*parts, *(METHODS[name] for name in self.runs)]
+        meant = {*Settings.model_fields, *(key for owner in owners for key in owner.Settings.model_fields)}
+        return self.model_dump(mode="json", include=meant)
 
     @model_validator(mode="after")
-    def _of_one_task(self) -> Settings:
-        foreign = foreign_keys(self.task)
-        for key in sorted(self.model_fields_set & foreign):
-            names = ", ".join(_allowed(self.task))
-            raise ValueError(f"{key} has no meaning for the dataset {self.dataset!r}, expected one of {names}")
-        if self.task == "text" and "small_narrow" in self.runs:
-            raise ValueError("runs: 'small_narrow' changes initial phases, Mamba has none; expected compressed, full or small")
-        return self
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Settings:
-        if self.r_min >= self.r_max:
-            raise ValueError("r_min must be below r_max")
+    def _consistent(self) -> _Whole:
+        kind = MODELS[self.model]
+        fitting = ", ".join(method.name for method in _fitting(kind))
+        for name in self.runs:
+            if name not in METHODS:
+                raise ValueError(f"runs: got {name!r}{did_you_mean(name, METHODS)}, expected one of {fitting}")
+            if reason := METHODS[name].unfit(kind):
+                raise ValueError(f"runs: {name!r} {reason}; expected one of {fitting}")
         if len(set(self.runs)) != len(self.runs):
             raise ValueError("runs must differ")
-        if self.task == "text" and self.rank >= self.d_state and set(self.runs) != {"full"}:
-            raise ValueError(f"rank = {self.rank} must be below d_state = {self.d_state}")
-        if self.task == "images" and {"small", "small_narrow"} & set(self.runs) and self.runs[0] != "compressed":
-            raise ValueError("small runs take their states from 'compressed', which must be the first run")
-        if "compressed" in self.runs and self.steps * self.reduce_until < self.attempts:
-            raise ValueError("steps * reduce_until must be at least attempts: train longer or reduce later")
+        model, methods = kind(self), [METHODS[name] for name in self.runs]
+        model.check(reduced=any(method.reduced for method in methods))
+        for method in methods:
+            method.check(self, model)
         return self
-
-
-_PAPER = {"recipe": "paper", "attempts": 4, "reduce_until": 0.1, "runs": ("compressed",)}
-_SMNIST = {"dataset": "smnist", "steps": 200_000, "lr": 4e-4, "eval_every": 5000, "log_every": 500}
-_SCIFAR = {
-    "dataset": "scifar", "blocks": 6, "d_model": 512, "d_state": 384, "steps": 180_000, "lr": 1e-3, "ssm_lr_factor": 0.25,
-    "weight_decay": 0.05, "warmup": 0.1, "cosine": True, "eval_every": 4500, "log_every": 100,
-}  # fmt: skip
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "title": "Handwritten digits, 64 pixels in a row", "dataset": "digits", "blocks": 2, "d_model": 16, "d_state": 64,
-        "steps": 2400, "lr": 4e-3, "warmup": 0.05, "cosine": True, "tau": 0.2, "log_every": 20, "eval_every": 200,
-    },
-    "smnist": {
-        "title": "Sequential MNIST, 784 pixels in a row", "dataset": "smnist", "steps": 20_000, "lr": 4e-3,
-        "warmup": 0.05, "cosine": True, "tau": 0.04, "log_every": 100, "eval_every": 2000,
-    },
-    "smnist-baseline": {"title": "Sequential MNIST, the paper's full-size run", **_SMNIST, "runs": ("full",)},
-    **{
-        f"smnist-tau{tau}": {"title": f"Sequential MNIST, the paper's tau {tau}", **_SMNIST, **_PAPER, "tau": float(tau)}
-        for tau in ("0.01", "0.02", "0.04")
-    },
-    "scifar": {"title": "Sequential CIFAR-10, 1024 pixels in a row", **_SCIFAR, "tau": 0.05},
-    "scifar-baseline": {"title": "Sequential CIFAR-10, the paper's full-size run", **_SCIFAR, "runs": ("full",)},
-    **{
-        f"scifar-tau{tau}": {"title": f"Sequential CIFAR-10, the paper's tau {tau}", **_SCIFAR, **_PAPER, "tau": float(tau)}
-        for tau in ("0.05", "0.10", "0.15")
-    },
-    "stdlib-lm": {
-        "title": "Next byte of Python's standard library, Mamba", "dataset": "stdlib", "runs": ("compressed", "full", "small"),
-        "blocks": 2, "d_model": 128, "d_state": 128, "rank": 12, "length": 256, "steps": 3000, "batch_size": 8, "lr": 6e-3,
-        "weight_decay": 0.1, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "reduce_until": 0.1, "log_every": 20,
-        "eval_every": 300,
-    },
-}  # fmt: skip
 
 
 def resolve(preset: str, overrides: Mapping[str, Any]) -> Settings:
@@ -149,19 +58,54 @@ def resolve(preset: str, overrides: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: unknown preset or key (names the allowed ones), or a value out of range.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"preset: got {preset!r}{_close(preset, PRESETS)}, expected one of {', '.join(PRESETS)}")
-    for key in overrides:
-        if key not in Settings.model_fields:
-            names = _allowed(TASKS[PRESETS[preset]["dataset"]])
-            raise ConfigError(f"--set: unknown key {key!r}{_close(key, names)}, expected one of {', '.join(names)}")
+    return read_settings({**PRESETS[preset], **overrides})
+
+
+def read_settings(values: Mapping[str, Any]) -> Settings:
+    """Settings from their keys and values, such as :meth:`Settings.to_dict` gives.
+
+    A dataset says which model and which objective go with it where the values name none.
+
+    Raises:
+        ConfigError: an unknown key, or one without meaning for this task (names the allowed ones), or a value out of range.
+    """
+    parts = _chosen(values)
+    whole = settings_class(parts, _fitting(parts[1]))
+    names = [key for key in whole.model_fields if key != "title"]
+    for key in values:
+        if key not in whole.model_fields and key in _known_keys():
+            raise ConfigError(f"{key} has no meaning for the dataset {parts[0].name!r}, expected one of {', '.join(names)}")
+        if key not in whole.model_fields:
+            raise ConfigError(f"--set: unknown key {key!r}{did_you_mean(key, names)}, expected one of {', '.join(names)}")
     try:
-        return Settings.model_validate({**PRESETS[preset], **overrides})
+        return whole.model_validate({**values, "model": parts[1].name, "objective": parts[2].name})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         place = f"{key}: got {first['input']!r}: " if key else ""
         raise ConfigError(f"{place}{first['msg'].removeprefix('Value error, ')}") from error
+
+
+def settings_class(parts: Parts, methods: Iterable[Method]) -> type[Settings]:
+    """The class of a task's settings: those of its parts and of the methods that can be used with it.
+
+    Raises:
+        ConfigError: two of them declare the same key.
+    """
+    owners: list[Owner] = [*parts, *methods]
+    for one, other in itertools.combinations(owners, 2):
+        mine, theirs = own_keys(one.Settings), own_keys(other.Settings)
+        if twice := [key for key in mine if key in theirs and mine[key] is not theirs[key]]:
+            raise ConfigError(
+                f"the key {twice[0]!r} is declared by {one.name!r} and by {other.name!r}. Rename one, or let both inherit it"
+            )
+    return _combined(tuple(dict.fromkeys(owner.Settings for owner in owners)))
+
+
+@functools.cache
+def _combined(kinds: tuple[type[Settings], ...]) -> type[Settings]:
+    bases = [kind for kind in kinds if not any(kind is not other and issubclass(other, kind) for other in kinds)]
+    return create_model("Settings", __base__=(_Whole, *reversed([base for base in bases if base is not Settings])))
 
 
 def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
@@ -182,15 +126,31 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def foreign_keys(task: str) -> set[str]:
-    """The settings that belong to other tasks."""
-    return {key for other, keys in KEYS_OF_ONE_TASK.items() if other != task for key in keys}
+def _chosen(values: Mapping[str, Any]) -> Parts:
+    """The parts of a task.
+
+    Raises:
+        ConfigError: an unknown name, or parts that do not go together.
+    """
+    dataset = DATASETS[str(values["dataset"])]
+    model = MODELS[str(values.get("model", dataset.model))]
+    objective = OBJECTIVES[str(values.get("objective", dataset.objective))]
+    for part, registry in ((model, MODELS), (objective, OBJECTIVES)):
+        if not issubclass(dataset.gives, part.reads):
+            fitting = ", ".join(name for name, other in registry.items() if issubclass(dataset.gives, other.reads))
+            raise ConfigError(
+                f"{registry.what}: {part.name!r} reads {part.reads.kind}, the dataset {dataset.name!r} gives "
+                f"{dataset.gives.kind}; expected one of {fitting}"
+            )
+    return dataset, model, objective
 
 
-def _allowed(task: str) -> list[str]:
-    return [name for name in Settings.model_fields if name not in {"title", *foreign_keys(task)}]
+def _fitting(model: type[Model]) -> list[Method]:
+    """The methods that can be used with a family of models."""
+    return [method for method in METHODS.values() if not method.unfit(model)]
 
 
-def _close(word: str, words: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(words), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+def _known_keys() -> set[str]:
+    """Of any part and method."""
+    owners = itertools.chain(DATASETS.values(), MODELS.values(), OBJECTIVES.values(), METHODS.values())
+    return {key for owner in owners for key in owner.Settings.model_fields}

@@ -17,18 +17,12 @@ from torch import nn
 import compressm
 from compressm.compression import GuardReport
 from compressm.errors import CheckpointError, ConfigError, NumericalError
-from compressm.experiments.batches import step_seed
-from compressm.experiments.models import count_parameters
-from compressm.experiments.settings import Settings
-from compressm.experiments.tasks import Task
+from compressm.experiments.methods import Method
+from compressm.experiments.tasks.batches import step_seed
+from compressm.experiments.tasks.settings import Settings
+from compressm.experiments.tasks.task import Task
 
 CHECKPOINT_SECONDS = 30.0
-TITLES = {
-    "compressed": "compressed in training",
-    "full": "full size",
-    "small": "small from scratch",
-    "small_narrow": "small, narrow phases",
-}
 
 
 class Observer(Protocol):
@@ -121,35 +115,29 @@ class TrainingRun:
     """One model on its way.
 
     Args:
-        name: ``"compressed"``, ``"full"``, ``"small"`` or ``"small_narrow"``.
+        method: by which it is trained.
         task: with its settings and data.
-        states: of every block at the start.
         path: of the checkpoint.
+        finished: the runs before this one.
     """
 
-    def __init__(self, name: str, task: Task, states: Sequence[int], path: Path) -> None:
-        self.name, self.task, self.settings, self.path = name, task, task.settings, path
-        self.model = task.build_model(name, states)
-        self.optimizer = torch.optim.AdamW(task.parameter_groups(self.model), fused=True)
+    def __init__(self, method: Method, task: Task, path: Path, finished: Sequence[TrainingRun] = ()) -> None:
+        self.method, self.task, self.settings, self.path = method, task, task.settings, path
+        self.model = method.start(task, method.states(task, finished))
+        self.optimizer = torch.optim.AdamW(task.model.parameter_groups(self.model), fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(self.settings))
-        self.compressor = self._compressor() if name == "compressed" else None
+        self.state = method.state(self, finished)
+        self.compressor = method.compressor(self)
         if self.compressor is not None:
-            self.compressor.register(scheduler=self.scheduler)
+            own = {} if self.state is None else {"method": self.state}
+            self.compressor.register(scheduler=self.scheduler, **own)
         self.record = Record()
         self._recent = _Recent()  # loss and tally of the steps not yet in the record
 
-    def _compressor(self) -> compressm.Compressor:
-        s = self.settings
-        return compressm.Compressor(
-            self.model,
-            self.optimizer,
-            policy=self.task.policy,
-            schedule=compressm.Warmup(s.steps, s.reduce_until, s.attempts),
-            calibration=None if s.recipe == "paper" else self.task.calibration(),
-            recipe=s.recipe,
-            multiple_of=s.multiple_of,
-            sequences=s.calibration_sequences,
-        )
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return self.method.name
 
     def train(self, observer: Observer, stopped: Callable[[], bool]) -> bool:
         """Train to the end, with a checkpoint now and then.
@@ -198,8 +186,8 @@ class TrainingRun:
         if not self.model.training:
             self.model.train()
         with self._autocast():
-            loss, tally = self.task.loss(self.model, step)
-        loss.backward()
+            loss, tally, total = self._forward(step)
+        total.backward()
         if self.settings.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
@@ -208,6 +196,12 @@ class TrainingRun:
         self._recent.append(loss.detach(), tally)
         if self._recent.full:
             self._add_recent()
+
+    def _forward(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The objective's loss on the batch of a step, its tally, and the loss with what the method adds."""
+        outcome = self.task.objective.outcome(self.model, self.task.objective.batches[step])
+        extra = self.method.loss(self, outcome)
+        return outcome.loss, outcome.tally, outcome.loss if extra is None else outcome.loss + extra
 
     def _autocast(self) -> AbstractContextManager:
         return nullcontext() if self.settings.autocast is None else torch.autocast(self.task.device.type, torch.bfloat16)
@@ -242,7 +236,7 @@ class TrainingRun:
         point = {
             "step": record.step,
             "loss": loss,
-            self.task.metric.key: self.task.from_tally(window["tally"], steps),
+            self.task.objective.metric.key: self.task.objective.from_tally(window["tally"], steps),
             "seconds_per_step": window["seconds"] / steps,
             "states": self.model.states,
         }
@@ -252,14 +246,14 @@ class TrainingRun:
         observer.point(self.name, point)
 
     def _reduce(self, observer: Observer, due: bool) -> None:
-        metric = self.task.metric
-        before = self.task.evaluate(self.model, metric.watched) if due else {}
+        objective, metric = self.task.objective, self.task.objective.metric
+        before = objective.evaluate(self.model, metric.watched) if due else {}
         started = time.perf_counter()
         report = self.compressor.step()
         if report is None:
             return
         self.record.seconds_training += time.perf_counter() - started
-        after = self.task.evaluate(self.model, metric.watched)
+        after = objective.evaluate(self.model, metric.watched)
         sides = {f"{metric.key}_before": before[metric.key], f"{metric.key}_after": after[metric.key]}
         made = {**report.to_dict(), **sides}
         if isinstance(report, GuardReport):
@@ -271,12 +265,13 @@ class TrainingRun:
         observer.reduction(self.name, made)
 
     def _evaluate(self, observer: Observer, at_end: bool) -> None:
-        quality = self.task.evaluate(self.model, self.task.metric.watched)
+        objective = self.task.objective
+        quality = objective.evaluate(self.model, objective.metric.watched)
         evaluation = {"step": self.record.step, **quality}
         self.record.evaluations.append(evaluation)
         observer.evaluation(self.name, evaluation)
         if at_end:
-            self.record.test = self.task.result(self.model, quality)
+            self.record.test = objective.result(self.model, quality)
 
     def save(self) -> None:
         """Write the checkpoint; it replaces the one before atomically."""
@@ -287,6 +282,7 @@ class TrainingRun:
             "dataset": self.task.describe(),
             "scheduler": self.scheduler.state_dict(),
             "record": asdict(self.record),
+            **({} if self.state is None else {"method": self.state.state_dict()}),
         }
         compressm.save(self.path, self.model, optimizer=self.optimizer, compressor=self.compressor, extra=extra)
 
@@ -297,7 +293,8 @@ class TrainingRun:
             CheckpointError: damaged, of another run, or trained on other data.
         """
         extra = compressm.load(self.path, self.model, optimizer=self.optimizer, compressor=self.compressor)
-        if not isinstance(extra, dict) or extra.get("run") != self.name or not {"record", "scheduler"} <= extra.keys():
+        needed = {"record", "scheduler"} if self.state is None else {"record", "scheduler", "method"}
+        if not isinstance(extra, dict) or extra.get("run") != self.name or not needed <= extra.keys():
             raise CheckpointError(f"{self.path}: expected a checkpoint of the run {self.name!r}. Delete it to start anew")
         was, now = extra.get("dataset", {}), self.task.describe()
         if changed := [key for key in now if key != "name" and was.get(key) != now[key]]:
@@ -305,15 +302,17 @@ class TrainingRun:
             raise CheckpointError(f"{self.path}: the data have changed ({found}). Give the old ones (--data-dir) or start anew")
         self.record = Record(**extra["record"])
         self.scheduler.load_state_dict(extra["scheduler"])
+        if self.state is not None:
+            self.state.load_state_dict(extra["method"])
 
     def summary(self) -> dict[str, Any]:
         """The run as ``report.json`` holds it."""
         record = self.record
-        states = {f"blocks.{i}.{self.task.mixer}": n for i, n in enumerate(self.model.states)}
+        states = {f"blocks.{i}.{self.task.model.mixer}": n for i, n in enumerate(self.model.states)}
         recent = [p["seconds_per_step"] for p in record.curve if p["states"] == self.model.states]
         return {
             "name": self.name,
-            "title": TITLES[self.name],
+            "title": self.method.title,
             "steps": record.step,
             "seed": self.settings.seed,
             "parameters": count_parameters(self.model),
@@ -329,6 +328,11 @@ class TrainingRun:
                 "seconds_per_step": statistics.median(recent) if recent else None,
             },
         }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 from rich.console import Console
 
 from compressm.compression.report import LayerReduction, ReductionReport
-from compressm.experiments.report_html import write_html
-from compressm.experiments.summary import summary_table
+from compressm.experiments.reports.html import write_html
+from compressm.experiments.reports.summary import summary_table
 
 HOSTILE = "<script>alert('x')</script> \" $x_{ [red]b[/red] \x1b[31m \ud800 <img src=http://evil.example/x.png>"
 VOID = {"meta", "br", "img", "link", "hr"}

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from compressm.errors import CheckpointError, ConfigError
-from compressm.experiments.language_model import LanguageModel, evaluate_windows, parameter_groups, prediction_loss
-from compressm.experiments.settings import Settings, resolve
-from compressm.experiments.tasks import make_task
+from compressm.experiments.methods import METHODS
+from compressm.experiments.settings import read_settings, resolve
+from compressm.experiments.tasks.models.mamba import LanguageModel, parameter_groups
+from compressm.experiments.tasks.objectives.next_byte import evaluate_windows, predict
+from compressm.experiments.tasks.task import make_task
 from compressm.experiments.training import TrainingRun
 
 TINY = {
@@ -39,8 +41,7 @@ def make(source_folder, tmp_path):
     def build(name="compressed", file="run", **overrides):
         settings = resolve("stdlib-lm", {**TINY, **overrides})
         task = make_task(settings, source_folder, torch.device("cpu"))
-        states = [settings.rank if name == "small" else settings.d_state] * settings.blocks
-        return TrainingRun(name, task, states, tmp_path / f"{file}.safetensors")
+        return TrainingRun(METHODS[name], task, tmp_path / f"{file}.safetensors")
 
     return build
 
@@ -99,19 +100,19 @@ def test_loss_counts_every_byte_but_the_first():
             return 100.0 * nn.functional.one_hot((tokens.long() + 1) % 256, 256)
 
     windows = torch.arange(12, dtype=torch.uint8).view(2, 6)
-    assert float(prediction_loss(Shift(), windows)) == 0.0
+    assert float(predict(Shift(), windows)[1]) == 0.0
     windows[0, 3] = 77  # neither this byte nor the one behind it is guessed
-    assert float(prediction_loss(Shift(), windows)) == pytest.approx(20.0)
+    assert float(predict(Shift(), windows)[1]) == pytest.approx(20.0)
     assert evaluate_windows(Shift(), windows, batch_size=1).tolist() == pytest.approx([40.0, 0.0])
 
 
 def test_evaluation_is_in_bits_nats_and_perplexity(make):
     run = make("full")
-    found = run.task.evaluate(run.model, "test")
+    found = run.task.objective.evaluate(run.model, "test")
     assert found["bits_per_byte"] == pytest.approx(8.0, abs=0.3)
     assert found["loss"] == pytest.approx(found["bits_per_byte"] * math.log(2))
     assert found["perplexity"] == pytest.approx(2 ** found["bits_per_byte"])
-    assert found != run.task.evaluate(run.model, "validation")
+    assert found != run.task.objective.evaluate(run.model, "validation")
     assert run.model.training
     assert run.task.describe()["test_measured"] == 128
 
@@ -139,10 +140,10 @@ def test_the_result_is_of_the_test_part_and_the_curve_of_the_validation_part(mak
     run.train(Silent(), lambda: False)
     final, last = run.summary()["final"], run.record.evaluations[-1]
     assert final["states"] == {"blocks.0.mamba": 8}
-    assert {k: final[k] for k in ("bits_per_byte", "loss", "perplexity")} == run.task.evaluate(run.model, "test")
+    assert {k: final[k] for k in ("bits_per_byte", "loss", "perplexity")} == run.task.objective.evaluate(run.model, "test")
     assert len(final["window_bits"]) == 8
     assert sum(final["window_bits"]) / 8 == pytest.approx(final["bits_per_byte"], abs=1e-5)
-    assert last["bits_per_byte"] == run.task.evaluate(run.model, "validation")["bits_per_byte"]
+    assert last["bits_per_byte"] == run.task.objective.evaluate(run.model, "validation")["bits_per_byte"]
     assert run.record.curve[-1]["bits_per_byte"] == pytest.approx(run.record.curve[-1]["loss"] / math.log(2))
 
 
@@ -151,11 +152,11 @@ def test_resuming_on_other_text_is_refused(make, source_folder, tmp_path):
     run.train(Silent(), lambda: False)
     other = tmp_path / "other"
     shutil.copytree(source_folder, other)
-    moved = TrainingRun("full", make_task(run.settings, other, torch.device("cpu")), [8], run.path)
+    moved = TrainingRun(METHODS["full"], make_task(run.settings, other, torch.device("cpu")), run.path)
     moved.restore()
     assert moved.record.step == 2
     (other / "package1" / "module1.py").write_text("changed = 1\n")
-    changed = TrainingRun("full", make_task(run.settings, other, torch.device("cpu")), [8], run.path)
+    changed = TrainingRun(METHODS["full"], make_task(run.settings, other, torch.device("cpu")), run.path)
     with pytest.raises(CheckpointError, match=r"the data have changed \(.*sha256 .*, now .*start anew"):
         changed.restore()
 
@@ -201,4 +202,4 @@ def test_saved_settings_hold_the_keys_of_their_task_and_are_read_back():
     for preset, foreign in (("stdlib-lm", "tau"), ("digits", "length")):
         settings = resolve(preset, {})
         assert foreign not in settings.to_dict()
-        assert Settings.model_validate(settings.to_dict()) == settings
+        assert read_settings(settings.to_dict()) == settings

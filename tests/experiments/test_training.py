@@ -10,10 +10,14 @@ import torch
 import compressm
 from compressm.errors import ConfigError, NumericalError
 from compressm.experiments import training
-from compressm.experiments.batches import SEEDS_PER_BLOCK, Batches, step_seed
-from compressm.experiments.models import Classifier, evaluate, parameter_groups
-from compressm.experiments.settings import PRESETS, parse_assignments, resolve
-from compressm.experiments.tasks import make_task
+from compressm.experiments.methods import METHODS
+from compressm.experiments.methods.compressed import Compressed
+from compressm.experiments.settings import parse_assignments, resolve
+from compressm.experiments.tasks.batches import SEEDS_PER_BLOCK, Batches, step_seed
+from compressm.experiments.tasks.models.lru import Classifier, parameter_groups
+from compressm.experiments.tasks.objectives.classification import evaluate
+from compressm.experiments.tasks.presets import PRESETS
+from compressm.experiments.tasks.task import make_task
 from compressm.experiments.training import TrainingRun, learning_rate, pick_device
 
 TINY = {"steps": 24, "d_state": 12, "d_model": 4, "batch_size": 16, "eval_every": 10, "log_every": 4, "reduce_until": 0.5}
@@ -37,7 +41,7 @@ class Listener:
 
 def make(path, name="compressed", **overrides):
     settings = resolve("digits", {**TINY, **overrides})
-    return TrainingRun(name, make_task(settings, None, torch.device("cpu")), [settings.d_state] * settings.blocks, path)
+    return TrainingRun(METHODS[name], make_task(settings, None, torch.device("cpu")), path)
 
 
 def never():
@@ -71,23 +75,23 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_result(tmp_path, recipe):
         assert rest.compressor.history[-1].ranks == whole.compressor.history[-1].ranks
 
 
-class Guarded(TrainingRun):
+class Guarded(Compressed):
     """With a guard that acts off schedule: it judges, undoes, and tries again at the next step."""
 
-    values = (1.0, 2.0, 1.0, 1.0)
+    def __init__(self, values):
+        self.values = values
 
-    def _compressor(self):
+    def compressor(self, run):
         values = list(self.values)
         return compressm.Compressor(
-            self.model, self.optimizer, policy=compressm.FixedRank(5), schedule=compressm.Once(24, at=0.5),
+            run.model, run.optimizer, policy=compressm.FixedRank(5), schedule=compressm.Once(24, at=0.5),
             guard=compressm.Rollback(lambda model: values.pop(0) if len(values) > 1 else values[0], jump=None, recovery=5),
         )  # fmt: skip
 
 
 def guarded(path, values):
     settings = resolve("digits", {**TINY, "eval_every": 4, "log_every": 3})
-    kind = type("Guarded", (Guarded,), {"values": values})
-    return kind("compressed", make_task(settings, None, torch.device("cpu")), [settings.d_state] * settings.blocks, path)
+    return TrainingRun(Guarded(values), make_task(settings, None, torch.device("cpu")), path)
 
 
 def test_a_guard_that_acts_off_schedule(tmp_path):

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from compressm.experiments import drawing, plots
-from compressm.experiments.report_data import parse_report
+from compressm.experiments.reports import drawing, plots
+from compressm.experiments.reports.data import parse_report
 
 
 def test_runs_have_one_colour_everywhere(data):
@@ -16,7 +16,7 @@ def test_runs_have_one_colour_everywhere(data):
         svg = make(report).svg
         for name in ("compressed", "full", "small", "small-narrow"):
             assert f"var(--run-{name}, " in svg
-    assert len({drawing.colour(r.name) for r in report.runs} | {drawing.colour("other")}) == 5
+    assert len({drawing.look(r.name).colour for r in report.runs} | {drawing.look("other").colour}) == 5
 
 
 @pytest.mark.parametrize("spectrum", [[], [0.0] * 128, [math.nan] * 128, [1.0] * 128, [1.0] + [0.0] * 127])

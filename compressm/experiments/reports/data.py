@@ -1,21 +1,20 @@
-"""report.json as typed records, and the numbers that table, summary and pictures share."""
+"""report.json as typed records."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressm.errors import DataError
-from compressm.experiments.metrics import ACCURACY, METRICS, Metric
+from compressm.experiments.methods import METHODS
+from compressm.experiments.tasks.metrics import ACCURACY, METRICS, Metric
 
 FORMAT = 1
-REFERENCE = "full"  # the run that speed and quality are compared with
 
 
 def clean(text: str) -> str:
@@ -49,10 +48,8 @@ class CurvePoint(_Record):
 
 
 class Quality(_Record):
-    """What an evaluation found: one metric, and the loss in nats per example or byte."""
+    """What an evaluation found: the report's metric, under its key, and the loss in nats per example or byte."""
 
-    accuracy: Number = None
-    bits_per_byte: Number = None
     loss: Number = None
     perplexity: Number = None
 
@@ -117,16 +114,12 @@ class LayerCut(_Record):
 
 
 class Reduction(_Record):
-    """One attempt at reducing the model."""
+    """One attempt at reducing the model; the metric before and after it is there too, under its key."""
 
     step: int
     seconds: Number = None
     reason: str = ""
     layers: list[LayerCut] = Field(default_factory=list)
-    accuracy_before: Number = None
-    accuracy_after: Number = None
-    bits_per_byte_before: Number = None
-    bits_per_byte_after: Number = None
 
     @property
     def changed(self) -> bool:
@@ -242,7 +235,17 @@ class Report(_Record):
             raise ValueError("the names of runs must differ")
         if self.metric not in METRICS:
             raise ValueError(f"metric {self.metric!r} is unknown, expected one of {', '.join(METRICS)}")
+        for run in self.runs:
+            for record in (*run.evaluations, *run.reductions, run.final):
+                for key in (self.metric, *self._sides):
+                    if not isinstance(value := (record.model_extra or {}).get(key), int | float | None):
+                        raise ValueError(f"run {run.name!r}: {key} is {value!r}, expected a number")
         return self
+
+    @property
+    def _sides(self) -> tuple[str, str]:
+        """Where a reduction holds the metric before and after it."""
+        return f"{self.metric}_before", f"{self.metric}_after"
 
     @property
     def measure(self) -> Metric:
@@ -251,52 +254,31 @@ class Report(_Record):
 
     def score(self, quality: Quality) -> float | None:
         """The metric's value in an evaluation or a result."""
-        return getattr(quality, self.metric)
+        return _finite((quality.model_extra or {}).get(self.metric))
 
     def around(self, cut: Reduction) -> tuple[float | None, float | None]:
         """The metric just before and just after a reduction, on the split that it watches."""
-        return getattr(cut, f"{self.metric}_before"), getattr(cut, f"{self.metric}_after")
+        before, after = (_finite((cut.model_extra or {}).get(side)) for side in self._sides)
+        return before, after
 
     def run(self, name: str) -> Run | None:
         """The run of that name, or None."""
         return next((run for run in self.runs if run.name == name), None)
 
+    @property
+    def reference(self) -> Run | None:
+        """The run that speed and quality are compared with."""
+        return next((run for run in self.runs if run.name in METHODS and METHODS[run.name].reference), None)
+
+    @property
+    def main(self) -> Run:
+        """The run that the report is about: the first that shrinks in training, else the first."""
+        return next((run for run in self.runs if run.name in METHODS and METHODS[run.name].shrinks), self.runs[0])
+
     def step_time(self, run: Run) -> StepTime | None:
         """The interleaved step time of a run's final model, or None where it was not measured."""
         steps = self.timing.steps if self.timing else []
         return next((step for step in steps if step.name == run.name and step.median), None)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the comparison table; None where the report does not say.
-
-    Attributes:
-        name, title: of the run.
-        score: the report's metric on the test set.
-        gap: score minus that of the full-size run; None for that run itself.
-        states: per layer.
-        parameters: of the final model.
-        step_seconds: median seconds per training step of the final model.
-        step_spread: its 20 % and 80 % quantiles.
-        interleaved: whether step_seconds were measured in turn with the other models, or else while the run trained.
-        speed: step time of the full-size run over this one's, both measured the same way.
-        seconds_training: all steps and reductions, without evaluations.
-        seconds_total: everything.
-    """
-
-    name: str
-    title: str
-    score: float | None
-    gap: float | None
-    states: tuple[int, ...]
-    parameters: int | None
-    step_seconds: float | None
-    step_spread: tuple[float, float] | None
-    interleaved: bool
-    speed: float | None
-    seconds_training: float | None
-    seconds_total: float | None
 
 
 def parse_report(data: Mapping[str, Any] | Report) -> Report:
@@ -344,43 +326,3 @@ def read_report(path: str | Path) -> dict[str, Any]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     return data
-
-
-def rows(report: Report) -> list[Row]:
-    """The comparison table, in the report's order of runs."""
-    reference = report.run(REFERENCE)
-    return [_row(report, run, reference) for run in report.runs]
-
-
-def _row(report: Report, run: Run, reference: Run | None) -> Row:
-    final, measured = run.final, report.step_time(run)
-    score, gap = report.score(final), None
-    theirs = None if reference is None or run is reference else report.score(reference.final)
-    if score is not None and theirs is not None:
-        gap = score - theirs
-    spread = None if measured is None or None in (measured.p20, measured.p80) else (measured.p20, measured.p80)
-    return Row(
-        name=run.name,
-        title=run.label,
-        score=score,
-        gap=gap,
-        states=run.final_states,
-        parameters=run.parameters,
-        step_seconds=final.seconds_per_step if measured is None else measured.median,
-        step_spread=spread,
-        interleaved=measured is not None,
-        speed=_speed(report, run, reference),
-        seconds_training=final.seconds_training,
-        seconds_total=final.seconds_total,
-    )
-
-
-def _speed(report: Report, run: Run, reference: Run | None) -> float | None:
-    """Reference's step time over the run's: interleaved if both were measured so, else from the runs themselves."""
-    if reference is None:
-        return None
-    ours, theirs = report.step_time(run), report.step_time(reference)
-    if ours is not None and theirs is not None:
-        return theirs.median / ours.median
-    ours, theirs = run.final.seconds_per_step, reference.final.seconds_per_step
-    return theirs / ours if ours and theirs else None

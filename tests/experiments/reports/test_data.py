@@ -9,8 +9,9 @@ import pytest
 from experiments.report_cases import SPECTRUM, layer
 
 from compressm.errors import DataError
-from compressm.experiments.report_data import LayerCut, parse_report, read_report, rows
-from compressm.experiments.summary import duration, milliseconds, sampling_noise, significant, states
+from compressm.experiments.reports.comparison import rows
+from compressm.experiments.reports.data import LayerCut, parse_report, read_report
+from compressm.experiments.reports.summary import duration, milliseconds, sampling_noise, significant, states
 
 
 def test_rows_compare_with_the_full_run(data):
@@ -94,6 +95,8 @@ def test_number_formats():
         ('{"runs": [{"title": "x"}]}', r"runs\.0\.name: "),
         ('{"runs": [{"name": "full", "curve": [{"step": "x"}]}]}', r"runs\.0\.curve\.0\.step: "),
         ('{"runs": [{"name": "full"}, {"name": "full"}]}', "names of runs must differ"),
+        ('{"runs": [{"name": "full", "final": {"accuracy": "x"}}]}', "run 'full': accuracy is 'x', expected a number"),
+        ('{"runs": [{"name": "a", "reductions": [{"step": 1, "accuracy_after": []}]}]}', r"run 'a': accuracy_after is \[\]"),
     ],
 )
 def test_damaged_reports(tmp_path, text, message):

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from compressm.kernels import cross_entropy
+import compressm
+from compressm.experiments.tasks.datasets.texts import Text
+from compressm.experiments.tasks.parts import Cut, Model
+from compressm.experiments.tasks.settings import BlockSettings
+from compressm.kernels import KernelPlan
 from compressm.layers import Mamba, RMSNorm
 
 BYTES = 256
 EXPAND = 2  # inner channels of a Mamba layer per channel of the model
+
+
+class MambaSettings(BlockSettings):
+    """``rank`` is the number of states that a reduction leaves in every layer."""
+
+    rank: int = Field(12, ge=1)
 
 
 class MambaBlock(nn.Module):
@@ -80,17 +92,38 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     ]
 
 
-def prediction_loss(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of every byte but the first, windows (n, L + 1): its mean, or with ``"none"`` (n, L)."""
-    scores = model(windows[:, :-1])
-    return cross_entropy(scores, windows[:, 1:].long(), reduction=reduction)
+class ByteMamba(Model):
+    """Which byte comes next, by blocks of Mamba layers."""
 
+    name = "mamba"
+    Settings = MambaSettings
+    settings: MambaSettings
+    reads = Text
+    mixer = "mamba"
+    notes = ("States are counted per channel, as d_state of Mamba is.",)
 
-@torch.no_grad()
-def evaluate_windows(model: nn.Module, windows: Tensor, batch_size: int) -> Tensor:
-    """Mean cross-entropy in nats per predicted byte of every window (n,), float64, in eval mode; the flag is put back."""
-    was_training = model.training
-    model.eval()
-    parts = [prediction_loss(model, part, "none").double().mean(1) for part in windows.split(batch_size)]
-    model.train(was_training)
-    return torch.cat(parts)
+    def small_states(self) -> list[int]:
+        return [self.settings.rank] * self.settings.blocks
+
+    def build(self, data: Text, states: Sequence[int]) -> LanguageModel:
+        return LanguageModel(self.settings.d_model, states)
+
+    def blank(self, facts: Mapping[str, Any]) -> LanguageModel:
+        return LanguageModel(self.settings.d_model, self.full_states())
+
+    def parameter_groups(self, model: nn.Module) -> list[dict]:
+        return parameter_groups(model, self.settings.lr, self.settings.weight_decay)
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(compressm.FixedRank(self.settings.rank))
+
+    def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
+        inner = EXPAND * self.settings.d_model
+        shapes = {"u": (self.settings.batch_size, inner, length), "A": (inner, self.settings.d_state)}
+        return compressm.kernels.plan("selective_scan", shapes, device=device)
+
+    def check(self, *, reduced: bool) -> None:
+        s = self.settings
+        if reduced and s.rank >= s.d_state:
+            raise ValueError(f"rank = {s.rank} must be below d_state = {s.d_state}")

@@ -15,20 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from compressm.experiments.report_data import Report, Run
+from compressm.experiments.methods import METHODS
+from compressm.experiments.methods.base import UNKNOWN, Look
+from compressm.experiments.reports.data import Report, Run
 
-# CSS variables and their values in light; report.html.j2 has those in dark. The runs' colours differ for colour-blind eyes.
-THEME = {
-    "ink": "#1b1f24",
-    "soft": "#57606a",
-    "line": "#d8dee4",
-    "run-compressed": "#0072b2",
-    "run-full": "#6b7480",
-    "run-small": "#d55e00",
-    "run-small-narrow": "#00825f",
-    "run-other": "#a0478a",
-}
-DASHES = {"compressed": "-", "full": "-", "small": (0, (4, 1.6)), "small_narrow": (0, (1, 1.4))}
+# CSS variables and their values in light; report.html.j2 has those in dark.
+THEME = {"ink": "#1b1f24", "soft": "#57606a", "line": "#d8dee4"}
 SIZE = (5.4, 3.3)  # inches; small, so that text is legible where the picture is scaled to a phone
 MAX_POINTS = 400
 MAX_LABEL = 30
@@ -59,9 +51,19 @@ STYLE = {
 Points = Sequence[tuple[float, float | None]]
 
 
-def colour(run: str) -> str:
-    """Of a run, the same everywhere; one of THEME's values."""
-    return THEME.get("run-" + run.replace("_", "-"), THEME["run-other"])
+def look(run: str) -> Look:
+    """Of a run, the same everywhere."""
+    return METHODS[run].look if run in METHODS else UNKNOWN
+
+
+def css_class(run: str) -> str:
+    """Of a run; its CSS variable is called the same."""
+    return "run-" + run.replace("_", "-") if run in METHODS else "run-other"
+
+
+def looks() -> dict[str, Look]:
+    """By CSS class."""
+    return {**{css_class(name): method.look for name, method in METHODS.items()}, css_class(""): UNKNOWN}
 
 
 def thin(points: Points, scale: float = 1.0) -> list[tuple[float, float | None]]:
@@ -85,10 +87,9 @@ def smooth(points: Points, width: int) -> list[tuple[float, float | None]]:
 
 
 def draw_run(ax: Axes, run: Run, points: Points, **style: object) -> None:
-    """A run's line in its colour, dashes and place from back to front."""
-    ranks = {"full": 2.0, "compressed": 2.5, "small": 3.0, "small_narrow": 3.5}
-    look = {"color": colour(run.name), "linestyle": DASHES.get(run.name, "-"), "zorder": ranks.get(run.name, 2.2)}
-    draw(ax, points, **{**look, "linewidth": 2.1 if run.name == "compressed" else 1.5, **style})
+    """A run's line in its look."""
+    own = look(run.name)
+    draw(ax, points, **{"color": own.colour, "linestyle": own.line, "zorder": own.layer, "linewidth": own.width, **style})
 
 
 def draw(ax: Axes, points: Points, **style: object) -> None:
@@ -122,14 +123,13 @@ def _power(value: float, _: int) -> str:
 
 def finish(figure: Figure, ax: Axes, report: Report, title: str, x: str) -> None:
     """Titles, legend, and on step axes where states were cut."""
-    cuts = sorted({cut.step for run in report.runs for cut in run.reductions if cut.changed}) if x == "step" else []
-    for step in cuts:
-        ax.axvline(step, color=colour("compressed"), linewidth=0.9, linestyle=(0, (3, 2)), zorder=1.5)
+    cuts = sorted({(cut.step, look(run.name).colour) for run in report.runs for cut in run.reductions if cut.changed})
+    for step, colour in cuts if x == "step" else ():
+        ax.axvline(step, color=colour, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1.5)
         top = ax.get_xaxis_transform()
-        ax.plot([step], [1.0], marker="v", markersize=5, color=colour("compressed"), transform=top, clip_on=False, linestyle="")
+        ax.plot([step], [1.0], marker="v", markersize=5, color=colour, transform=top, clip_on=False, linestyle="")
+        ax.set_title("▼ states cut", loc="right", color=colour)
     ax.set_title(title, loc="left")
-    if cuts:
-        ax.set_title("▼ states cut", loc="right", color=colour("compressed"))
     ax.set_xlabel(x)
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_formatter(FuncFormatter(plain))
@@ -137,7 +137,7 @@ def finish(figure: Figure, ax: Axes, report: Report, title: str, x: str) -> None
     if len(report.runs) == 1:
         return
     legend(figure, [
-        Line2D([], [], color=colour(run.name), linestyle=DASHES.get(run.name, "-"), linewidth=2, label=_short(run.label))
+        Line2D([], [], color=look(run.name).colour, linestyle=look(run.name).line, linewidth=2, label=_short(run.label))
         for run in report.runs
     ])  # fmt: skip
 
@@ -178,13 +178,14 @@ def svg_of(figure: Figure) -> str:
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*">', "<g>", body)
-    body = re.sub(r'style="[^"]*"', lambda match: _themed(match[0]), body)
+    names = {own.colour: name for name, own in reversed(looks().items())} | {value: name for name, value in THEME.items()}
+    body = re.sub(r'style="[^"]*"', lambda match: _themed(match[0], names), body)
     body = re.sub(r"\n\s*", "\n", body).strip()
     return f'<svg {view} role="img" stroke-linejoin="round">{body}'
 
 
-def _themed(style: str) -> str:
+def _themed(style: str, names: dict[str, str]) -> str:
+    """A style whose colours are CSS variables, where they have a name."""
     style = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", style)
-    for name, value in THEME.items():
-        style = style.replace(value, f"var(--{name}, {value})")
-    return style
+    themed = {value: f"var(--{name}, {value})" for value, name in names.items()}
+    return re.sub("#[0-9a-f]{6}", lambda match: themed.get(match[0], match[0]), style)

@@ -8,12 +8,13 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from compressm.errors import DataError
-from compressm.experiments.batches import CALIBRATION, ORDER, stream
+from compressm.experiments.tasks.parts import Data, Dataset
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 SPLITS = {"train": 0.90, "validation": 0.95, "test": 1.0}  # upper ends of the ranges of a file's hash
@@ -21,7 +22,7 @@ SEPARATOR = b"\0"  # between two files
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Data):
     """Bytes in three parts that share no file.
 
     Attributes:
@@ -31,6 +32,8 @@ class Text:
         sha256: of the three parts one after the other.
         python: version whose source it is; empty for other text.
     """
+
+    kind: ClassVar[str] = "bytes of text"
 
     name: str
     splits: dict[str, Tensor]
@@ -79,39 +82,22 @@ class Text:
             )
 
 
-class WindowBatches:
-    """Random windows of the training part, a function of the seed and the step alone.
-
-    Args:
-        text: whose training part is used.
-        length: bytes that are predicted in each window.
-        batch_size: windows per step.
-        seed: of the draws.
-
-    Raises:
-        DataError: the part is shorter than one window.
-    """
-
-    def __init__(self, text: Text, length: int, batch_size: int, seed: int) -> None:
-        text.require("train", length)
-        self.part, self.length, self.batch_size, self.seed = text.splits["train"], length, batch_size, seed
-
-    def __getitem__(self, step: int) -> Tensor:
-        """(batch_size, length + 1) uint8 of a step, counted from 0."""
-        return self._draw(self.batch_size, stream(self.seed, ORDER, step))
-
-    def calibration(self, sequences: int) -> list[Tensor]:
-        """Batches of inputs (at most batch_size, length) for data Gramians, the same at every call."""
-        return list(self._draw(sequences, stream(self.seed, CALIBRATION))[:, :-1].split(self.batch_size))
-
-    def _draw(self, count: int, seed: int) -> Tensor:
-        starts = torch.randint(len(self.part) - self.length, (count,), generator=torch.Generator().manual_seed(seed))
-        return cut_windows(self.part, starts.to(self.part.device), self.length)
-
-
 def cut_windows(part: Tensor, starts: Tensor, length: int) -> Tensor:
     """(n, length + 1) uint8, from the positions ``starts`` (n,) on."""
     return part.unfold(0, length + 1, 1)[starts]
+
+
+class StandardLibrary(Dataset):
+    """Every .py file of Python's standard library, or of a folder, without tests and installed packages."""
+
+    name = "stdlib"
+    gives = Text
+    model = "mamba"
+    objective = "next_byte"
+    at_hand = True
+
+    def load(self, folder: Path | None) -> Text:
+        return load_text(folder)
 
 
 def load_text(folder: Path | None) -> Text:

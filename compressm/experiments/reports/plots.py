@@ -10,22 +10,24 @@ from itertools import pairwise
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from compressm.experiments.drawing import (
+from compressm.experiments.methods import METHODS
+from compressm.experiments.reports.data import LayerCut, Report, Run, clean
+from compressm.experiments.reports.drawing import (
     THEME,
     Points,
     canvas,
-    colour,
     draw,
     draw_run,
     finish,
     legend,
     log_axis,
+    look,
     plain,
     smooth,
     svg_of,
     thin,
 )
-from compressm.experiments.report_data import LayerCut, Report, Run, clean
+from compressm.experiments.reports.summary import listed
 
 SMOOTHED = 40  # a loss of so many points is smoothed
 FLOOR = 1e-12  # singular values below this share of the largest are not drawn
@@ -55,7 +57,7 @@ def spectra(report: Report) -> list[Picture]:
         cuts = [(cut.step, layer) for cut in run.reductions for layer in cut.layers if layer.name == name and layer.spectrum]
         cuts = [item for item in cuts if item[1].changed] or cuts[-1:]
         if cuts:
-            pictures.append(_spectrum(name, cuts))
+            pictures.append(_spectrum(name, cuts, look(run.name).colour))
     return pictures
 
 
@@ -70,12 +72,14 @@ def states(report: Report) -> Picture | None:
         ax.set_ylim(0, 1.06 * max(y for _, points in series for _, y in points))
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.yaxis.set_major_formatter(FuncFormatter(plain))
-        ends = {points[-1][1]: colour(run.name) for run, points in reversed(series) if points}
+        ends = {points[-1][1]: look(run.name).colour for run, points in reversed(series) if points}
         for total, tint in ends.items():
             ax.annotate(f" {total:,}", (1, total), xycoords=ax.get_yaxis_transform(), color=tint, va="center", weight="bold")
         finish(figure, ax, report, "states, all layers together", "step")
         svg = svg_of(figure)
-    return Picture("States", "The state of the whole model. It shrinks only where the compressed run is cut.", svg)
+    cut = _cut_runs(report) or ["a run"]
+    words = f"{listed(cut)} {'is' if len(cut) == 1 else 'are'} cut"
+    return Picture("States", f"The state of the whole model. It shrinks only where {words}.", svg)
 
 
 def loss(report: Report) -> Picture | None:
@@ -108,7 +112,8 @@ def score(report: Report) -> Picture | None:
     watched = report.measure.watched
     caption = f"Measured on the {watched} set."
     if any(report.around(cut)[1] is not None for run in report.runs for cut in run.reductions):
-        caption += " The compressed run also just before and after every cut."
+        words = listed(_cut_runs(report))
+        caption += f" {words[0].upper()}{words[1:]} also just before and after every cut."
     return _score_picture(report, series, "by step", caption, "step")
 
 
@@ -145,10 +150,10 @@ def step_time(report: Report) -> Picture | None:
     return Picture("Step time", caption, svg)
 
 
-def _spectrum(name: str, cuts: list[tuple[int, LayerCut]]) -> Picture:
+def _spectrum(name: str, cuts: list[tuple[int, LayerCut]], colour: str) -> Picture:
     last = cuts[-1][1]
     top = max([value for _, cut in cuts for value in cut.spectrum if math.isfinite(value)], default=0.0)
-    blue, many = colour("compressed"), len(cuts) > 1
+    many = len(cuts) > 1
     after_style = {"color": THEME["ink"], "linewidth": 1.1, "linestyle": (0, (1, 1.5))}
     with canvas() as (figure, ax):
         for index, (_, cut) in enumerate(cuts):
@@ -156,9 +161,9 @@ def _spectrum(name: str, cuts: list[tuple[int, LayerCut]]) -> Picture:
             kept = cut.kept_values
             values = [(i + 1, v if v > FLOOR * top else None) for i, v in enumerate(cut.spectrum)]
             draw(ax, values[max(kept - 1, 0) :], color=THEME["soft"], linewidth=1.0, alpha=strength)
-            draw(ax, values[:kept], color=blue, linewidth=2.0, alpha=strength)
+            draw(ax, values[:kept], color=colour, linewidth=2.0, alpha=strength)
             if cut.changed:
-                ax.axvline(kept + 0.5, color=blue, linewidth=1.0, linestyle=(0, (3, 2)), alpha=strength)
+                ax.axvline(kept + 0.5, color=colour, linewidth=1.0, linestyle=(0, (3, 2)), alpha=strength)
         if last.changed:
             ax.axvspan(last.kept_values + 0.5, len(cuts[0][1].spectrum), color=THEME["soft"], alpha=0.10, linewidth=0)
             after = [(i + 1, v if v > FLOOR * top else None) for i, v in enumerate(last.spectrum_after)]
@@ -168,9 +173,9 @@ def _spectrum(name: str, cuts: list[tuple[int, LayerCut]]) -> Picture:
         if top > 0:
             log_axis(ax)
         ax.set_title("Hankel singular value, log scale", loc="left")
-        ax.set_title(_kept_title(cuts), loc="right", color=blue)
+        ax.set_title(_kept_title(cuts), loc="right", color=colour)
         ax.set_xlabel("index, largest first")
-        handles = [Line2D([], [], color=blue, linewidth=2.0, label="before, kept")]
+        handles = [Line2D([], [], color=colour, linewidth=2.0, label="before, kept")]
         if last.changed:
             handles.append(Line2D([], [], color=THEME["soft"], linewidth=1.0, label="before, cut off"))
             if last.spectrum_after:
@@ -178,6 +183,12 @@ def _spectrum(name: str, cuts: list[tuple[int, LayerCut]]) -> Picture:
         legend(figure, handles)
         svg = svg_of(figure)
     return Picture(clean(name) or "(model)", _spectrum_caption(cuts), svg)
+
+
+def _cut_runs(report: Report) -> list[str]:
+    """``the compressed run``: how sentences call the runs that were cut."""
+    cut = [run.name for run in report.runs if run.reductions]
+    return [METHODS[name].phrase if name in METHODS else f"the run {clean(name)}" for name in cut]
 
 
 def _kept_title(cuts: list[tuple[int, LayerCut]]) -> str:
@@ -211,7 +222,7 @@ def _score_picture(
     with canvas() as (figure, ax):
         for run, points in series:
             shown = [(x / scale, None if y is None else metric.factor * y) for x, y in points]
-            draw_run(ax, run, shown, marker="o", markersize=2.6)
+            draw_run(ax, run, shown, marker=look(run.name).marker, markersize=2.6)
         words = f"{name}, %" if metric.higher_is_better else f"{name}, less is better"
         finish(figure, ax, report, words, f"training time, {unit}" if axis == "time" else axis)
         svg = svg_of(figure)

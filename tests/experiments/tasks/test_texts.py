@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from compressm.errors import DataError
-from compressm.experiments import texts
-from compressm.experiments.texts import WindowBatches, load_text, split_of
+from compressm.experiments.tasks.batches import WindowBatches
+from compressm.experiments.tasks.datasets import texts
+from compressm.experiments.tasks.datasets.texts import load_text, split_of
 
 
 def contents(part):
@@ -90,18 +91,18 @@ def test_measuring_windows_are_fixed_and_predict_no_byte_twice():
 def test_training_windows_depend_on_seed_and_step_alone(source_folder):
     text = load_text(source_folder)
     batches, again = (WindowBatches(text, 16, 4, seed=3) for _ in range(2))
-    first = [batches[step] for step in range(5)]
+    first = [batches[step][0] for step in range(5)]
     assert all(batch.shape == (4, 17) and batch.dtype == torch.uint8 for batch in first)
-    assert torch.equal(again[3], first[3])
-    assert torch.equal(again[1], first[1])
+    assert torch.equal(again[3][0], first[3])
+    assert torch.equal(again[1][0], first[1])
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(WindowBatches(text, 16, 4, seed=4)[0], first[0])
+    assert not torch.equal(WindowBatches(text, 16, 4, seed=4)[0][0], first[0])
     train = bytes(text.splits["train"].tolist())
     assert all(bytes(window.tolist()) in train for batch in first for window in batch)
     drawn = batches.calibration(10)
     assert [part.shape for part in drawn] == [(4, 16), (4, 16), (2, 16)]
     assert all(torch.equal(a, b) for a, b in zip(drawn, again.calibration(10), strict=True))
-    last = WindowBatches(texts.Text("t", {"train": torch.arange(18, dtype=torch.uint8)}, 1, ""), 16, 40, seed=0)[0]
+    last = WindowBatches(texts.Text("t", {"train": torch.arange(18, dtype=torch.uint8)}, 1, ""), 16, 40, seed=0)[0][0]
     assert set(last[:, -1].tolist()) == {16, 17}
     with pytest.raises(DataError, match="train part"):
         WindowBatches(text, 10**7, 4, seed=0)

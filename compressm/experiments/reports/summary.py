@@ -11,15 +11,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from compressm.experiments.metrics import ACCURACY, MISSING, Metric
-from compressm.experiments.report_data import REFERENCE, Report, Row, clean, parse_report, rows
-
-COMPRESSED = "compressed"
-CONTROLS = {  # how the headline calls the runs that it compares with; all of them, also those that do better
-    REFERENCE: "the full-size run",
-    "small": "the run that was small from the start",
-    "small_narrow": "the small one with narrow initial phases",
-}
+from compressm.experiments.methods import METHODS
+from compressm.experiments.reports.comparison import Row, rows
+from compressm.experiments.reports.data import Report, clean, parse_report
+from compressm.experiments.tasks.metrics import ACCURACY, MISSING, Metric
 
 
 def duration(seconds: float | None) -> str:
@@ -80,11 +75,6 @@ def layer_count(values: Sequence[int]) -> str:
     return f"{len(values)} layer" + "s" * (len(values) != 1)
 
 
-def main_run(report: Report) -> str:
-    """Name of the run that the report is about: the compressed one, else the first."""
-    return COMPRESSED if report.run(COMPRESSED) else report.runs[0].name
-
-
 def headline(report: Mapping[str, Any] | Report) -> str:
     """The gain in one or two sentences; what the report does not hold is left out.
 
@@ -93,8 +83,8 @@ def headline(report: Mapping[str, Any] | Report) -> str:
     """
     report = parse_report(report)
     table = {row.name: row for row in rows(report)}
-    name = main_run(report)
-    run, row, full = report.run(name), table[name], table.get(REFERENCE)
+    run, full = report.main, None if report.reference is None else table[report.reference.name]
+    row = table[run.name]
     quality, time = _quality(row, table, report.measure), _time(row, full)
     if run.diverged:
         return f"{row.title}: training diverged, its loss is no longer a number."
@@ -130,17 +120,16 @@ def paired_gaps(report: Report) -> list[str]:
 
     The mean over the test windows of the differences, and 1.96 times its standard error.
     """
-    own = report.run(main_run(report))
-    texts = []
-    for name, what in CONTROLS.items():
+    own, texts = report.main, []
+    for name, method in METHODS.items():  # all of them, also those that do better
         other = report.run(name)
         if other is None or other is own:
             continue
         ours, theirs = own.final.window_bits, other.final.window_bits
         if len(ours) == len(theirs) > 1:
             gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-            half = 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
-            texts.append(f"{report.measure.signed(statistics.fmean(gaps))} ± {half:.{report.measure.digits}f} from {what}")
+            half, metric = 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps)), report.measure
+            texts.append(f"{metric.signed(statistics.fmean(gaps))} ± {half:.{metric.digits}f} from {method.phrase}")
     return texts
 
 
@@ -179,7 +168,7 @@ def _size(row: Row, before: Sequence[int], after: Sequence[int]) -> str:
     if not before or not after:
         return row.title
     layers = layer_count(after)
-    if row.name != COMPRESSED:
+    if row.name not in METHODS or not METHODS[row.name].shrinks:
         return f"{row.title} ({sum(after):,} states in {layers})"
     if sum(after) == sum(before):
         return f"Nothing was cut, the model keeps its {sum(before):,} states in {layers}"
@@ -190,10 +179,10 @@ def _quality(row: Row, table: dict[str, Row], metric: Metric) -> str:
     if row.score is None:
         return ""
     compared = []
-    for name, what in CONTROLS.items():
+    for name, method in METHODS.items():  # all of them, also those that do better
         other = table.get(name)
         if other is not None and other is not row and other.score is not None:
-            compared.append(metric.compared(row.score - other.score, what))
+            compared.append(metric.compared(row.score - other.score, method.phrase))
     return metric.result(row.score) + (f", {listed(compared)}" if compared else "")
 
 

@@ -8,11 +8,12 @@ import pytest
 from experiments.report_cases import image_report, page_of, printed, text_report
 
 from compressm.errors import DataError
-from compressm.experiments import plots
-from compressm.experiments.metrics import ACCURACY, BITS_PER_BYTE
-from compressm.experiments.report_data import parse_report, rows
-from compressm.experiments.report_html import render
-from compressm.experiments.summary import headline, paired_gaps, sampling_noise
+from compressm.experiments.reports import plots
+from compressm.experiments.reports.comparison import rows
+from compressm.experiments.reports.data import parse_report
+from compressm.experiments.reports.html import render
+from compressm.experiments.reports.summary import headline, paired_gaps, sampling_noise
+from compressm.experiments.tasks.metrics import ACCURACY, BITS_PER_BYTE
 
 
 @pytest.fixture

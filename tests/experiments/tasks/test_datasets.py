@@ -14,8 +14,13 @@ import torch
 from PIL import Image
 
 from compressm.errors import ConfigError, DataError
-from compressm.experiments import datasets
-from compressm.experiments.batches import Batches
+from compressm.experiments.settings import resolve
+from compressm.experiments.tasks.batches import Batches
+from compressm.experiments.tasks.datasets import DATASETS, cifar, mnist
+
+
+def load(name: str, folder):
+    return DATASETS[name](resolve(name, {})).load(folder)
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -28,11 +33,11 @@ def mnist_files(train: int = 30, test: int = 12, size: int = 3) -> dict[str, byt
     parts = []
     for count in (train, test):
         parts += [draw.integers(0, 256, (count, size, size)), draw.integers(0, 10, count)]
-    return {name: idx(part) for name, part in zip(datasets.MNIST_FILES, parts, strict=True)}
+    return {name: idx(part) for name, part in zip(mnist.MNIST_FILES, parts, strict=True)}
 
 
 @pytest.fixture
-def mnist(tmp_path):
+def mnist_folder(tmp_path):
     for name, content in mnist_files().items():
         (tmp_path / name).write_bytes(content)
     return tmp_path
@@ -41,7 +46,7 @@ def mnist(tmp_path):
 def test_digits_are_the_real_ones():
     from sklearn.datasets import load_digits
 
-    data = datasets.load("digits", None)
+    data = load("digits", None)
     assert data.describe() == {
         "name": "handwritten digits (scikit-learn)", "train": 1347, "test": 450, "length": 64, "channels": 1, "classes": 10
     }  # fmt: skip
@@ -54,43 +59,43 @@ def test_digits_are_the_real_ones():
     torch.testing.assert_close(std, data.train_x.float().std((0, 1), correction=0), rtol=1e-5, atol=0)
 
 
-def test_mnist_pixels_and_labels(mnist):
-    data = datasets.load("smnist", mnist)
+def test_mnist_pixels_and_labels(mnist_folder):
+    data = load("smnist", mnist_folder)
     assert data.train_x.shape == (30, 9, 1) and data.test_x.shape == (12, 9, 1)  # noqa: PT018
-    raw = gzip.decompress((mnist / "train-images-idx3-ubyte.gz").read_bytes())
+    raw = gzip.decompress((mnist_folder / "train-images-idx3-ubyte.gz").read_bytes())
     assert bytes(data.train_x.flatten().tolist()) == raw[16:]
-    labels = gzip.decompress((mnist / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    labels = gzip.decompress((mnist_folder / "t10k-labels-idx1-ubyte.gz").read_bytes())
     assert bytes(data.test_y.tolist()) == labels[8:]
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(DataError, match=r"no such folder.*Omit it to download"):
-        datasets.load("smnist", tmp_path / "nowhere")
+        load("smnist", tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: no such file, expected the official"):
-        datasets.load("smnist", tmp_path)
+        load("smnist", tmp_path)
     with pytest.raises(DataError, match=r"data_batch_1\.bin: No such file.*cifar10-jpeg\.npz"):
-        datasets.load("scifar", tmp_path)
+        load("scifar", tmp_path)
 
 
-@pytest.mark.parametrize("name", list(datasets.MNIST_FILES))
-def test_truncated_files_are_refused_wherever_they_end(mnist, name):
-    whole = (mnist / name).read_bytes()
+@pytest.mark.parametrize("name", list(mnist.MNIST_FILES))
+def test_truncated_files_are_refused_wherever_they_end(mnist_folder, name):
+    whole = (mnist_folder / name).read_bytes()
     for end in (0, 1, 9, len(whole) // 2, len(whole) - 9, len(whole) - 1):
-        (mnist / name).write_bytes(whole[:end])
+        (mnist_folder / name).write_bytes(whole[:end])
         with pytest.raises(DataError, match=name):
-            datasets.load("smnist", mnist)
+            load("smnist", mnist_folder)
 
 
-def test_files_that_are_something_else(mnist):
-    target = mnist / "train-labels-idx1-ubyte.gz"
+def test_files_that_are_something_else(mnist_folder):
+    target = mnist_folder / "train-labels-idx1-ubyte.gz"
     for content in (b"<html>not found</html>", gzip.compress(b"hello"), idx(np.zeros((2, 2))), idx(np.zeros(29))):
         target.write_bytes(content)
         with pytest.raises(DataError, match="train"):
-            datasets.load("smnist", mnist)
-    image = gzip.decompress((mnist / "train-images-idx3-ubyte.gz").read_bytes())
-    (mnist / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(image + b"\0"))
+            load("smnist", mnist_folder)
+    image = gzip.decompress((mnist_folder / "train-images-idx3-ubyte.gz").read_bytes())
+    (mnist_folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(image + b"\0"))
     with pytest.raises(DataError, match="not an IDX file"):
-        datasets.load("smnist", mnist)
+        load("smnist", mnist_folder)
 
 
 def test_cifar_from_both_formats(tmp_path):
@@ -100,15 +105,15 @@ def test_cifar_from_both_formats(tmp_path):
     rows = np.concatenate([labels[:, None], pixels.reshape(4, -1)], 1).tobytes()
     inner = tmp_path / "cifar-10-batches-bin"
     inner.mkdir()
-    for name in (*datasets.CIFAR_TRAIN, "test_batch.bin"):
+    for name in (*cifar.CIFAR_TRAIN, "test_batch.bin"):
         (inner / name).write_bytes(rows)
-    data = datasets.load("scifar", tmp_path)
+    data = load("scifar", tmp_path)
     assert data.train_x.shape == (20, 1024, 3)
     assert data.test_x[2].reshape(32, 32, 3).permute(2, 0, 1).tolist() == pixels[2].tolist()
     assert data.test_y.tolist() == [3, 1, 4, 1]
     (inner / "data_batch_4.bin").write_bytes(rows[:-1])
     with pytest.raises(DataError, match=r"data_batch_4\.bin: 12291 bytes"):
-        datasets.load("scifar", tmp_path)
+        load("scifar", tmp_path)
 
     encoded = []
     for image in pixels:
@@ -121,14 +126,14 @@ def test_cifar_from_both_formats(tmp_path):
         packed[f"{split}_offsets"] = np.cumsum([0, *map(len, encoded)])
         packed[f"{split}_labels"] = labels
     np.savez(tmp_path / "cifar10-jpeg.npz", **packed)
-    data = datasets.load("scifar", tmp_path)
+    data = load("scifar", tmp_path)
     assert data.name.endswith("(lossy JPEG copy)")
     decoded = np.asarray(Image.open(io.BytesIO(encoded[1])))
     assert data.train_x[1].reshape(32, 32, 3).tolist() == decoded.tolist()
     content = (tmp_path / "cifar10-jpeg.npz").read_bytes()
     (tmp_path / "cifar10-jpeg.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"cifar10-jpeg\.npz: damaged"):
-        datasets.load("scifar", tmp_path)
+        load("scifar", tmp_path)
 
 
 @pytest.fixture
@@ -152,8 +157,8 @@ def server(tmp_path, monkeypatch):
     thread = threading.Thread(target=listening.serve_forever, daemon=True)
     thread.start()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(datasets, "MNIST_FILES", digests)
-    monkeypatch.setattr(datasets, "MNIST_URL", f"http://127.0.0.1:{listening.server_port}/")
+    monkeypatch.setattr(mnist, "MNIST_FILES", digests)
+    monkeypatch.setattr(mnist, "MNIST_URL", f"http://127.0.0.1:{listening.server_port}/")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield broken, served, files
@@ -166,12 +171,12 @@ def test_download_once_and_survive_an_interrupted_one(server, tmp_path):
     broken, served, _files = server
     broken.add("t10k-images-idx3-ubyte.gz")
     with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz: download failed.*--data-dir"):
-        datasets.load("smnist", None)
+        load("smnist", None)
     assert not list(tmp_path.rglob("t10k-images*"))
     broken.clear()
-    assert len(datasets.load("smnist", None).train_y) == 30
+    assert len(load("smnist", None).train_y) == 30
     count = len(served)
-    datasets.load("smnist", None)
+    load("smnist", None)
     assert len(served) == count
 
 
@@ -179,7 +184,7 @@ def test_a_download_with_other_content_is_refused(server):
     _, _, files = server
     files["train-labels-idx1-ubyte.gz"] = idx(np.zeros(30))
     with pytest.raises(DataError, match=r"train-labels-idx1-ubyte\.gz: download failed"):
-        datasets.load("smnist", None)
+        load("smnist", None)
 
 
 def test_batches_depend_on_seed_and_step_alone():

@@ -13,10 +13,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from compressm.errors import DataError
-from compressm.experiments import plots, summary
-from compressm.experiments.drawing import THEME
-from compressm.experiments.metrics import MISSING, Metric
-from compressm.experiments.report_data import REFERENCE, LayerCut, Report, Row, Run, clean, parse_report, rows
+from compressm.experiments.reports import plots, summary
+from compressm.experiments.reports.comparison import Row, rows
+from compressm.experiments.reports.data import LayerCut, Report, Run, clean, parse_report
+from compressm.experiments.reports.drawing import css_class, looks
+from compressm.experiments.tasks.metrics import MISSING, Metric
 
 TEMPLATE = "report.html.j2"
 
@@ -25,7 +26,7 @@ def write_html(report: Mapping[str, Any] | Report, path: str | Path) -> Path:
     """Write the report as a page that needs nothing but itself.
 
     Args:
-        report: as :func:`compressm.experiments.report_data.read_report` returns it, or parsed.
+        report: as :func:`compressm.experiments.reports.data.read_report` returns it, or parsed.
         path: of the file; its folder is made.
 
     Returns:
@@ -48,11 +49,12 @@ def render(report: Report) -> str:
     """The page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"whole": summary.whole, "svg": Markup}
-    text = resources.files("compressm.experiments").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    text = resources.files("compressm.experiments.reports").joinpath(TEMPLATE).read_text(encoding="utf-8")
     metric = report.measure
     score = f"{metric.watched} {metric.name}"
     drawn = {words.format(score=score): make(report) for words, make in plots.PICTURES.items()}
     return environment.from_string(text).render(
+        looks=looks(),
         title=clean(report.title) or "Training runs",
         preset=clean(report.preset),
         score=score[0].upper() + score[1:],
@@ -61,7 +63,7 @@ def render(report: Report) -> str:
         headline=_typeset(summary.headline(report)),
         tiles=_tiles(report),
         comparison=_comparison(report),
-        compared=report.run(REFERENCE) is not None and len(report.runs) > 1,
+        compared=report.reference is not None and len(report.runs) > 1,
         notes=_notes(report),
         spectra=plots.spectra(report),
         pictures=[picture for picture in drawn.values() if picture is not None],
@@ -75,8 +77,8 @@ def render(report: Report) -> str:
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
     """Name, value and comparison of the four numbers that matter; what is missing is left out."""
     table = {row.name: row for row in rows(report)}
-    row, full = table[summary.main_run(report)], table.get(REFERENCE)
-    run = report.run(row.name)
+    run, full = report.main, None if report.reference is None else table[report.reference.name]
+    row = table[run.name]
     tiles = []
     if sum(run.final_states):
         before, after = sum(run.initial_states), sum(run.final_states)
@@ -112,9 +114,9 @@ def _comparison(report: Report) -> list[dict[str, Any]]:
         low, high = (summary.milliseconds(value) for value in row.step_spread or (None, None))
         result.append({
             "name": row.title,
-            "class": _css_class(row.name),
+            "class": css_class(row.name),
             "score": metric.text(row.score),
-            "gap": "reference" if row.name == REFERENCE else _signed(row.gap, metric),
+            "gap": "reference" if report.run(row.name) is report.reference else _signed(row.gap, metric),
             "states": summary.states(row.states).replace(" x ", " × ").replace("..", "–"),
             "states_all": ", ".join(map(str, row.states)),
             "parameters": summary.whole(row.parameters),
@@ -143,9 +145,9 @@ def _notes(report: Report) -> list[str]:
     if losses:
         notes.append(f"Test loss in nats per byte, and perplexity per byte: {'; '.join(losses)}.")
     if gaps := summary.paired_gaps(report):
-        count = len(report.run(summary.main_run(report)).final.window_bits)
+        count = len(report.main.final.window_bits)
         notes.append(
-            f"Bits per byte on the same {count} test windows: {report.run(summary.main_run(report)).label} differs by "
+            f"Bits per byte on the same {count} test windows: {report.main.label} differs by "
             f"{summary.listed(gaps)} (95 %, from the scatter over windows alone; one run each, other seeds would add to it)."
         )
     return notes + [clean(note) for note in report.notes]
@@ -181,7 +183,7 @@ def _reduction(report: Report, run: Run, number: int) -> dict[str, Any]:
     return {
         "step": cut.step,
         "run": run.label,
-        "class": _css_class(run.name),
+        "class": css_class(run.name),
         "score": score,
         "seconds": "" if cut.seconds is None else f"took {summary.duration(cut.seconds)}",
         "reason": clean(cut.reason),
@@ -220,14 +222,8 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _css_class(run: str) -> str:
-    known = "run-" + run.replace("_", "-")
-    return known if known in THEME else "run-other"
-
-
 def _signed(gap: float | None, metric: Metric) -> str:
     return metric.signed(gap).replace("-", "−") if gap is not None else MISSING
-
 
 
 def _typeset(text: str) -> str:

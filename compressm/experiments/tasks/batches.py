@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
+from compressm.experiments.tasks.datasets.texts import Text, cut_windows
 
 SEEDS_PER_BLOCK = 1024
 ORDER, NOISE, CALIBRATION = range(3)  # independent streams of random numbers
@@ -67,3 +68,33 @@ class Batches:
         generator = torch.Generator().manual_seed(stream(self.seed, CALIBRATION))
         chosen = torch.randperm(len(self.y), generator=generator)[:sequences].to(self.y.device)
         return [self.x[part] for part in chosen.split(self.batch_size)]
+
+
+class WindowBatches:
+    """Random windows of the training part, a function of the seed and the step alone.
+
+    Args:
+        text: whose training part is used.
+        length: bytes that are predicted in each window.
+        batch_size: windows per step.
+        seed: of the draws.
+
+    Raises:
+        DataError: the part is shorter than one window.
+    """
+
+    def __init__(self, text: Text, length: int, batch_size: int, seed: int) -> None:
+        text.require("train", length)
+        self.part, self.length, self.batch_size, self.seed = text.splits["train"], length, batch_size, seed
+
+    def __getitem__(self, step: int) -> tuple[Tensor]:
+        """(batch_size, length + 1) uint8 of a step, counted from 0."""
+        return (self._draw(self.batch_size, stream(self.seed, ORDER, step)),)
+
+    def calibration(self, sequences: int) -> list[Tensor]:
+        """Batches of inputs (at most batch_size, length) for data Gramians, the same at every call."""
+        return list(self._draw(sequences, stream(self.seed, CALIBRATION))[:, :-1].split(self.batch_size))
+
+    def _draw(self, count: int, seed: int) -> Tensor:
+        starts = torch.randint(len(self.part) - self.length, (count,), generator=torch.Generator().manual_seed(seed))
+        return cut_windows(self.part, starts.to(self.part.device), self.length)

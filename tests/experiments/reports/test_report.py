@@ -10,10 +10,10 @@ import pytest
 from experiments.report_cases import HOSTILE, page_of, printed
 
 from compressm.errors import DataError
-from compressm.experiments import plots
-from compressm.experiments.report_data import parse_report, read_report
-from compressm.experiments.report_html import write_html
-from compressm.experiments.summary import headline, significant
+from compressm.experiments.reports import plots
+from compressm.experiments.reports.data import parse_report, read_report
+from compressm.experiments.reports.html import write_html
+from compressm.experiments.reports.summary import headline, significant
 
 
 def test_headline_says_the_gain(data):

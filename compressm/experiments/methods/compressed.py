@@ -1,0 +1,50 @@
+"""The model that shrinks while it trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+import compressm
+from compressm.experiments.methods.base import Look, Method
+from compressm.experiments.tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from compressm.experiments.tasks.parts import Model
+    from compressm.experiments.training import TrainingRun
+
+
+class CompressedSettings(Settings):
+    """The reductions are spread evenly up to the fraction ``reduce_until`` of the steps."""
+
+    reduce_until: float = Field(0.2, gt=0, le=1)
+
+
+class Compressed(Method):
+    """Starts at full size; a Compressor cuts it early in training."""
+
+    name = "compressed"
+    title = "compressed in training"
+    phrase = "the compressed run"
+    look = Look("#0072b2", "#56b4e9", width=2.1, layer=2.5)
+    Settings = CompressedSettings
+    reduced = True
+    shrinks = True
+
+    def check(self, settings: CompressedSettings, model: Model) -> None:
+        if settings.steps * settings.reduce_until < model.cut.attempts:
+            raise ValueError("steps * reduce_until must be at least attempts: train longer or reduce later")
+
+    def compressor(self, run: TrainingRun) -> compressm.Compressor:
+        settings, cut = run.settings, run.task.model.cut
+        return compressm.Compressor(
+            run.model,
+            run.optimizer,
+            policy=cut.policy,
+            schedule=compressm.Warmup(settings.steps, settings.reduce_until, cut.attempts),
+            calibration=None if cut.recipe == "paper" else run.task.calibration(),
+            recipe=cut.recipe,
+            multiple_of=cut.multiple_of,
+            sequences=settings.calibration_sequences,
+        )

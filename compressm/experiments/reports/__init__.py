@@ -1,0 +1,1 @@
+"""What a command reports: numbers, words, pictures, a page."""

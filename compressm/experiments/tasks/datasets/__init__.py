@@ -1,0 +1,10 @@
+"""The datasets that a task can be made of, by name."""
+
+from compressm.experiments.registry import Registry
+from compressm.experiments.tasks.datasets.cifar import SequentialCifar
+from compressm.experiments.tasks.datasets.digits import Digits
+from compressm.experiments.tasks.datasets.mnist import SequentialMnist
+from compressm.experiments.tasks.datasets.texts import StandardLibrary
+from compressm.experiments.tasks.parts import Dataset
+
+DATASETS: Registry[type[Dataset]] = Registry("dataset", Digits, SequentialMnist, SequentialCifar, StandardLibrary)

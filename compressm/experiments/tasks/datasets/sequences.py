@@ -1,0 +1,54 @@
+"""Images as sequences of pixels, each of a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressm.experiments.tasks.parts import Data
+
+
+@dataclass(frozen=True)
+class Sequences(Data):
+    """Sequences that each belong to a class.
+
+    Attributes:
+        name: for reports.
+        train_x, test_x: (n, L, channels) uint8.
+        train_y, test_y: (n,) int64.
+        classes: number of classes.
+    """
+
+    kind: ClassVar[str] = "labelled sequences of pixels"
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same on a device."""
+        moved = (t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y))
+        return Sequences(self.name, *moved, self.classes)
+
+    def describe(self) -> dict[str, int | str]:
+        """For the report."""
+        n, length, channels = self.train_x.shape
+        sizes = {"train": n, "test": len(self.test_x), "length": length, "channels": channels, "classes": self.classes}
+        return {"name": self.name, **sizes}
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation per channel of the training pixels, float32."""
+        pixels = self.train_x.flatten(0, 1)
+        columns = [np.bincount(pixels[:, c].cpu().numpy(), minlength=256) for c in range(pixels.shape[1])]
+        counts = torch.from_numpy(np.stack(columns)).double() / len(pixels)
+        grey = torch.arange(256, dtype=torch.float64)
+        mean = counts @ grey
+        variance = counts @ grey.square() - mean.square()
+        return mean.float(), variance.clamp_min(1e-12).sqrt().float()

@@ -1,0 +1,8 @@
+"""The models that a task can train, by name."""
+
+from compressm.experiments.registry import Registry
+from compressm.experiments.tasks.models.lru import Lru
+from compressm.experiments.tasks.models.mamba import ByteMamba
+from compressm.experiments.tasks.parts import Model
+
+MODELS: Registry[type[Model]] = Registry("model", Lru, ByteMamba)
