@@ -142,7 +142,7 @@ class LRU(nn.Module):
             expected = f"(batch, N) = {(x.shape[0], self.d_state)}, complex"
             remedy = "A state from before a reduction has more states: begin anew, from initial_state(batch)"
             raise bad_argument("state", got=f"{tuple(state.shape)} of {state.dtype}", expected=expected, remedy=remedy)
-        work = state.dtype.to_real()
+        work = state.real.dtype
         nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im, D = (
             getattr(self, name).to(work) for name in self.parameter_shapes(self.d_state)
         )

@@ -148,6 +148,52 @@ def test_exported_with_free_batch_and_length(module):
         torch.testing.assert_close(program.module()(x), module(x), rtol=2e-5, atol=2e-5)
 
 
+def decode_of_heads(state, x, dt, mix, rows):
+    A = -torch.ones(4, 8, 16)
+    return K.selective_state_update(state, x, dt, A, mix, mix, state_batch_indices=rows)
+
+
+STEPS = {  # a function of a batch size to a call's arguments, and the call
+    "Mamba.step": (
+        lambda b: (torch.randn(b, 1, H), torch.randn(b, 2 * H, 4), torch.randn(b, 2 * H, N)), Mamba(H, N).eval().step
+    ),
+    "LRU.step": (lambda b: (torch.randn(b, H), torch.randn(b, N, dtype=torch.cfloat)), LRU(H, N).step),
+    "LRU behind a state": (
+        lambda b: (torch.randn(b, b + 4, H), torch.randn(b, N, dtype=torch.cfloat)), partial(LRU(H, N), return_last_state=True)
+    ),
+    "packed Mamba": (
+        lambda b: (torch.randn(1, 4 * b, H), torch.tensor([0, 2, 4 * b - 1, 4 * b])),
+        lambda x, bounds, layer=Mamba(H, N): layer(x, cu_seqlens=bounds),  # noqa: B008
+    ),
+    "selective_state_update": (
+        lambda b: (
+            torch.randn(9, 4, 8, 16), torch.randn(b, 4, 8), torch.rand(b, 4, 8), torch.randn(b, 2, 16), torch.arange(b).int()
+        ),
+        decode_of_heads,
+    ),
+    "causal_conv1d_update": (
+        lambda b: (torch.randn(b, H), torch.randn(b, H, 3), torch.randn(H, 4)),
+        partial(K.causal_conv1d_update, activation="silu"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_streaming_and_packing_take_at_most_two_graphs(name):
+    arguments, call = STEPS[name]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for batch in (3, 5, 2, 7, 4, 6):
+        given = arguments(batch)
+        copies = [t.clone() for t in given]
+        with torch.no_grad():
+            expected, actual = call(*given), compiled(*copies)
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(copies, list(given), rtol=2e-5, atol=2e-5)  # what is advanced in place
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("make", [lambda: LRU(H, N), lambda: Mamba(H, N), lambda: LRUBlock(H, N)])
 def test_a_memory_estimate_runs_nothing(make):
     with torch._subclasses.fake_tensor.FakeTensorMode():
