@@ -224,8 +224,8 @@ def _earlier(out: Path) -> Command | None:
 def _check_same(earlier: Command, preset: str, overrides: dict[str, Any], out: Path) -> None:
     if earlier.preset != preset:
         raise ConfigError(f"--resume: {out} holds a {earlier.preset!r} command, got preset {preset!r}")
-    asked = resolve(preset, overrides)
+    asked, meant = resolve(preset, overrides), earlier.settings.to_dict()
     for key in overrides:
         was, now = getattr(earlier.settings, key), getattr(asked, key)
-        if was != now:
+        if was != now and key in meant:
             raise ConfigError(f"--resume: {key} was {was!r} when {out} was started, got {now!r}. Leave it out, or start anew")
