@@ -255,8 +255,9 @@ def with_new_kernels(planned: Planned) -> tuple[LayerReduction, ...]:
 def _record(name: str, item: Candidate, reduction: Reduced | None) -> LayerReduction:
     analysis, hsv = item.analysis, item.analysis.hsv
     kernel = item.adapter.kernel_plan(item.module)
-    common = {"name": name, "rank_before": item.rank, "spectrum": tuple(hsv.tolist()), "convention": analysis.convention}
-    common |= {"gramians": analysis.gramians, "kernel_plan_before": kernel, "kernel_plan_after": kernel}
+    common: dict[str, Any] = {"name": name, "rank_before": item.rank, "spectrum": tuple(hsv.tolist())}
+    common |= {"convention": analysis.convention, "gramians": analysis.gramians}
+    common |= {"kernel_plan_before": kernel, "kernel_plan_after": kernel}
     after = item.rank if reduction is None else reduction.order
     sizes = [item.adapter.state_bytes(item.module, rank) for rank in (item.rank, after)]
     common |= {"rank_after": after, "state_bytes_before": sizes[0], "state_bytes_after": sizes[1]}

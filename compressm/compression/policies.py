@@ -166,25 +166,32 @@ class Energy(LayerPolicy):
         if (self.tau is None) == (self.keep is None):
             got = f"tau={self.tau}, keep={self.keep}"
             raise bad_argument("tau, keep", got=got, expected="exactly one of the two (keep = 1 - tau)")
-        if self.tau is None:
+        if self.keep is not None:
             _check_number("keep", self.keep, "a number in (0, 1]", lambda value: 0 < value <= 1)
             object.__setattr__(self, "tau", 1 - self.keep)
-        else:
+        elif self.tau is not None:
             _check_number("tau", self.tau, "a number in [0, 1)", lambda value: 0 <= value < 1)
             object.__setattr__(self, "keep", 1 - self.tau)
         _check_gate(self.gate)
 
     @property
     def budget(self) -> float:
+        assert self.keep is not None
         return self.keep
+
+    @property
+    def cut(self) -> float:
+        """The fraction discarded, however it was said."""
+        assert self.tau is not None
+        return self.tau
 
     def gentler(self) -> Energy:
         """Half of tau."""
-        return replace(self, tau=self.tau / 2, keep=None)
+        return replace(self, tau=self.cut / 2, keep=None)
 
     def rank(self, spectrum: LayerSpectrum) -> int:
         spectrum.check()
-        order = energy_order(spectrum.hsv, self.tau if spectrum.keep is None else 1 - spectrum.keep)
+        order = energy_order(spectrum.hsv, self.cut if spectrum.keep is None else 1 - spectrum.keep)
         now, multiple = spectrum.rank, spectrum.multiple_of
         least = _round_and_gate(slots(order, spectrum.convention), now, multiple, self.gate)
         return now if least == now else _round_and_gate(spectrum.slots(order), now, multiple, self.gate)
@@ -214,7 +221,7 @@ class FixedRank(LayerPolicy):
             raise bad_argument("FixedRank", got=", ".join(unknown), expected=expected)
 
     def rank(self, spectrum: LayerSpectrum) -> int:
-        wanted = self.states.get(spectrum.name, spectrum.rank) if isinstance(self.states, dict) else self.states
+        wanted = self.states.get(spectrum.name, spectrum.rank) if isinstance(self.states, Mapping) else self.states
         if wanted >= spectrum.rank:
             return spectrum.rank
         spectrum.check()

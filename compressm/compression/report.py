@@ -62,11 +62,13 @@ class LayerReduction:
         Raises:
             KeyError, TypeError: keys are missing, or values have other types.
         """
-        values = {field.name: data[field.name] for field in fields(cls) if field.name in data or field.default is MISSING}
+        names = [field.name for field in fields(cls) if field.name in data or field.default is MISSING]
+        values: dict[str, Any] = {name: data[name] for name in names}
         for key, hint in get_type_hints(cls).items():
             if key in values and not fits(values[key], hint):
                 raise TypeError(f"{key} of type {hint}: {values[key]!r:.40}")
-        return cls(**{k: tuple(v) if k.startswith("spectrum") else v for k, v in values.items()})
+        values |= {key: tuple(value) for key, value in values.items() if key.startswith("spectrum")}
+        return cls(**values)
 
 
 class _OfLayers:
@@ -251,7 +253,8 @@ def describe(layer: LayerReduction) -> str:
 
 
 def _total(sizes: Sequence[int | None]) -> int | None:
-    return None if None in sizes else sum(sizes)
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def _layer_dict(layer: LayerReduction) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from compressm.errors import ModelError
 from compressm.kernels import KernelPlan, plan, selective_scan, selective_state_update
-from compressm.layers.mamba_mixer import convolve, convolve_step, decay, mix, project, select, working_dtype
+from compressm.layers.mamba_mixer import SILU, convolve, convolve_step, decay, mix, project, select, working_dtype
 
 
 class AcceleratedMambaMixer(MambaMixer):
@@ -93,7 +93,8 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
         the model.
 
     Raises:
-        ModelError: no Mamba mixer, or one whose forward has been replaced; nothing has changed.
+        ModelError: no Mamba mixer, one with another activation than SiLU, or one whose forward has been replaced; nothing has
+            changed.
     """
     old, new = (MambaMixer, AcceleratedMambaMixer) if mode else (AcceleratedMambaMixer, MambaMixer)
     mixers = {name: module for name, module in model.named_modules() if isinstance(module, MambaMixer)}
@@ -112,6 +113,8 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
 def _check(name: str, mixer: MambaMixer) -> None:
     if type(mixer) not in (MambaMixer, AcceleratedMambaMixer):
         raise ModelError(f"layer {name!r}: {type(mixer).__qualname__} overrides MambaMixer, expected transformers' own class")
+    if mixer.activation not in SILU:  # the scan's gate is one
+        raise ModelError(f"layer {name!r}: activation {mixer.activation!r}, expected 'silu'. Leave this model as it is")
     if "forward" in vars(mixer) or any(hasattr(module, "_hf_hook") for module in mixer.modules()):
         raise ModelError(
             f"layer {name!r}: its forward is wrapped (device_map with several devices or offloading does that), expected "

@@ -75,8 +75,8 @@ def test_steps_are_sampled_evenly():
 def test_white_moments():
     """Against a long scan of white noise with the constant step sizes of the bias."""
     layer = lively()
-    parameters = {key: layer.get_parameter(key) for key in ("x_proj.weight", "A_log", "dt_proj.bias")}
-    white = white_moments(parameters)
+    parameters = {key: layer.get_parameter(key) for key in ("x_proj.weight", "A_log")}
+    white = white_moments({**parameters, "dt_bias": layer.dt_proj.bias})
     A, dt = -layer.A_log.exp(), F.softplus(layer.dt_proj.bias)
     W = layer.x_proj.weight.detach()
     B, C = W[-12:-6], W[-6:]
