@@ -166,7 +166,7 @@ def make_plan(
     policy: Policy,
     *,
     keep: Mapping[str, float] | None = None,
-    demands: Demands,
+    demands: Demands = Demands(),
     team: Team | None = None,
 ) -> Planned:
     """Choose ranks and reduce.
