@@ -25,6 +25,8 @@ def causal_conv1d(
     activation: str | None = None,
     *,
     cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out_t = act(sum_k weight[:, k] x_{t - width + 1 + k} + bias), each channel for itself, zeros in front of x.
@@ -46,6 +48,7 @@ def causal_conv1d(
         cu_seqlens: (sequences + 1,) int32 or int64: batch is 1 and its steps are several sequences one after the other,
             sequence i at cu_seqlens[i] to cu_seqlens[i + 1], each with states of its own (states are then
             (sequences, D, width - 1)).
+        initial_state, return_last_state: initial_states and return_final_states by the names that they have in the scans.
         backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
 
     Returns:
@@ -57,6 +60,11 @@ def causal_conv1d(
             does not add up (which is looked at on CPU tensors only: on a GPU looking would wait for it).
         BackendError: the named backend cannot run.
     """
+    if initial_state is not None:
+        if initial_states is not None:
+            raise bad_argument("initial_states, initial_state", got="both", expected="one of the two names")
+        initial_states = initial_state
+    return_final_states = return_final_states or return_last_state
     silu = _is_silu(activation)
     _check_tensor("x", x, x, 3, "(batch, D, L)")
     _check_filter(x, weight, bias)

@@ -307,3 +307,12 @@ def test_final_states_are_written_where_the_caller_wants_them(assert_close):
     memory = torch.empty(2, 3, 3)
     assert torch.equal(causal_conv1d(x, weight, bias, initial_states=states, final_states_out=memory), expected)
     assert torch.equal(memory, last)
+
+
+def test_states_by_the_names_of_the_scans():
+    x, weight, state = torch.randn(2, 3, 5), torch.randn(3, 4), torch.randn(2, 3, 3)
+    expected = causal_conv1d(x, weight, initial_states=state, return_final_states=True)
+    actual = causal_conv1d(x, weight, initial_state=state, return_last_state=True)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    with pytest.raises(ArgumentError, match="one of the two names"):
+        causal_conv1d(x, weight, initial_states=state, initial_state=state)
