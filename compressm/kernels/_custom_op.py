@@ -135,7 +135,8 @@ def recomputed_gradients(
         grads: of its results; None for zero.
 
     Returns:
-        a gradient for each of ``tensors``, in the memory layout of ``torch.empty_like``; empty for None.
+        a gradient for each of ``tensors``, in the memory layout of ``torch.empty_like``; empty for None.  The
+        first tensor is not None.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set() - _AUTOGRAD
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
@@ -148,4 +149,5 @@ def recomputed_gradients(
             found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True, materialize_grads=True))
         else:
             found = iter([torch.zeros_like(leaf) for leaf in wanted])
-    return tuple(torch.empty(0) if t is None else torch.empty_like(t).copy_(next(found)) for t in tensors)
+    none = wanted[0].new_empty((0,))
+    return tuple(none.clone() if t is None else torch.empty_like(t).copy_(next(found)) for t in tensors)

@@ -11,7 +11,7 @@ from compressm.errors import ArgumentError, BackendError
 from compressm.kernels import _cpp, diagonal_scan, lti_scan, lti_scan_planar, plan
 from compressm.kernels import _lti_scan_ref as reference
 from compressm.kernels._lti_scan_block import block_tables, toeplitz
-from compressm.kernels.lti_scan import Operands, _run
+from compressm.kernels.lti_scan import Operands, _run, lti_scan_backward_op
 
 NAMES = ["u", "log_decay", "phase", "B_re", "B_im", "C_re", "C_im", "D", "initial_state"]
 
@@ -310,6 +310,14 @@ def test_sizes_of_zero(sizes, initial):
     oracle = evaluate(public("reference"), inputs, torch.float64)
     for name, result in evaluate(public("cpp"), inputs, torch.float32).items():
         torch.testing.assert_close(result.double(), oracle[name], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_lie_with_their_arguments_whatever_the_default_device():
+    u, log_decay, phase, b_re, b_im, c_re, c_im, _, _ = (None if t is None else t.float() for t in random_inputs(2, 5, 3, 4))
+    arguments = (u, log_decay, phase, torch.cat([b_re, b_im]), torch.cat([c_re, -c_im], 1), None, None)
+    with torch.device("meta"):
+        grads = lti_scan_backward_op(torch.ones_like(u), None, *arguments, "cpp", False)
+    assert [grad.device.type for grad in grads] == ["cpu"] * 7
 
 
 def test_raw_operators_refuse_operands_that_do_not_fit():
