@@ -19,23 +19,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 
 import aot  # noqa: E402
 from gpu.sweep import key  # noqa: E402
-from gpu.tunables import TUNABLES  # noqa: E402
+from gpu.tunables import tunables  # noqa: E402
+
+from compressm.kernels.core.gpu import MachineCode  # noqa: E402
 
 TARGET = aot.TARGETS["sm_90"]
-CASES = {
-    "selective_scan forward": "selective_fwd_bf16",
-    "selective_scan backward": "selective_bwd_bf16",
-    "selective_scan backward, deterministic": "selective_bwd_deterministic_bf16",
-    "diagonal_scan forward": "scan_fwd_fp32",
-    "diagonal_scan backward": "scan_bwd_fp32",
-    "causal_conv1d forward": "conv_fwd_bf16",
-    "causal_conv1d backward": "conv_bwd_bf16",
-    "selective_state_update": "state_update_bf16",
-    "gramians": "gramians",
-}
 
 
-def constants(case: aot.Case, config: dict[str, Any]) -> dict[str, Any]:
+def constants(case: MachineCode, config: dict[str, Any]) -> dict[str, Any]:
     """What the kernel and the compiler get for a configuration."""
     own = {name: value for name, value in config.items() if name not in ("threads", "stretches", "elements")}
     if "threads" in config:
@@ -49,8 +40,8 @@ def constants(case: aot.Case, config: dict[str, Any]) -> dict[str, Any]:
 def rows(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(kernel and configuration, what the compiler says) of every configuration that compiles differently."""
     cases = {case.name: case for case in aot.cases(TARGET)}
-    for tunable in TUNABLES:
-        case, seen = cases[CASES[tunable.name]], set()
+    for tunable in tunables():
+        case, seen = cases[tunable.code], set()
         for config in tunable.configs if wanted in tunable.name else ():
             settings = constants(case, config)
             if tuple(settings.items()) in seen:

@@ -16,6 +16,7 @@ import compressm
 from compressm._version import __version__
 from compressm.errors import ConfigError
 from compressm.experiments.tasks.presets import PRESETS
+from compressm.kernels import OPS
 
 app = typer.Typer(
     name="compressm",
@@ -26,8 +27,7 @@ app = typer.Typer(
 )
 
 BENCH_OPS = (
-    "lti_scan", "selective_scan", "causal_conv1d", "selective_state_update", "lru", "mamba",
-    "smnist", "scifar", "mamba-lm", "balanced_truncation", "attempt", "rollback", "waiting",
+    *OPS, "lru", "mamba", "smnist", "scifar", "mamba-lm", "balanced_truncation", "attempt", "rollback", "waiting",
 )  # fmt: skip
 Preset = Annotated[str, typer.Argument(help="One of: " + ", ".join(PRESETS), show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Output folder of compressm train.", show_default=False)]
@@ -127,10 +127,11 @@ def bench(
     d_model: Annotated[int | None, typer.Option(help="Channels.")] = None,
     length: Annotated[int | None, typer.Option(help="Steps of a sequence.")] = None,
     states: Annotated[str | None, typer.Option(help="Numbers of states to compare, such as 128,12.")] = None,
-    width: Annotated[int | None, typer.Option(help="Taps of causal_conv1d.")] = None,
+    width: Annotated[int | None, typer.Option(help="Taps of a convolution.")] = None,
     blocks: Annotated[int | None, typer.Option(help="Blocks of a training step's model.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of an attempt, a rollback or a wait.")] = None,
     rank: Annotated[int | None, typer.Option(help="States that balanced_truncation leaves.")] = None,
+    size: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Any other size; may be repeated.")] = None,
     passes: Annotated[str | None, typer.Option("--pass", help="forward or forward+backward.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -143,7 +144,7 @@ def bench(
 
     given = {"batch": batch, "channels": d_model, "length": length, "width": width}
     given |= {"blocks": blocks, "layers": layers, "rank": rank}
-    sizes = {name: size for name, size in given.items() if size is not None}
+    sizes = {name: number for name, number in given.items() if number is not None} | command.other_sizes(size or [])
     request = command.Request(op, sizes, states, passes, dtype, device, rounds, with_compile)
     console = Console()
     try:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from compressm.kernels import OPS
+from compressm.kernels.core.gpu import Check
+from compressm.kernels.core.op import Op
 from gpu import problems
 from gpu.problems import Problem, evaluate
 from gpu.session import brief
@@ -17,108 +20,37 @@ from gpu.session import brief
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROOM = 4.0  # times the error of the reference in the inputs' precision
-STATES = (12, 13, 100, 128, 300)
-LENGTHS = (1, 33, 257, 2000, 2048)
-BOUNDS = [0, 7, 7, 300, 1024, 1999, 2000]
-Case = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
-def cases(op: str, dtype: str, smoke: bool) -> list[Case]:
-    """(maker in gpu.problems, sizes, options) of every case of an op; gramians have one dtype, float64."""
-    return list((SMOKE if smoke else FULL)[op](dtype))
+def ops() -> dict[str, Op]:
+    """Those with cases for a GPU."""
+    return {name: op for name, op in OPS.items() if op.gpu is not None}
 
 
-def _selective(dtype: str) -> Iterator[Case]:
-    for at, states in enumerate(STATES):
-        for length in LENGTHS:
-            if dtype != "float32" and (at + length) % 3:
-                continue
-            options = {"groups": 3 if length % 2 else 1, "channels_last": bool((at + length // 2) % 2)}
-            yield "selective_scan", (2, 48, length, states), options
-    yield "selective_scan", (1, 48, BOUNDS[-1], 13), {"bounds": BOUNDS}
-    yield "selective_scan", (2, 40, 264, 16), {"bare": True}
-    for states in (16, 128):
-        yield "selective_scan", (8, 1536, 2048, states), {"seen": "channels"}
-    yield "selective_scan", (8, 1536, 2000, 12), {"seen": "channels", "channels_last": True}
-
-
-def _diagonal(dtype: str) -> Iterator[Case]:
-    for at, states in enumerate(STATES):
-        for length in LENGTHS:
-            if dtype == "float32" or (at + length) % 3 == 0:
-                yield "diagonal_scan", (3, length, states), {"reverse": bool(at % 2), "bare": length % 2 == 0}
-    yield "diagonal_scan", (1, 20_000, 5), {"fastest": 0.5}  # in stretches
-    yield "diagonal_scan", (50, 1024, 384), {}
-    if dtype == "float32":
-        for channels, states in ((8, 256), (8, 28), (64, 256), (512, 93)):
-            yield "lti_scan", (4, 784, channels, states), {}
-
-
-def _convolution(dtype: str) -> Iterator[Case]:
-    for width in (1, 3, 4, 8):
-        for length in LENGTHS:
-            options = {"channels_last": length % 2 == 1, "silu": width != 3}
-            yield "causal_conv1d", (2, 48, length, width), options
-    yield "causal_conv1d", (8, 1536, 2048, 4), {}
-
-
-def _update(dtype: str) -> Iterator[Case]:
-    for states in (1, *STATES):
-        yield "state_update", (3, 96, states), {"groups": 3 if states % 2 else 1}
-    yield "state_update", (128, 2560, 128), {}
-
-
-def _gramians(dtype: str) -> Iterator[Case]:
-    for states in (1, 5, *STATES):
-        yield "gramians", (2, states, 8), {}
-    yield "gramians", (6, 384, 512), {}
-
-
-FULL = {
-    "selective_scan": _selective, "diagonal_scan": _diagonal, "causal_conv1d": _convolution,
-    "selective_state_update": _update, "gramians": _gramians,
-}  # fmt: skip
-SMOKE = {
-    "selective_scan": lambda dtype: [("selective_scan", (1, 2, 9, 2), {"seen": "channels"})],
-    "diagonal_scan": lambda dtype: [("diagonal_scan", (1, 9, 3), {"seen": "batch"})],
-    "causal_conv1d": lambda dtype: [("causal_conv1d", (1, 2, 9, 4), {})],
-    "selective_state_update": lambda dtype: [("state_update", (1, 3, 5), {"seen": "batch"})],
-    "gramians": lambda dtype: [("gramians", (1, 3, 2), {"seen": "batch"})],
-}
-
-# More than 2^31 elements: of the inputs of one sequence, of the selective scan's checkpoints, or of the output.
-LARGE: list[tuple[str, Case]] = [
-    ("selective_scan", ("selective_scan", (512, 2050, 2048, 8), {"seen": "batch"})),
-    ("selective_scan", ("selective_scan", (1, 262_208, 8200, 2), {"seen": "channels", "channels_last": True})),
-    ("selective_scan", ("selective_scan", (1, 262_208, 8200, 2), {"seen": "channels", "bare": True})),
-    ("selective_scan", ("selective_scan", (204, 4000, 2048, 300), {"seen": "batch", "bare": True})),
-    ("diagonal_scan", ("diagonal_scan", (520, 2048, 1024), {"seen": "batch"})),
-    ("diagonal_scan", ("diagonal_scan", (1, 1_050_000, 1024), {"seen": "time", "bare": True})),
-    ("causal_conv1d", ("causal_conv1d", (520, 2050, 2048, 4), {"seen": "batch"})),
-    ("selective_state_update", ("state_update", (8200, 2048, 130), {"seen": "batch"})),
-    ("gramians", ("gramians", (1900, 384, 2), {"seen": "batch"})),
-]
-LARGE_SMOKE = [("diagonal_scan", ("diagonal_scan", (2, 70, 3), {"seen": "time", "bare": True}))]
+def cases(op: str, dtype: str, smoke: bool) -> list[Check]:
+    """All checks of an op in a dtype; on a smoke run one."""
+    gpu = OPS[op].gpu_cases()
+    return [gpu.SMOKE] if smoke else list(gpu.checks(DTYPES[dtype]))
 
 
 def run_large(device: str, smoke: bool) -> Iterator[dict[str, Any]]:
     """Offsets that do not fit in 32 bits, in bfloat16 (state and Gramians as they are)."""
-    for op, case in LARGE_SMOKE if smoke else LARGE:
-        yield run(op, case, "float32" if smoke else "bfloat16", device, modes=(False,)) | {"large": True}
+    for name, op in ops().items():
+        for check in (op.gpu_cases().SMOKE,) if smoke else op.gpu_cases().LARGE:
+            yield run(name, check, "float32" if smoke else "bfloat16", device, modes=(False,)) | {"large": True}
 
 
-def run(op: str, case: Case, dtype: str, device: str, modes: tuple[bool, ...] = (True, False)) -> dict[str, Any]:
+def run(op: str, check: Check, dtype: str, device: str, modes: tuple[bool, ...] = (True, False)) -> dict[str, Any]:
     """One case in deterministic mode twice and in the other one, as a row of results; ok is None where it does not fit."""
-    maker, sizes, options = case
-    row: dict[str, Any] = {"op": op, "case": f"{maker}{sizes} {options}", "dtype": dtype}
+    sizes = " ".join(f"{name}={size}" for name, size in check.sizes.items())
+    variant = " ".join(f"{name}={value}" for name, value in check.variant.items())
+    row: dict[str, Any] = {"op": op, "case": f"{sizes}; {variant}", "dtype": dtype}
+    if OPS[op].dtypes == (torch.float64,):
+        row["dtype"] = "float64"
     started = time.perf_counter()
     try:
         torch.manual_seed(0)
-        if maker == "gramians":
-            row["dtype"], problem = "float64", problems.gramians(*sizes, device=device, **options)
-        else:
-            problem = getattr(problems, maker)(*sizes, DTYPES[dtype], device, **options)
-        row |= verdict(problem, row["dtype"], modes)
+        row |= verdict(problems.problem(OPS[op], check, DTYPES[dtype], device), row["dtype"], modes)
     except torch.OutOfMemoryError as error:
         row |= {"ok": None, "error": brief(error)}
     except Exception as error:  # of one case: it is a failed check

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu import limits, predictions, speed, sweep, tools
-from gpu.checks import DTYPES, FULL
+from gpu.checks import DTYPES, cases, ops
 from gpu.jobs import Job, own, run_all
 from gpu.session import Part, Session
 from gpu.timing import Timer
@@ -17,7 +17,7 @@ from gpu.timing import Timer
 SHARE = 0.66  # of the budget
 TIMINGS = 180.0  # seconds that stay for what follows the checks
 SWEEP_SHARDS = 6
-SELECTIVE_SHARDS = {"float32": 3, "bfloat16": 2, "float16": 1}
+CASES_A_JOB = 12
 
 
 def run(session: Session) -> Part:
@@ -58,15 +58,15 @@ def check(session: Session, part: Part, folder: Path) -> set[str]:
 def queue(session: Session, part: Part, folder: Path) -> list[Job]:
     """The jobs, those that take long first."""
     if session.smoke:
-        pieces = [*(f"checks:{op}:float32:0/1" for op in FULL), "large", "sweep:0/1", "small", "profile"]
+        pieces = [*(f"checks:{op}:float32:0/1" for op in ops()), "large", "sweep:0/1", "small", "profile"]
         watched = tools.sanitizer_jobs(session, part, folder)
         return [own(session, ",".join(pieces), "smoke", 600, folder), *watched, tools.test_job(session)]
     jobs = []
     if session.mamba is not None:
         jobs.append(own(session, f"mamba:{session.mamba}", "mamba", 400, folder, gigabytes=1))
-    for op in FULL:
-        for dtype in DTYPES if op != "gramians" else ["float32"]:
-            shards = SELECTIVE_SHARDS[dtype] if op == "selective_scan" else 1
+    for op, record in ops().items():
+        for dtype in DTYPES if len(record.dtypes) > 1 else ["float32"]:
+            shards = -(-len(cases(op, dtype, False)) // CASES_A_JOB)
             jobs += [
                 own(session, f"checks:{op}:{dtype}:{shard}/{shards}", f"{op}-{dtype}-{shard}", 180, folder, gigabytes=8)
                 for shard in range(shards)

@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
-from gpu import limits, peers, tunables
+from compressm.kernels.selective_scan import gpu as scan
+from compressm.kernels.selective_scan import triton_launch
+from gpu import limits, peers
+from gpu.checks import ops
 from gpu.session import Part, Session, brief
 from gpu.sweep import graphed
 from gpu.timing import Timer
+from gpu.tunables import tunables
 
 SHAPES = {"B8 D1536 L2048": (8, 1536, 2048), "B4 D2560 L4096": (4, 2560, 4096)}
 STATES = (128, 64, 16, 12)
@@ -61,13 +65,13 @@ def _selective(session: Session, part: Part, timer: Timer, ceilings: dict[str, f
 
 def _ours(shape: tuple[int, ...], session: Session) -> Calls:
     device = session.device
-    arguments = tunables._scan_inputs(shape, device)
-    launch = tunables._selective_scan_triton.forward
+    arguments = scan.inputs(shape, device)
+    launch = triton_launch.forward
     calls = {
-        "compressm forward": tunables.scan_forward(shape, None, device),
+        "compressm forward": scan.forward(shape, None, device),
         "compressm forward, inference": lambda: launch(*arguments, True, False),
-        "compressm backward": tunables.scan_backward(shape, None, device),
-        "compressm backward, deterministic": tunables.scan_backward(shape, None, device, deterministic=True),
+        "compressm backward": scan.backward(shape, None, device),
+        "compressm backward, deterministic": scan.backward(shape, None, device, deterministic=True),
     }
     return {name: graphed(call, device) for name, call in calls.items()}
 
@@ -79,9 +83,9 @@ def _add_mamba(calls: Calls, shape: tuple[int, ...], session: Session, part: Par
             part.skip("mamba_ssm", reason)
         return
     try:
-        arguments = tunables._scan_inputs(shape, session.device)
+        arguments = scan.inputs(shape, session.device)
         forward, backward, out = peers.mamba_calls(extension, arguments, torch.randn_like(arguments[0]))
-        _compare(out, tunables.scan_forward(shape, None, session.device)()[0])
+        _compare(out, scan.forward(shape, None, session.device)()[0])
         calls["mamba_ssm forward"] = graphed(forward, session.device)
         calls["mamba_ssm backward"] = graphed(backward, session.device)
     except Exception as error:  # of the peer: it is named and left out
@@ -89,8 +93,8 @@ def _add_mamba(calls: Calls, shape: tuple[int, ...], session: Session, part: Par
 
 
 def _add_compiled(calls: Calls, shape: tuple[int, ...], session: Session, part: Part) -> None:
-    arguments = tunables._scan_inputs(shape, session.device)
-    ours = tunables.scan_forward(shape, None, session.device)()[0]
+    arguments = scan.inputs(shape, session.device)
+    ours = scan.forward(shape, None, session.device)()[0]
     backend = session.pick("inductor", "eager")
     makers = {"torch.compile": peers.compiled_chunks, "torch.compile, associative_scan": peers.associative_scan}
     for name, maker in makers.items():
@@ -123,62 +127,34 @@ def _counts(shape: tuple[int, ...], contender: str) -> dict[str, float]:
 
 
 def _others(session: Session, part: Part, timer: Timer, ceilings: dict[str, float], broken: set[str]) -> None:
-    """Every other kernel at its planned configuration on the shapes of its sweep, and torch's convolution."""
-    for tunable in tunables.TUNABLES:
+    """Every other kernel at its planned configuration on the shapes of its sweep, and what torch has for it."""
+    for tunable in tunables():
         op = tunable.name.split()[0]
         if op == "selective_scan":
             continue
         if op in broken:
             part.skip(f"times of {tunable.name}", "its check failed")
             continue
-        smoke = {"smoke": OTHERS_SMOKE[tunable.name]} if tunable.name in OTHERS_SMOKE else {}
+        smoke = {"smoke": tunable.smoke} if tunable.smoke else {}
         for name, shape in session.pick(tunable.shapes, smoke).items():
             if not part.has_time(f"{tunable.name} {name}", session.pick(2.0, 0.0)):
                 continue
             call = tunable.build(shape, None, session.device)
             calls: Calls = {"compressm": graphed(call, session.device) if tunable.graph else call}
-            if tunable.name == "causal_conv1d forward":
-                calls["F.conv1d, F.silu"] = graphed(_torch_convolution(shape, session.device), session.device)
-            if tunable.name == "gramians":
-                calls["torch"] = _torch_gramians(shape, session.device)
+            for rival, make in tunable.rivals.items():
+                theirs = make(shape, session.device)
+                calls[rival] = graphed(theirs, session.device) if tunable.graph else theirs
             for contender, times in timer.interleaved(calls, session.pick(1.0, 0.0)).items():
                 row = {"op": tunable.name, "shape": name, "contender": contender, **times}
                 if "median" in times:
-                    row |= limits.share(_other_counts(tunable.name, shape), ceilings, times["median"])
+                    row |= limits.share({"copy": tunable.least_bytes(shape)}, ceilings, times["median"])
                 part.add("speed", row)
             _free(session)
 
 
-OTHERS_SMOKE = {"causal_conv1d forward": (1, 1, 9), "selective_state_update": (1, 3, 4), "gramians": (1, 3, 2)}
-
-
-def _other_counts(name: str, shape: tuple[int, ...]) -> dict[str, float]:
-    """Least bytes that a kernel moves."""
-    if name.startswith("diagonal_scan"):
-        batch, length, states, word = shape
-        return {"copy": (3 if "backward" in name else 2) * batch * length * 2 * states * word}
-    if name.startswith("causal_conv1d"):
-        return {"copy": (3 if "backward" in name else 2) * 2 * shape[0] * shape[1] * shape[2]}
-    if name == "selective_state_update":
-        return {"copy": 8 * shape[0] * shape[1] * shape[2]}
-    return {"copy": 64 * shape[0] * shape[1] ** 2}
-
-
-def _torch_convolution(shape: tuple[int, ...], device: str) -> Callable[[], object]:
-    p = tunables._conv_inputs(shape, device)
-    x, weight, bias = p["x"], p["weight"].to(p["x"].dtype)[:, None], p["bias"].to(p["x"].dtype)
-    conv, silu = torch.nn.functional.conv1d, torch.nn.functional.silu
-    return lambda: silu(conv(x, weight, bias, padding=3, groups=x.shape[1])[..., : x.shape[2]])
-
-
-def _torch_gramians(shape: tuple[int, ...], device: str) -> Callable[[], object]:
-    problem = tunables.problems.gramians(*shape, device)
-    return lambda: problem.call(problem.inputs, "torch")
-
-
 def _free(session: Session) -> None:
-    for cache in (tunables._scan_inputs, tunables._diagonal_inputs, tunables._conv_inputs):
-        cache.cache_clear()
+    for op in ops().values():
+        op.gpu_cases().forget()
     if session.device == "cuda":
         torch.cuda.empty_cache()
 

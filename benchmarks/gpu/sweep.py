@@ -9,20 +9,18 @@ from typing import Any
 
 import torch
 
+from compressm.kernels.core.gpu import Config, Tunable
 from gpu.checks import TOLERANCES
 from gpu.session import Part, Session, brief
 from gpu.timing import Timer
-from gpu.tunables import TUNABLES, Config, Tunable
+from gpu.tunables import tunables
 
 
 def entries(smoke: bool) -> list[tuple[Tunable, Config]]:
     """Every kernel with every configuration; on a smoke run the first of some kernels."""
     if smoke:
-        return [(tunable, tunable.configs[0]) for tunable in TUNABLES if tunable.name in SMOKE]
-    return [(tunable, config) for tunable in TUNABLES for config in tunable.configs]
-
-
-SMOKE = {"diagonal_scan backward": (1, 5, 3, 4), "causal_conv1d forward": (1, 2, 20), "gramians": (1, 3, 2)}
+        return [(tunable, tunable.configs[0]) for tunable in tunables() if tunable.smoke]
+    return [(tunable, config) for tunable in tunables() for config in tunable.configs]
 
 
 def key(config: Config) -> str:
@@ -34,7 +32,7 @@ def check_all(device: str, smoke: bool, shard: int, shards: int) -> Iterator[dic
     """Rows of a share of the configurations: right or not, registers, spills and shared memory."""
     for tunable, config in entries(smoke)[shard::shards]:
         row: dict[str, Any] = {"kernel": tunable.name, "config": key(config)}
-        shape = SMOKE[tunable.name] if smoke else tunable.small(config)
+        shape = tunable.smoke if smoke else tunable.small(config)
         try:
             expected = tunable.build(shape, None, device)()
             before = compiled(tunable.kernel)
@@ -80,9 +78,9 @@ def time_all(session: Session, part: Part, timer: Timer, broken: set[str]) -> No
     """
     rows = part.body.get("configurations", [])
     right = {(row["kernel"], row["config"]) for row in rows if row["ok"]}
-    for tunable in TUNABLES:
+    for tunable in tunables():
         known = [config for config in tunable.configs if (tunable.name, key(config)) in right]
-        shapes = tunable.shapes if not session.smoke else {"smoke": SMOKE[tunable.name]} if tunable.name in SMOKE else {}
+        shapes = tunable.shapes if not session.smoke else {"smoke": tunable.smoke} if tunable.smoke else {}
         if not known:
             continue
         if tunable.name.split()[0] in broken:

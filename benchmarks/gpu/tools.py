@@ -12,16 +12,16 @@ from typing import Any
 
 from gpu.jobs import Job, own
 from gpu.session import Part, Session
+from gpu.tunables import tunables
 
 SANITIZERS = ("memcheck", "racecheck")
-KERNELS = "regex:_selective_scan_(fwd|bwd)_kernel|_diagonal_scan_(fwd|bwd)_kernel"
 METRICS = (
     "gpu__time_duration.sum", "smsp__inst_executed.sum", "sm__throughput.avg.pct_of_peak_sustained_elapsed",
     "smsp__issue_active.avg.pct_of_peak_sustained_active", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm__warps_active.avg.pct_of_peak_sustained_active", "smsp__inst_executed_pipe_xu.sum",
     "l1tex__throughput.avg.pct_of_peak_sustained_active", "launch__registers_per_thread", "dram__bytes.sum",
 )  # fmt: skip
-TESTS = ("causal_conv1d", "gramians", "lti_scan", "selective_scan")
+TESTS = Path(__file__).parents[2] / "tests" / "kernels"
 
 
 def sanitizer_jobs(session: Session, part: Part, folder: Path) -> list[Job]:
@@ -54,7 +54,7 @@ def judge_sanitizer(tool: str, outcome: dict[str, Any], part: Part) -> None:
 
 def test_job(session: Session) -> Job:
     """The project's tests of the Triton kernels, on the device; a smoke run only asks for pytest's version."""
-    files = [f"tests/kernels/test_{name}_triton.py" for name in TESTS]
+    files = sorted(str(path) for path in TESTS.glob("test_*_triton.py"))
     spread = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     wanted = session.pick(["-p", "no:cacheprovider", *spread, *files], ["--version"])
     command = (sys.executable, "-m", "pytest", *wanted)
@@ -78,7 +78,8 @@ def profile_job(session: Session, part: Part, folder: Path) -> Job | None:
     if program is None or session.device != "cuda":
         part.skip("ncu", "not on this machine" if program is None else "it needs a GPU")
         return None
-    under = (program, "--clock-control", "none", "--csv", "--kernel-name", KERNELS, "--metrics", ",".join(METRICS))
+    names = "|".join(sorted({tunable.kernel.__name__ for tunable in tunables() if tunable.profiled}))
+    under = (program, "--clock-control", "none", "--csv", "--kernel-name", f"regex:{names}", "--metrics", ",".join(METRICS))
     return own(session, "profile", "ncu", 60, folder, under=under)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from compressm.kernels import OPS
+
 KINDS = {
-    "our kernels": r"selective_scan|diagonal_scan|causal_conv1d|gramians|selective_state_update|compressm::",
+    "our kernels": "|".join([*OPS, "compressm::"]),
     "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|aten::(mm|addmm|bmm|matmul)",
     "optimizer": r"multi_tensor|fused_adam|foreach|adamw",
     "copies and conversions": r"copy|memcpy|memset|fill|CatArray|aten::(to|_to_copy|cat|clone)",

@@ -9,14 +9,8 @@ from typing import Any
 
 import torch
 
-from gpu import checks, peers, problems, sweep, tunables
-
-PROFILED = {"selective_scan": (8, 1536, 2048, 16), "diagonal_scan": (50, 1024, 384, 4)}
-PROFILED_SMOKE = {"diagonal_scan": (1, 5, 3, 4)}
-LAUNCHES = {
-    "selective_scan": (tunables.scan_forward, tunables.scan_backward),
-    "diagonal_scan": (tunables.diagonal_forward, tunables.diagonal_backward),
-}
+from gpu import checks, peers, problems, sweep
+from gpu.tunables import tunables
 
 
 def main(work: str, device: str, smoke: bool, out: Path) -> None:
@@ -51,15 +45,11 @@ def _sweep(share: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
 
 def _small(_: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
     """Every kernel once on a small shape, for a sanitizer; what it computes is not looked at here."""
-    sizes, packed = ((1, 9, 1), (1, 9, 1)) if smoke else ((36, 136, 3), (4, 20, 3))
-    made = (
-        problems.selective_scan(1, *sizes, torch.float32, device),
-        problems.selective_scan(1, *packed, torch.float32, device, bounds=[0, 3, 3, packed[1]]),
-        problems.diagonal_scan(1, 9, 5, torch.float32, device),
-        problems.causal_conv1d(1, 3, 20, 4, torch.float32, device),
-        problems.state_update(2, 6, 5, torch.float32, device),
-        problems.gramians(1, 5, 2, device),
-    )
+    made = [
+        problems.problem(op, check, torch.float32, device)
+        for op in checks.ops().values()
+        for check in ([op.gpu_cases().SMOKE] if smoke else op.gpu_cases().SMALL)
+    ]
     for number, problem in enumerate(made):
         for deterministic in (True, False):
             with checks.Mode(deterministic):
@@ -70,11 +60,11 @@ def _small(_: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
 def _profile(_: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
     """The launches that a profiler counts, one each after one that compiles."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    for op, shape in (PROFILED_SMOKE if smoke else PROFILED).items():
-        for build in LAUNCHES[op]:
-            call = build(shape, None, device)
-            call()
-            yield {"table": "launched", "problem": f"{op} {shape}"}
+    for tunable in tunables():
+        shape = tunable.smoke if smoke else tunable.profiled
+        if shape is not None:
+            tunable.build(shape, None, device)()
+            yield {"table": "launched", "problem": f"{tunable.name} {shape}"}
 
 
 def _mamba(source: str, device: str, smoke: bool) -> Iterator[dict[str, Any]]:

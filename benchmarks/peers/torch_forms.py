@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from compressm.benchmarking.guard_problems import DISK, SAVE
-from compressm.benchmarking.op_problems import COMPILED, CONV1D, REFERENCE
+from compressm.benchmarking.op_problems import COMPILED, REFERENCE
 from compressm.benchmarking.problems import Contender, Problem
 from compressm.benchmarking.running import Make
+from compressm.kernels import OPS
 from peers.base import Peer
 
 
@@ -23,9 +24,9 @@ PEERS = [
     Peer(REFERENCE, "torch", "torch", dict.fromkeys((*SCANS, "selective_state_update"), built_in(REFERENCE))),
     Peer(
         COMPILED, "torch", "torch",
-        dict.fromkeys(("lti_scan", "selective_scan", "causal_conv1d"), built_in(COMPILED)),  # more would compile for minutes
+        dict.fromkeys((op for op, record in OPS.items() if record.compiled), built_in(COMPILED)),  # more would take minutes
     ),
-    Peer(CONV1D, "torch", "torch", {"causal_conv1d": built_in(CONV1D)}),
+    *(Peer(name, "torch", "torch", {op: built_in(name)}) for op, record in OPS.items() for name in record.rivals),
     Peer(DISK, "torch", "torch", {"rollback": built_in(DISK)}),
     Peer(SAVE, "torch", "torch", {"rollback": built_in(SAVE)}),
 ]  # fmt: skip

@@ -8,17 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compressm.benchmarking.results import Milliseconds, Missing, Result
+from compressm.kernels import OPS
 
 from .analysis import Group, Spread
 
 NONE = "–"
 SPACE = "\u00a0"  # one at which no line breaks
 OP_NAMES = {
-    "selective_scan": "Selective scan",
-    "lti_scan": "LTI scan",
-    "gramians": "Gramians",
-    "selective_state_update": "Decode step (selective state update)",
-    "causal_conv1d": "Causal convolution",
+    **{name: record.title for name, record in OPS.items()},
     "lru": "LRU layer",
     "mamba": "Mamba layer",
     "smnist": "sMNIST (LRU)",

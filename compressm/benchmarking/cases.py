@@ -16,6 +16,7 @@ from compressm.benchmarking import guard_problems, layer_problems, op_problems, 
 from compressm.benchmarking.problems import Op, Problem
 from compressm.benchmarking.results import Level, Pass
 from compressm.errors import ConfigError, bad_argument
+from compressm.kernels import OPS as RECORDS
 
 _PROBLEMS = (op_problems, layer_problems, step_problems, reduction_problems, guard_problems)
 OPS: dict[str, Op] = {name: op for module in _PROBLEMS for name, op in module.OPS.items()}
@@ -94,7 +95,8 @@ def case(op: str, sizes: Mapping[str, int], passes: Pass, dtype: str | None = No
     if passes not in allowed.passes:
         raise ConfigError(f"pass: got {passes!r}, expected one of {', '.join(allowed.passes)} for {op}")
     dtype = dtype or allowed.dtype
-    possible = DTYPES_OF_LEVEL.get(allowed.level, (allowed.dtype,))
+    possible = DTYPES_OF_LEVEL.get(allowed.level, ()) if allowed.dtype == "float32" else ()
+    possible = possible or (allowed.dtype,)
     if dtype not in possible:
         raise ConfigError(f"dtype: got {dtype!r}, expected one of {', '.join(possible)} for {op}")
     if set(sizes) != set(allowed.sizes):
@@ -120,20 +122,14 @@ def _family(op: str, passes: Pass, device: str, states: Iterable[int], dtype: st
 
 
 def _ops(gpu: bool, device: str) -> list[Family]:
-    scan = {"batch": 8, "channels": 1536, "length": 2048} if gpu else {"batch": 2, "channels": 512, "length": 1024}
-    scifar = {"batch": 50 if gpu else 16, "length": 1024, "channels": 512}
     families = []
-    for passes in ("forward", "forward+backward"):
-        families.append(_family("selective_scan", passes, device, (128, 12), **scan))
-        if gpu:
-            families.append(_family("selective_scan", passes, device, (128, 16, 12), "bfloat16", **scan))
-    families.append(_family("lti_scan", "forward+backward", device, (256, 28), batch=50, length=784, channels=8))
-    families.append(_family("lti_scan", "forward+backward", device, (384, 93), **scifar))
-    for passes in ("forward", "forward+backward"):
-        name = f"causal_conv1d B{scan['batch']} D{scan['channels']} L{scan['length']} {passes}"
-        families.append(Family(name, (case("causal_conv1d", {**scan, "width": 4}, passes, device=device),)))
-    decode = {"batch": 128, "channels": 2560} if gpu else {"batch": 16, "channels": 512}
-    families.append(_family("selective_state_update", "forward", device, (128, 12), **decode))
+    for name, record in RECORDS.items():
+        for row in record.measured(gpu):
+            fixed = {size: n for size, n in row.sizes[0].items() if all(other[size] == n for other in row.sizes)}
+            numbers = " ".join(f"{LETTERS.get(size, size)}{n}" for size, n in fixed.items())
+            for passes in OPS[name].passes[-1:] if row.backward_only else OPS[name].passes:
+                cases = tuple(case(name, sizes, passes, row.dtype, device) for sizes in row.sizes)
+                families.append(Family(" ".join(filter(None, (name, numbers, passes, row.dtype))), cases))
     return families
 
 

@@ -14,7 +14,7 @@ from compressm.benchmarking import environment
 from compressm.benchmarking.cases import OPS, Case, case
 from compressm.benchmarking.layer_problems import SEPARATE
 from compressm.benchmarking.limits import measure_ceilings
-from compressm.benchmarking.op_problems import COMPILED, CONV1D, REFERENCE
+from compressm.benchmarking.op_problems import COMPILED, REFERENCE
 from compressm.benchmarking.problems import Contender, Problem
 from compressm.benchmarking.results import Result, Run
 from compressm.benchmarking.running import OURS, Make, Tell, measure
@@ -23,6 +23,7 @@ from compressm.errors import ConfigError
 from compressm.experiments.training import pick_device
 
 FLAGS = {"channels": "--d-model"}  # of sizes whose option has another name
+OPTIONS = ("batch", "length", "states", "width", "blocks", "layers", "rank")  # sizes that are options by themselves
 SHORT = {"bytes": "bytes", "flops": "flops", "exponentials": "exps"}
 MOST_ROUNDS = 100_000
 
@@ -81,8 +82,19 @@ def cases_of(request: Request) -> list[Case]:
     return [case(request.op, {**sizes, "states": n}, passes, request.dtype, request.device) for n in states]
 
 
+def other_sizes(assignments: list[str]) -> dict[str, int]:
+    """Sizes by name of ``NAME=NUMBER`` each."""
+    sizes = {}
+    for assignment in assignments:
+        name, _, number = assignment.partition("=")
+        if not number.isdigit():
+            raise ConfigError(f"--size: got {assignment!r}, expected NAME=NUMBER, such as length=1024")
+        sizes[name] = int(number)
+    return sizes
+
+
 def _flag(name: str) -> str:
-    return FLAGS.get(name, f"--{name}")
+    return FLAGS.get(name, f"--{name}" if name in OPTIONS else f"--size {name}=")
 
 
 def _states(request: Request) -> list[int]:
@@ -124,9 +136,8 @@ def run(request: Request, tell: Tell) -> Run:
 def _makers(chosen: Case, with_compile: bool) -> dict[str, Make]:
     level = OPS[chosen.op].level
     names = [OURS]
-    if chosen.op == "causal_conv1d":
-        names.append(CONV1D)
-    elif level in ("op", "layer"):
+    names += OPS[chosen.op].rivals
+    if level in ("op", "layer") and not OPS[chosen.op].rivals:
         names.append(REFERENCE)
     if chosen.op == "mamba":
         names.append(SEPARATE)

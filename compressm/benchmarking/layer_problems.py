@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from compressm.benchmarking import compiled, counts
+from compressm.benchmarking import counts
 from compressm.benchmarking.op_problems import BOTH, COMPILED, REFERENCE
-from compressm.benchmarking.problems import Op, Problem, in_slabs, slabs_for
+from compressm.benchmarking.problems import Function, Op, Problem, in_slabs, slabs_for
 from compressm.benchmarking.results import Counts, Pass
+from compressm.kernels import OPS as RECORDS
 from compressm.kernels import causal_conv1d, lti_scan_planar, selective_scan
 from compressm.layers import LRU, Mamba
 from compressm.layers.mamba_mixer import mix
@@ -41,6 +42,13 @@ def _problem(
     return problem
 
 
+def in_compiled_chunks(op: str) -> Function:
+    """A scan as torch.compile gets it, of its arguments by name."""
+    compiled = RECORDS[op].compiled
+    assert compiled is not None
+    return compiled({}, torch.float32)
+
+
 def lru_operands(p: dict[str, Tensor]) -> dict[str, Tensor]:
     """Arguments of :func:`compressm.kernels.lti_scan_planar` from x and an LRU's parameters."""
     gamma = p["gamma_log"].exp()[:, None]
@@ -60,12 +68,12 @@ def lru(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torc
     """An LRU layer as it is initialised."""
     batch, length, channels, states = (sizes[name] for name in ("batch", "length", "channels", "states"))
     layer = LRU(channels, states, device=device)
-    least = counts.lti_scan(batch, length, channels, states, dtype.itemsize, passes != "forward")
+    least = counts.of_op("lti_scan", sizes, dtype.itemsize, passes != "forward")
     problem = _problem(layer, sizes, passes, dtype, least, batch * length * states)
     problem.built_in[REFERENCE] = lambda: problem.contender(lambda p: lti_scan_planar(**lru_operands(p), backend="reference"))
 
     def unrolled():
-        scan = compiled.lti_scan()
+        scan = in_compiled_chunks("lti_scan")
         return problem.contender(lambda p: scan(lru_operands(p)))
 
     problem.built_in[COMPILED] = unrolled
@@ -140,7 +148,7 @@ def mamba(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: to
         return problem.contender(mamba_with(scan, convolve))
 
     problem.built_in[REFERENCE] = reference
-    problem.built_in[COMPILED] = lambda: problem.contender(mamba_with(compiled.selective_scan(), torch_convolution))
+    problem.built_in[COMPILED] = lambda: problem.contender(mamba_with(in_compiled_chunks("selective_scan"), torch_convolution))
     separate = step_by_step(layer)
     problem.built_in[SEPARATE] = lambda: problem.contender(lambda p: separate(p["x"]))
     return problem

@@ -112,6 +112,7 @@ class Op:
         build: (sizes, passes, dtype, device) -> Problem.
         about: one line for users.
         dtype: name of the dtype where none is named.
+        rivals: of its contenders, what torch itself has for it.
     """
 
     level: Level
@@ -120,6 +121,7 @@ class Op:
     build: Callable[[Mapping[str, int], Pass, torch.dtype, torch.device], Problem]
     about: str
     dtype: str = "float32"
+    rivals: tuple[str, ...] = ()
 
 
 def in_slabs(

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressm.benchmarking import compiled, counts
-from compressm.benchmarking.layer_problems import lru_operands, mamba_with, torch_convolution
+from compressm.benchmarking import counts
+from compressm.benchmarking.layer_problems import in_compiled_chunks, lru_operands, mamba_with, torch_convolution
 from compressm.benchmarking.op_problems import COMPILED
 from compressm.benchmarking.problems import Answers, Contender, Function, Op, Problem, slabs_for
 from compressm.benchmarking.reduction_problems import NOT_COUNTED
@@ -152,9 +152,9 @@ def _problem(task: Task, sizes: Mapping[str, int], dtype: torch.dtype, least: Co
 
 def _compiled_layers(mixer: str) -> Change:
     if mixer == "lru":
-        scan = compiled.lti_scan()
+        scan = in_compiled_chunks("lti_scan")
         return replaced(mixer, lambda layer: Foreign(layer, lambda p: scan(lru_operands(p))))
-    function = mamba_with(compiled.selective_scan(), torch_convolution)
+    function = mamba_with(in_compiled_chunks("selective_scan"), torch_convolution)
     return replaced(mixer, lambda layer: Foreign(layer, function))
 
 
@@ -165,9 +165,8 @@ def _images(preset: str, length: int, pixel_channels: int) -> Callable[..., Prob
         settings = _settings(preset, chosen, dtype, device)
         task = Task(settings, noisy_images(settings, length, pixel_channels), device)
         rows = batch * length
-        block = counts.add(
-            counts.lti_scan(batch, length, channels, states, 4, True), counts.linear(rows, channels, 2 * channels, True)
-        )
+        scan = counts.of_op("lti_scan", {**sizes, "length": length}, 4, True)
+        block = counts.add(scan, counts.linear(rows, channels, 2 * channels, True))
         ends = counts.add(counts.linear(rows, pixel_channels, channels, True), counts.linear(batch, channels, 10, True))
         return _problem(task, sizes, dtype, counts.add(counts.scaled(block, blocks), ends), rows * states * blocks)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compressm.errors import NumericalError, bad_argument
 from compressm.kernels import Gramians, gramians
-from compressm.kernels.gramians import check_system
+from compressm.kernels.gramians.op import check_system
 
 if TYPE_CHECKING:
     from compressm.control.balancing import Balanced

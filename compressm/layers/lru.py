@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import bad_argument
-from compressm.kernels import KernelPlan, lru_scan, plan
+from compressm.kernels import KernelPlan, plan
+from compressm.kernels.fused_cpu import lru_scan
 
 
 class LRU(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.errors import bad_argument
-from compressm.kernels import gelu_dropout, glu_dropout_add, linear_glu_dropout_add
-from compressm.kernels._lru_block_cpu import lru_block
+from compressm.kernels.fused_cpu import gelu_dropout, glu_dropout_add, linear_glu_dropout_add
+from compressm.kernels.fused_cpu.lru_block import lru_block
 from compressm.layers._plain import plain
 from compressm.layers.lru import LRU
 from compressm.layers.norms import LayerNorm

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
-from compressm.kernels._mamba_mixer_cpu import mamba_mixer
+from compressm.kernels.fused_cpu.mamba_mixer import mamba_mixer
 from compressm.layers._plain import plain
 from compressm.layers.step_sizes import StepSizes
 

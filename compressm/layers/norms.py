@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressm.kernels import layer_norm, layer_norm_mean, rms_norm
+from compressm.kernels.fused_cpu import layer_norm, layer_norm_mean, rms_norm
 from compressm.layers._plain import plain
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressm.kernels._selective_scan_triton import checkpoint_shape
+from compressm.kernels import OPS
+from compressm.kernels.selective_scan.triton_launch import checkpoint_shape
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_session.py"
@@ -44,13 +45,11 @@ def test_smoke(tmp_path, gpu, monkeypatch, capsys):
         assert body["failed"] == []
         assert f"== {name}: 0 failed, 0 cut for time" in run.stdout
     kernels = bodies["kernels"]
-    assert {row["op"] for row in kernels["checks"]} == {
-        "selective_scan", "diagonal_scan", "causal_conv1d", "selective_state_update", "gramians",
-    }  # fmt: skip
+    assert {row["op"] for row in kernels["checks"]} == {name for name, op in OPS.items() if op.gpu}
     assert all(row["ok"] and row["worst"] <= row["tolerance"] for row in kernels["checks"])
     assert {row["contender"] for row in kernels["speed"]} >= {"compressm backward, deterministic", "torch.compile forward"}
     assert all(row["median"] > 0 for row in kernels["speed"])
-    assert len(kernels["sweep"]) == len({row["kernel"] for row in kernels["configurations"]}) == 3
+    assert len(kernels["sweep"]) == len({row["kernel"] for row in kernels["configurations"]}) == 4
     assert kernels["ceilings"].keys() == {"copy", "exponentials", "instructions", "matmul_bfloat16", "matmul_float32"}
     assert {(row["states"], row["pass"]) for row in bodies["layers"]["layers"]} >= {(3, "forward"), (2, "forward+backward")}
     assert {row["mode"] for row in bodies["train"]["train"]} == {"eager", "compile"}

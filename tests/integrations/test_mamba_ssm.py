@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import compressm
 from compressm.errors import ArgumentError, BackendError, DependencyError
 from compressm.integrations.mamba_ssm import mamba_inner_fn, patch
-from compressm.kernels._selective_scan_ref import selective_scan as reference
+from compressm.kernels.selective_scan.reference import selective_scan as reference
 from compressm.layers import Mamba
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(custom_fwd|custom_bwd).*:FutureWarning")

@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton import knobs
@@ -18,15 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from compressm.kernels import (
-    _causal_conv1d_triton,
-    _gramians_triton,
-    _lti_scan_triton,
-    _selective_scan_triton,
-    _selective_scan_triton_bwd,
-    _selective_scan_triton_fwd,
-    _selective_state_update_triton,
-)
+from compressm.kernels import OPS
+from compressm.kernels.core.gpu import MachineCode
+from compressm.kernels.diagonal_scan import triton_scan
+from compressm.kernels.gramians import triton_gramians
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,103 +30,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-_SCAN = {"L": "i32", "N": "i32", "stretches": "i32", "steps": "i32"}
-_FORWARD = dict.fromkeys(("lam", "starts"), "*fp32") | _SCAN
-_BACKWARD = dict.fromkeys(("lam", "carries", "start", "grad_lam", "grad_start"), "*fp32") | _SCAN
-_GRAMIANS = {
-    "work": "*i64", "systems": "*i64", "spectra": "*fp64", "features": "*fp64", "out": "*fp64", "states": "i32", "plane": "i32",
-}  # fmt: skip
-_CONV = dict.fromkeys(("weight", "bias", "state", "grad_state", "shares"), "*fp32") | dict.fromkeys(
-    ("D", "L", "stretches", "stride_b", "stride_d", "grad_stride_b", "grad_stride_d"), "i32"
-)
 
 
-class Case(NamedTuple):
-    """A kernel with the types of its arguments and its constants.
-
-    ``elements``: what one turn of its loop, or without ``loop`` the whole kernel, handles per lane.  ``inner``: the loop, and
-    the layouts that matter, are those of a loop within another.
-    """
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    config: dict[str, Any]
-    elements: int | None = None
-    loop: bool = True
-    inner: bool = False
+def cases(target: GPUTarget) -> Iterator[MachineCode]:
+    """Those of all ops."""
+    for op in OPS.values():
+        if op.gpu is not None:
+            yield from op.gpu_cases().machine_code(target)
 
 
-def cases(target: GPUTarget) -> Iterator[Case]:
-    lanes = {"BN": target.warp_size}
-    forward = _lti_scan_triton.FORWARD_CONFIG | lanes
-    backward = _lti_scan_triton.BACKWARD_CONFIG | lanes
-    kernel = _lti_scan_triton._diagonal_scan_fwd_kernel
-    for dtype in ("fp32", "bf16"):
-        types = _FORWARD | dict.fromkeys(("x", "h"), f"*{dtype}")
-        yield Case(f"scan_fwd_{dtype}", kernel, types, forward | {"REVERSE": False, "STORE": True}, forward["U"])
-    types = _FORWARD | {"x": "*bf16", "h": "*fp32"}
-    yield Case("scan_ends_bf16", kernel, types, forward | {"REVERSE": True, "STORE": False}, forward["U"])
-    kernel = _lti_scan_triton._diagonal_scan_bwd_kernel
-    for dtype in ("fp32", "bf16"):
-        types = _BACKWARD | dict.fromkeys(("grad_h", "h", "grad_x"), f"*{dtype}")
-        yield Case(f"scan_bwd_{dtype}", kernel, types, backward | {"REVERSE": True}, backward["U"])
-    config = _gramians_triton.CONFIG | {"num_warps": _gramians_triton.TILE**2 // target.warp_size}
-    yield Case("gramians", _gramians_triton._gramians_kernel, _GRAMIANS, config)
-    yield from convolution_cases(target)
-    yield from selective_cases(target)
-
-
-def convolution_cases(target: GPUTarget) -> Iterator[Case]:
-    config = _causal_conv1d_triton.CONFIG | {"WIDTH": 4, "SILU": True}
-    elements = config["BT"] // (config["num_warps"] * target.warp_size)
-    for dtype in ("fp32", "bf16"):
-        types = _CONV | dict.fromkeys(("x", "out", "grad", "grad_x"), f"*{dtype}")
-        for name in ("fwd", "bwd"):
-            kernel = getattr(_causal_conv1d_triton, f"_causal_conv1d_{name}_kernel")
-            yield Case(f"conv_{name}_{dtype}", kernel, types, config, elements, loop=False)
-
-
-def types_of(kernel: Any, dtype: str, float32: str) -> dict[str, str]:
-    """Types of the arguments of a kernel of the selective scan: those that ``float32`` names are, other tensors ``dtype``."""
-    wide = float32.split()
-    types = {name: "*fp32" if name in wide else f"*{dtype}" for name in kernel.arg_names}
-    for name in types:
-        if re.search(r"_[bdtn]$", name) or name in ("L", "N", "steps", "width", "head", "channels", "groups", "one"):
-            types[name] = "i32"
-    return types | {"cu_seqlens": "*i32", "rows": "*i64"}
-
-
-def selective_cases(target: GPUTarget) -> Iterator[Case]:
-    """The selective scan for many aligned channels, the types that differ on one target only, and the decode step."""
-    main = target == TARGETS["sm_90"]
-    fast = {"FAST": target.backend == "cuda", "SOFTPLUS": True, "enable_fp_fusion": True}
-    shared = fast | {"TRAIN": True, "EVEN": True, "cu_seqlens": None}
-    shared |= dict.fromkeys(("U", "DELTA", "Z", "OUT", "GRAD", "Y", "GDELTA", "GZ"), _selective_scan_triton.TIME)
-    settings = _selective_scan_triton._config(8, 1536, 2048, 16)
-    warps = settings["threads"] // target.warp_size
-    shared |= {key: settings[key] for key in ("R", "BD", "T")}
-    elements = 8 * settings["R"]
-    kernel = _selective_scan_triton_fwd._selective_scan_fwd_kernel
-    for dtype in ("bf16", "fp32") if main else ("bf16",):
-        types = types_of(kernel, dtype, "A D bias initial last carries")
-        yield Case(f"selective_fwd_{dtype}", kernel, types, shared | {"num_warps": warps}, elements, inner=True)
-    kernel = _selective_scan_triton_bwd._selective_scan_bwd_kernel
-    float32 = "A D bias grad_last carries scratch grad_BC grad_D grad_bias"
-    for dtype in ("bf16", "fp32") if main else ("bf16",):
-        config = shared | {"DETERMINISTIC": False, "W": warps, "num_warps": warps}
-        yield Case(f"selective_bwd_{dtype}", kernel, types_of(kernel, dtype, float32), config, elements, inner=True)
-    if main:
-        config = shared | {"DETERMINISTIC": True, "W": 2 * warps, "num_warps": 2 * warps, "BD": 2 * settings["BD"]}
-        yield Case("selective_bwd_deterministic_bf16", kernel, types_of(kernel, "bf16", float32), config, elements, inner=True)
-    kernel = _selective_state_update_triton._selective_state_update_kernel
-    fast |= {"TIED": False, "DENSE": True, "num_warps": 128 // target.warp_size}
-    config = _selective_state_update_triton.config(16) | fast
-    elements = config["BD"] * config["BN"] // 128
-    yield Case("state_update_bf16", kernel, types_of(kernel, "bf16", "state A D bias"), config, elements)
-
-
-def compile_case(case: Case, target: GPUTarget) -> Any:
+def compile_case(case: MachineCode, target: GPUTarget) -> Any:
     arguments = case.kernel.arg_names
     constants = {name: value for name, value in case.config.items() if name in arguments}
     options = {name: value for name, value in case.config.items() if name not in arguments}
@@ -242,6 +150,7 @@ def report(name: str) -> Iterator[dict[str, Any]]:
             "per_element": per_element,
             "layout_conversions": conversions(compiled.asm["ttgir"], case.inner),
             "shared_memory": compiled.metadata.shared,
+            "budget": case.budget._asdict(),
         }
 
 
@@ -255,5 +164,5 @@ if __name__ == "__main__":
     print(json.dumps({
         "rows": [row for name in TARGETS for row in report(name)],
         "specialized": sorted({name for kernel in kernels for name in specialized(kernel)}),
-        "why_not": [_lti_scan_triton.why_not("cpu", _lti_scan_triton.DTYPES[0]), _gramians_triton.why_not("cpu")],
+        "why_not": [triton_scan.why_not("cpu", triton_scan.DTYPES[0]), triton_gramians.why_not("cpu")],
     }))  # fmt: skip

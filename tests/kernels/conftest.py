@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from compressm.kernels import _cpp
+from compressm.kernels.core import cpp
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def device() -> str:
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def isa(request):
     """Name of the instruction set that the C++ kernels use in the test, each in turn; skips what the processor lacks."""
-    library = _cpp.library()
+    library = cpp.library()
     if not library.select_isa(request.param):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param

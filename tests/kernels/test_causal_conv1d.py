@@ -8,7 +8,8 @@ from kernels.causal_conv1d_cases import LAYOUTS, check, evaluate, lay_out, rando
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _causal_conv1d_cpu, causal_conv1d
+from compressm.kernels import causal_conv1d
+from compressm.kernels.causal_conv1d import cpu
 
 CHANNELS, LENGTHS, WIDTHS = (1, 3, 16, 17, 40), (1, 2, 3, 33, 257), (1, 2, 4, 8)
 
@@ -136,8 +137,8 @@ def test_half_precision_accumulates_in_float32(assert_close, backend, dtype):
 @pytest.mark.usefixtures("poisoned_memory")
 def test_bfloat16_rows_of_channels_are_taken_as_they_lie(assert_close, monkeypatch, isa):
     seen = []
-    inner = _causal_conv1d_cpu.forward
-    monkeypatch.setattr(_causal_conv1d_cpu, "forward", lambda x, *rest: seen.append(x.dtype) or inner(x, *rest))
+    inner = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda x, *rest: seen.append(x.dtype) or inner(x, *rest))
     for channels, length, without in ((37, 45, ()), (530, 258, ("bias",)), (3, 2, ("initial_states",))):
         inputs = random_inputs(2, channels, length, 4, without=without)
         inputs = {name: None if t is None else t.to(torch.bfloat16).double() for name, t in inputs.items()}

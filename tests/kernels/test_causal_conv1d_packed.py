@@ -9,7 +9,8 @@ import torch
 from kernels.causal_conv1d_cases import LAYOUTS, check, evaluate, lay_out, random_inputs
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _causal_conv1d_cpu, causal_conv1d
+from compressm.kernels import causal_conv1d
+from compressm.kernels.causal_conv1d import cpu
 
 BOUNDS = ((0, 3, 4, 10, 12), (0, 0, 1, 1, 2, 2, 40), (0, 257), (0, 300, 558, 560, 561, 900), tuple(range(0, 301, 3)))
 # Sequences one behind the other, padding in front, between and behind, and sequences that come again within the filter's reach.
@@ -92,8 +93,8 @@ def test_widths(assert_close, width):
 @pytest.mark.usefixtures("poisoned_memory")
 def test_bfloat16_runs_as_it_is(assert_close, monkeypatch, isa, layout):
     seen = []
-    inner = _causal_conv1d_cpu.forward
-    monkeypatch.setattr(_causal_conv1d_cpu, "forward", lambda x, *rest: seen.append(x.dtype) or inner(x, *rest))
+    inner = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda x, *rest: seen.append(x.dtype) or inner(x, *rest))
     inputs = random_inputs(1, 37, 45, 4, sequences=3)
     inputs = {name: t.to(torch.bfloat16).double() for name, t in inputs.items()}
     options = {"cu_seqlens": torch.tensor([0, 2, 2, 45])}
@@ -259,7 +260,7 @@ def test_wrong_arguments_are_named(changes, name):
     ],
 )
 def test_the_raw_op_takes_no_short_operand(backward, name, wrong):
-    from compressm.kernels import _cpp
+    from compressm.kernels.core import cpp
 
     x, weight, bias, states = (t.float() for t in random_inputs(1, 5, 9, 4, sequences=2).values())
     operands = {"x": x, "weight": weight, "bias": bias, "seq_idx": None, "initial_states": states}
@@ -271,7 +272,7 @@ def test_the_raw_op_takes_no_short_operand(backward, name, wrong):
     operands[name] = wrong(operands[name])
     if name == "seq_idx":
         operands |= {"initial_states": None, "cu_seqlens": None}
-    run = _cpp.library().causal_conv1d_backward if backward else _cpp.library().causal_conv1d
+    run = cpp.library().causal_conv1d_backward if backward else cpp.library().causal_conv1d
     with pytest.raises((RuntimeError, ValueError, IndexError), match=name if name != "x" else "expected"):
         run(*operands.values())
 

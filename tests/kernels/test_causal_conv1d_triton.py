@@ -7,8 +7,8 @@ import torch
 from kernels.causal_conv1d_cases import LAYOUTS, check, evaluate, random_inputs
 
 from compressm.errors import BackendError
-from compressm.kernels import _causal_conv1d_triton as triton_conv
 from compressm.kernels import causal_conv1d
+from compressm.kernels.causal_conv1d import triton_convolution as triton_conv
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compressm.kernels import _cpp
+from compressm.kernels.core import cpp
 
 CALL = """
 import warnings
@@ -45,10 +45,10 @@ def test_a_folder_that_cannot_be_made_means_the_reference_and_one_warning(tmp_pa
 
 
 def test_a_library_that_is_there_is_loaded_without_writing(tmp_path):
-    if _cpp.why_not() is not None:
+    if cpp.why_not() is not None:
         pytest.skip("no C++ library here")
-    digest = _cpp._digest(_cpp._sources(), _cpp._version(_cpp._compiler()))
-    built = _cpp._build_folder(digest) / f"compressm_cpp_{digest}.so"
+    digest = cpp._digest(cpp._folder(), cpp._version(cpp._compiler()))
+    built = cpp._build_folder(digest) / f"compressm_cpp_{digest}.so"
     folder = tmp_path / built.parent.name
     folder.mkdir()
     shutil.copy(built, folder)

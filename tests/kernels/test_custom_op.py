@@ -14,14 +14,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from compressm.kernels import causal_conv1d, selective_scan, selective_state_update
-from compressm.kernels._custom_op import CustomOp
-from compressm.kernels.cross_entropy import cross_entropy_op
-from compressm.kernels.diagonal_scan import diagonal_scan
-from compressm.kernels.gates import gated_linear_op, gelu_dropout_op, glu_dropout_add_op
-from compressm.kernels.lti_scan import Operands
-from compressm.kernels.lti_scan import scan as lti
-from compressm.kernels.norms import norm_mean_op, norm_op
-from compressm.kernels.standardized_linear import standardized_linear_op
+from compressm.kernels.core.custom_op import CustomOp
+from compressm.kernels.diagonal_scan.op import diagonal_scan
+from compressm.kernels.fused_cpu.cross_entropy import cross_entropy_op
+from compressm.kernels.fused_cpu.gates import gated_linear_op, gelu_dropout_op, glu_dropout_add_op
+from compressm.kernels.fused_cpu.norms import norm_mean_op, norm_op
+from compressm.kernels.fused_cpu.standardized_linear import standardized_linear_op
+from compressm.kernels.lti_scan.op import Operands
+from compressm.kernels.lti_scan.op import scan as lti
 
 B, D, L, N = 2, 6, 40, 4
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import glu_dropout_add, linear_glu_dropout_add
+from compressm.kernels.fused_cpu import glu_dropout_add, linear_glu_dropout_add
 
 NAMES = ("x", "weight", "bias", "residual")
 SIZES = ((1, 1), (8, 8), (3, 5), (7, 8), (6, 2))  # (inputs, channels) of narrow layers

@@ -10,7 +10,7 @@ from kernels.layouts import lay_out
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _gates_ref, gelu_dropout, glu_dropout_add
+from compressm.kernels.fused_cpu import gates_reference, gelu_dropout, glu_dropout_add
 
 CHANNELS, PROBABILITIES = (1, 3, 8, 33, 257), (0.0, 0.1, 0.5, 1.0)
 
@@ -55,7 +55,7 @@ def test_reference_is_the_composition(assert_close, training):
     inputs = random_inputs(2, 9, 5)
     results = evaluate(inputs, torch.float64, "reference", 0.3, training=training)
     torch.manual_seed(5)
-    masks = [_gates_ref.keep_mask(torch.randint(2**63 - 1, ()), 0.3, 90).view(2, 9, 5).double() / 0.7 for _ in range(2)]
+    masks = [gates_reference.keep_mask(torch.randint(2**63 - 1, ()), 0.3, 90).view(2, 9, 5).double() / 0.7 for _ in range(2)]
     masks = masks if training else [1, 1]
     a, b = inputs["pre"].chunk(2, -1)
     assert_close(results["gelu"], F.gelu(inputs["x"]) * masks[0])
@@ -141,7 +141,7 @@ def test_generator_gives_the_published_words():
     expected = [(0x9D1C5EC6, 0x8BD50731), (0xFD36D048, 0x2D17272C), (0xBA3E4725, 0xF27D669E)]  # Random123's kat_vectors
     for (c0, c1, k0, k1), answer in zip(words, expected, strict=True):
         counter, key = torch.tensor([c0, c1, k0, k1], dtype=torch.uint32).view(torch.int64)
-        assert tuple(map(int, _gates_ref.threefry(key, counter))) == answer
+        assert tuple(map(int, gates_reference.threefry(key, counter))) == answer
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
@@ -170,11 +170,12 @@ def test_masks_are_independent_over_elements_and_seeds():
 
 def test_neighbouring_keys_and_counters_beyond_32_bits_give_other_masks():
     seeds = [torch.tensor(seed) for seed in (0, 1, 2, 2**32, 2**32 + 1, 2**62)]
-    masks = torch.stack([_gates_ref.keep_mask(seed, 0.5, 64_000) for seed in seeds]).double() - 0.5
+    masks = torch.stack([gates_reference.keep_mask(seed, 0.5, 64_000) for seed in seeds]).double() - 0.5
     products = masks @ masks.T / 64_000 - 0.25 * torch.eye(len(seeds))
     assert float(products.abs().max()) < 5 * 0.25 / math.sqrt(64_000)
     counter = torch.arange(5)
-    assert not torch.equal(_gates_ref.threefry(seeds[0], counter)[0], _gates_ref.threefry(seeds[0], counter + 2**32)[0])
+    first, later = (gates_reference.threefry(seeds[0], c)[0] for c in (counter, counter + 2**32))
+    assert not torch.equal(first, later)
 
 
 def test_seed_governs_and_calls_differ():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _gramians_triton as triton_gramians
 from compressm.kernels import gramians, gramians_many
+from compressm.kernels.gramians import triton_gramians as triton_gramians
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

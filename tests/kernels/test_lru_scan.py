@@ -10,9 +10,9 @@ from kernels.seen_ops import Seen
 from torch.utils.checkpoint import checkpoint
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import lru_scan
-from compressm.kernels.lru_scan import scan_in_one_op
-from compressm.kernels.lti_scan import planar
+from compressm.kernels.fused_cpu import lru_scan
+from compressm.kernels.fused_cpu.lru_scan import scan_in_one_op
+from compressm.kernels.lti_scan.op import planar
 
 NAMES = ["x", "nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im", "D"]
 SHAPES = [(1, 1, 1, 1, 1), (2, 9, 3, 4, 3), (2, 40, 2, 5, 7), (3, 0, 2, 3, 2), (1, 6, 33, 300, 33)]  # batch, L, H, N, H_out

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _lti_scan_triton as triton_scan
 from compressm.kernels import diagonal_scan, lti_scan, lti_scan_planar, plan
-from compressm.kernels.lti_scan import Operands, _run
+from compressm.kernels.diagonal_scan import triton_scan as triton_scan
+from compressm.kernels.lti_scan.op import Operands, _run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -8,7 +8,7 @@ from kernels.layouts import lay_out
 from torch import nn
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import layer_norm, layer_norm_mean, rms_norm
+from compressm.kernels.fused_cpu import layer_norm, layer_norm_mean, rms_norm
 from compressm.layers import LayerNorm, RMSNorm
 
 CHANNELS = (2, 3, 8, 15, 16, 31, 32, 33, 64, 129)

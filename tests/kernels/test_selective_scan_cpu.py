@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from kernels.selective_scan_cases import TENSORS, check, evaluate, random_inputs
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import _cpp, _selective_scan_cpu, plan, selective_scan, selective_state_update
-from compressm.kernels._selective_scan_cpu import STEPS, checkpoint_shape
-from compressm.kernels.selective_scan import selective_scan_op
+from compressm.kernels import plan, selective_scan, selective_state_update
+from compressm.kernels.core import cpp
+from compressm.kernels.selective_scan import cpu
+from compressm.kernels.selective_scan.cpu import STEPS, checkpoint_shape
+from compressm.kernels.selective_scan.op import selective_scan_op
 
 GOLDEN = ["scan_B2_D3_L33_N5_G1", "scan_B1_D4_L130_N12_G1", "scan_B2_D8_L64_N16_G2", "scan_B1_D2_L257_N128_G1"]
 
@@ -145,7 +147,7 @@ def test_the_kernel_itself_refuses_wrong_shapes():
 
 
 def test_every_instruction_set(assert_close, isa):
-    assert _cpp.library().isa() == isa
+    assert cpp.library().isa() == isa
     for channels_last in (False, True):
         inputs = random_inputs(2, 37, 43, 13, channels_last=channels_last)
         compare(inputs, assert_close)
@@ -187,8 +189,8 @@ def test_half_precision(assert_close, dtype):
 @pytest.mark.usefixtures("poisoned_memory")
 def test_bfloat16_rows_of_channels_are_taken_as_they_lie(assert_close, monkeypatch, isa):
     seen = []
-    inner = _selective_scan_cpu.forward
-    monkeypatch.setattr(_selective_scan_cpu, "forward", lambda u, *rest: seen.append(u.dtype) or inner(u, *rest))
+    inner = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda u, *rest: seen.append(u.dtype) or inner(u, *rest))
     for channels, groups, without in ((37, 1, ()), (64, 2, ("z",)), (5, 5, ("delta_bias", "D"))):
         inputs = random_inputs(2, channels, 45, 7, groups, channels_last=True, without=without)
         for name in ("u", "delta", "B", "C", "z"):

@@ -7,8 +7,8 @@ import torch
 from kernels.selective_scan_cases import TENSORS, check, evaluate, random_inputs
 
 from compressm.errors import BackendError
-from compressm.kernels import _selective_scan_triton as triton_scan
 from compressm.kernels import selective_scan, selective_state_update
+from compressm.kernels.selective_scan import triton_launch as triton_scan
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

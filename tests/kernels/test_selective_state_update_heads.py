@@ -7,7 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError
-from compressm.kernels import _cpp, _selective_scan_cpu, _selective_state_update_triton, selective_state_update
+from compressm.kernels import selective_state_update
+from compressm.kernels.core import cpp
+from compressm.kernels.selective_scan import cpu
+from compressm.kernels.selective_state_update import triton_update
 
 BACKENDS = ("reference", "cpp", "triton")
 SIZES = [(3, 4, 8, 16, 2), (2, 3, 5, 7, 3), (1, 1, 17, 1, 1), (2, 6, 1, 33, 2), (2, 2, 40, 128, 1)]
@@ -79,13 +82,13 @@ def test_every_instruction_set(assert_close, isa, tied):
 
 def test_tied_parameters_are_recognised_in_memory(monkeypatch):
     seen = []
-    launch = _selective_state_update_triton._selective_state_update_kernel
+    launch = triton_update._selective_state_update_kernel
 
     class Watched:
         def __getitem__(self, grid):
             return lambda *args, **options: seen.append((options["TIED"], args[4].numel())) or launch[grid](*args, **options)
 
-    monkeypatch.setattr(_selective_state_update_triton, "_selective_state_update_kernel", Watched())
+    monkeypatch.setattr(triton_update, "_selective_state_update_kernel", Watched())
     for tied in (True, False):
         inputs = narrow(random_inputs(2, 3, 4, 5, 1, tied=tied))
         selective_state_update(**inputs, dt_softplus=True, backend="triton")
@@ -275,15 +278,15 @@ def test_the_raw_op_takes_no_short_operand(name, wrong):
     inputs = narrow(random_inputs(2, 4, 3, 5, 2))
     inputs[name] = wrong(inputs[name])
     with pytest.raises(RuntimeError, match="expected"):
-        _cpp.library().selective_step(*inputs.values(), None, None, True, -1)
+        cpp.library().selective_step(*inputs.values(), None, None, True, -1)
     for rows in (torch.tensor([0, 2]), torch.tensor([0]), torch.tensor([0.0, 1.0])):
         with pytest.raises((RuntimeError, ValueError), match="state_batch_indices: expected"):
-            _cpp.library().selective_step(*narrow(random_inputs(2, 4, 3, 5, 2)).values(), rows, None, True, -1)
+            cpp.library().selective_step(*narrow(random_inputs(2, 4, 3, 5, 2)).values(), rows, None, True, -1)
 
 
 def test_a_call_goes_to_the_backend_that_is_named(monkeypatch):
     seen = []
-    for module in (_selective_scan_cpu, _selective_state_update_triton):
+    for module in (cpu, triton_update):
         inner = module.state_update
         monkeypatch.setattr(module, "state_update", lambda *a, m=module.__name__, f=inner: seen.append(m) or f(*a))
     inputs = narrow(random_inputs(2, 4, 3, 5, 2))

@@ -8,8 +8,8 @@ from kernels.layouts import lay_out
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, BackendError
-from compressm.kernels import standardized_linear
-from compressm.kernels.standardized_linear import MAX_INPUTS
+from compressm.kernels.fused_cpu import standardized_linear
+from compressm.kernels.fused_cpu.standardized_linear import MAX_INPUTS
 
 NAMES = ("x", "mean", "std", "weight", "bias")
 SIZES = [(1, 1), (1, 8), (2, 7), (3, 12), (5, 16), (8, 33), (9, 4)]  # inputs, outputs; the last are too many inputs

@@ -13,7 +13,8 @@ import compressm
 from compressm.experiments.tasks.datasets.sequences import Sequences
 from compressm.experiments.tasks.parts import Cut, Model
 from compressm.experiments.tasks.settings import BlockSettings
-from compressm.kernels import KernelPlan, standardized_linear
+from compressm.kernels import KernelPlan
+from compressm.kernels.fused_cpu import standardized_linear
 from compressm.layers import LayerNorm, LRUBlock
 
 

@@ -10,7 +10,7 @@ from compressm.experiments.tasks.datasets.sequences import Sequences
 from compressm.experiments.tasks.metrics import ACCURACY
 from compressm.experiments.tasks.parts import Batch, Objective, Outcome
 from compressm.experiments.tasks.settings import Settings
-from compressm.kernels import cross_entropy
+from compressm.kernels.fused_cpu import cross_entropy
 
 EVALUATION_BATCH = 250
 

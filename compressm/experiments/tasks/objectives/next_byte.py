@@ -14,7 +14,7 @@ from compressm.experiments.tasks.datasets.texts import Text
 from compressm.experiments.tasks.metrics import BITS_PER_BYTE
 from compressm.experiments.tasks.parts import Batch, Objective, Outcome
 from compressm.experiments.tasks.settings import Settings
-from compressm.kernels import cross_entropy
+from compressm.kernels.fused_cpu import cross_entropy
 
 NATS_PER_BIT = math.log(2)
 
