@@ -17,6 +17,7 @@ from compressm.benchmarking.problems import Op, Problem
 from compressm.benchmarking.results import Level, Pass
 from compressm.errors import ConfigError, bad_argument
 from compressm.kernels import OPS as RECORDS
+from compressm.kernels.core.op import Measured
 
 _PROBLEMS = (op_problems, layer_problems, step_problems, reduction_problems, guard_problems)
 OPS: dict[str, Op] = {name: op for module in _PROBLEMS for name, op in module.OPS.items()}
@@ -124,7 +125,7 @@ def _family(op: str, passes: Pass, device: str, states: Iterable[int], dtype: st
 def _ops(gpu: bool, device: str) -> list[Family]:
     families = []
     for name, record in RECORDS.items():
-        for row in record.measured(gpu):
+        for row in record.measured(gpu) if record.measured else (Measured((record.sizes,)),):
             fixed = {size: n for size, n in row.sizes[0].items() if all(other[size] == n for other in row.sizes)}
             numbers = " ".join(f"{LETTERS.get(size, size)}{n}" for size, n in fixed.items())
             for passes in OPS[name].passes[-1:] if row.backward_only else OPS[name].passes:

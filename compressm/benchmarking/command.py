@@ -12,7 +12,6 @@ from rich.table import Table
 
 from compressm.benchmarking import environment
 from compressm.benchmarking.cases import OPS, Case, case
-from compressm.benchmarking.layer_problems import SEPARATE
 from compressm.benchmarking.limits import measure_ceilings
 from compressm.benchmarking.op_problems import COMPILED, REFERENCE
 from compressm.benchmarking.problems import Contender, Problem
@@ -22,8 +21,8 @@ from compressm.benchmarking.timing import Budget
 from compressm.errors import ConfigError
 from compressm.experiments.training import pick_device
 
-FLAGS = {"channels": "--d-model"}  # of sizes whose option has another name
-OPTIONS = ("batch", "length", "states", "width", "blocks", "layers", "rank")  # sizes that are options by themselves
+WORDS = {"channels": "d-model"}  # for sizes that users know by another name
+OPTIONS = ("batch", "length", "channels", "states", "width", "blocks", "layers", "rank")  # sizes that are options by themselves
 SHORT = {"bytes": "bytes", "flops": "flops", "exponentials": "exps"}
 MOST_ROUNDS = 100_000
 
@@ -94,7 +93,11 @@ def other_sizes(assignments: list[str]) -> dict[str, int]:
 
 
 def _flag(name: str) -> str:
-    return FLAGS.get(name, f"--{name}" if name in OPTIONS else f"--size {name}=")
+    return f"--{_word(name)}" if name in OPTIONS else f"--size {name}="
+
+
+def _word(name: str) -> str:
+    return WORDS.get(name, name)
 
 
 def _states(request: Request) -> list[int]:
@@ -139,8 +142,6 @@ def _makers(chosen: Case, with_compile: bool) -> dict[str, Make]:
     names += OPS[chosen.op].rivals
     if level in ("op", "layer") and not OPS[chosen.op].rivals:
         names.append(REFERENCE)
-    if chosen.op == "mamba":
-        names.append(SEPARATE)
     if with_compile and level != "reduction":
         names.append(COMPILED)
     return {name: _built_in(name) for name in names}
@@ -161,7 +162,7 @@ def table(run: Run) -> Table:
     """
     first = run.results[0]
     same = {name: size for name, size in first.shape.items() if name != "states"}
-    title = f"{first.op} {first.passes}, {first.dtype}, " + ", ".join(f"{_flag(n)[2:]} {size}" for n, size in same.items())
+    title = f"{first.op} {first.passes}, {first.dtype}, " + ", ".join(f"{_word(n)} {size}" for n, size in same.items())
     worst = max(r.error for r in run.results)
     caption = f"every answer and gradient within {worst:.0e} of the float64 reference"
     style = {"title_justify": "left", "caption_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}

@@ -19,8 +19,6 @@ from compressm.kernels import causal_conv1d, lti_scan_planar, selective_scan
 from compressm.layers import LRU, Mamba
 from compressm.layers.mamba_mixer import mix
 
-SEPARATE = "compressm, step by step"
-
 
 def _problem(
     layer: nn.Module, sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, least: Counts, cells: int
@@ -117,13 +115,6 @@ def mamba_with(scan, convolve):
     return call
 
 
-def step_by_step(layer: Mamba) -> Mamba:
-    """The layer, with the same parameters, whose mixer does not run as one op."""
-    result = copy.copy(layer)
-    result.use_fast_path = False
-    return result
-
-
 def torch_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """With torch's own operators."""
     width = weight.shape[1]
@@ -149,8 +140,6 @@ def mamba(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: to
 
     problem.built_in[REFERENCE] = reference
     problem.built_in[COMPILED] = lambda: problem.contender(mamba_with(in_compiled_chunks("selective_scan"), torch_convolution))
-    separate = step_by_step(layer)
-    problem.built_in[SEPARATE] = lambda: problem.contender(lambda p: separate(p["x"]))
     return problem
 
 

@@ -124,6 +124,10 @@ class Op:
     rivals: tuple[str, ...] = ()
 
 
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
 def in_slabs(
     function: Function, inputs: dict[str, Tensor], weight: Tensor | None, axes: Mapping[str, int], along: int, slabs: int
 ) -> Answers:
@@ -143,7 +147,7 @@ def in_slabs(
     gradients: dict[str, list[Tensor]] = {name: [] for name in inputs}
     for start, stop in itertools.pairwise(bounds):
         part = {
-            name: (t.detach().narrow(axes[name], start, stop - start) if name in axes else t.detach()).double()
+            name: (t.detach().narrow(axes[name], start, stop - start) if name in axes else t.detach()).to(_wide(t))
             for name, t in inputs.items()
         }
         for t in part.values():
@@ -152,7 +156,7 @@ def in_slabs(
             out = function(part)
         outputs.append(out.detach())
         if weight is not None:
-            found = torch.autograd.grad(out, list(part.values()), weight.narrow(along, start, stop - start).double())
+            found = torch.autograd.grad(out, list(part.values()), weight.narrow(along, start, stop - start).to(_wide(weight)))
             for name, gradient in zip(part, found, strict=True):
                 gradients[name].append(gradient)
     answers = {"out": torch.cat(outputs, along)}

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import compressm
-from compressm.benchmarking.op_problems import _ring
 from compressm.benchmarking.problems import Answers, Contender, Op, Problem
 from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
 from compressm.compression.policies import energy_order
 from compressm.control.balancing import balance
 from compressm.kernels import gramians
+from compressm.kernels.lti_scan.record import ring
 from compressm.layers import LRU
 
 FREQUENCIES = 12
@@ -55,7 +55,7 @@ def _exact(log_lam: Tensor, B: Tensor, C: Tensor, rank: int) -> Answers:
 def balanced_truncation(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
     """Gramians, all Hankel singular values and the reduced diagonal system of an LRU layer, complex convention, float64."""
     channels, states, rank = (sizes[name] for name in ("channels", "states", "rank"))
-    decay, phase = _ring(states, device)
+    decay, phase = ring(states, device)
     log_lam = torch.complex(decay, phase).to(torch.complex128)
     B = torch.randn(states, channels, dtype=torch.complex128, device=device) * (1 - (2 * decay.double()).exp()).sqrt()[:, None]
     C = torch.randn(channels, states, dtype=torch.complex128, device=device)

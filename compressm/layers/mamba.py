@@ -32,7 +32,7 @@ class Mamba(nn.Module):
         dt_scale: see ``dt_init``.
         dt_init_floor: least initial step size.
         conv_bias, bias: whether the convolution, and the projections in and out, have a bias.
-        use_fast_path: False runs the steps one by one, also where one op could do all of them.
+        use_fast_path: taken for mamba_ssm's sake; there is one path.
         layer_idx: key of this layer in ``inference_params.key_value_memory_dict``.
         device, dtype: of the parameters; ``A_log`` and ``D`` are kept in float32.
 

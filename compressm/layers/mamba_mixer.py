@@ -2,7 +2,7 @@
 
 ``projection -> causal convolution -> selection -> scan -> projection``.  The sub-modules are called, so that whatever stands
 in their place or hangs on them acts: adapters, hooks, pruning masks, parametrizations, quantised layers.  Where one is plain,
-an op may take its parameters instead, which gives the same numbers faster; where all are, one op does all the steps.
+an op may take its parameters instead, which gives the same numbers faster.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
-from compressm.kernels.fused_cpu.mamba_mixer import mamba_mixer
 from compressm.layers._plain import plain
 from compressm.layers.step_sizes import StepSizes
 
@@ -54,9 +53,6 @@ def mix(
         cu_seqlens: of several sequences along L in a batch of 1, as :func:`compressm.kernels.selective_scan` takes it.
         convolution, scan: with the arguments of the default ones.
     """
-    whole = cache is None and cu_seqlens is None and convolution is causal_conv1d and scan is selective_scan
-    if whole and (out := _in_one_op(mixer, hidden_states)) is not None:
-        return out
     x, z = project(mixer, hidden_states)
     if cache is not None:
         width = cache[0].shape[-1]
@@ -172,22 +168,3 @@ def packing(seq_idx: Tensor) -> Tensor:
     begins = torch.ones_like(seq_idx, dtype=torch.bool)
     begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     return F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=batch * length)
-
-
-def _in_one_op(mixer: Mixer, hidden_states: Tensor) -> Tensor | None:
-    """The mixer by one op; None where its steps have to run one by one.
-
-    That is where the op cannot run (see :func:`mamba_mixer`), or a sub-module is more than its parameters.
-    """
-    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or not getattr(mixer, "use_fast_path", True):
-        return None
-    in_proj, conv, x_proj, dt_proj, out_proj = mixer.in_proj, mixer.conv1d, mixer.x_proj, mixer.dt_proj, mixer.out_proj
-    linear = all(plain(projection, nn.Linear) for projection in (in_proj, x_proj, out_proj))
-    if not linear or not plain(dt_proj, nn.Linear, StepSizes) or not plain(conv, nn.Conv1d):
-        return None
-    if getattr(mixer, "activation", "silu") not in SILU or dt_proj.bias is None or x_proj.bias is not None:
-        return None
-    return mamba_mixer(
-        hidden_states, in_proj.weight, in_proj.bias, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias,
-        mixer.A_log, mixer.D, out_proj.weight, out_proj.bias,
-    )  # fmt: skip

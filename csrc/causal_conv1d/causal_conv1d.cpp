@@ -4,8 +4,12 @@
 // steps behind it, which its inputs feed.  Stretches have their own partial gradients of weight and bias, added in a fixed
 // order.  Tensors lie as (batch, L, D) rows of channels (causal_conv1d_channels.cpp), or as (batch, D, L) rows of steps; rows
 // are dense, their distance is arbitrary.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -15,7 +19,7 @@
 #include "core/autograd.h"
 #include "causal_conv1d/causal_conv1d.h"
 #include "causal_conv1d/causal_conv1d_sequences.h"
-#include "core/ops.h"
+#include "core/tensor.h"
 #include "core/partial_sums.h"
 
 namespace compressm {
@@ -181,10 +185,6 @@ Gradients causal_conv1d_backward(const Tensor& grad_out, const Tensor& x, const 
           initial_states ? a.turned(to_state).contiguous() : none()};
 }
 
-struct CausalConv1DOp {
-  static constexpr const char *name = "causal_conv1d", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, Tensor? cu_seqlens,"
         " bool silu) -> (Tensor out)",
@@ -193,7 +193,7 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
         " Tensor? initial_states, Tensor? cu_seqlens, bool silu)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_initial_states)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(causal_conv1d_backward)));
-  register_gradient<CausalConv1DOp>(m);
+  register_gradient(m, "causal_conv1d");
 }
 
 }  // namespace

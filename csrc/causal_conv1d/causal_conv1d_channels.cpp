@@ -1,6 +1,10 @@
 // The causal convolution in rows of channels, (batch, L, D), for sequences that are rows or parts of rows.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <array>
@@ -9,7 +13,7 @@
 
 #include "causal_conv1d/causal_conv1d.h"
 #include "causal_conv1d/causal_conv1d_sequences.h"
-#include "core/ops.h"
+#include "core/tensor.h"
 #include "core/partial_sums.h"
 
 namespace compressm {
@@ -243,24 +247,6 @@ Gradients conv_sequences_backward(const Tensor& grad, const Tensor& x, const Ten
   check_conv_rows(grad, "grad_out", x.sizes(), x.scalar_type());
   const auto run = x.scalar_type() == at::kBFloat16 ? channels_backward_of<BFloat16> : channels_backward_of<float>;
   return run(grad, x, weight, bias, state, sequences, silu);
-}
-
-namespace {
-
-ConvSequences rows_of(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 3, "expected x (batch, L, D)");
-  return conv_rows(x.size(0), x.size(1));
-}
-
-}  // namespace
-
-Tensor conv_channels(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& state, bool silu) {
-  return conv_sequences(x, weight, bias, state, rows_of(x), silu);
-}
-
-Gradients conv_channels_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                 const Tensor& state, bool silu) {
-  return conv_sequences_backward(grad, x, weight, bias, state, rows_of(x), silu);
 }
 
 }  // namespace compressm

@@ -1,7 +1,7 @@
 // The sequences of a causal convolution: whole rows of a batch, or what cu_seqlens or seq_idx say.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "causal_conv1d/causal_conv1d.h"
-#include "core/ops.h"
+#include "core/tensor.h"
 
 namespace compressm {
 
@@ -108,7 +108,9 @@ inline ConvSequences conv_indexed(const Tensor& seq_idx, std::int64_t batch, std
 }
 
 // The convolution of x (batch, L, D) with weight (width, D), bias (D,) and state (states, width - 1, D) in front of the
-// sequences, and its gradients, as conv_channels in ops.h.
+// sequences, and its gradients, of (x, weight, bias, state).  x and state are float32 or bfloat16, weight and bias float32.
+using ConvGradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
 Tensor conv_sequences(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& state,
                       const ConvSequences& sequences, bool silu);
 ConvGradientTensors conv_sequences_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,

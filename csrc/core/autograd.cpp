@@ -1,9 +1,18 @@
 #include "core/autograd.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "core/batched.h"
 
@@ -38,6 +47,76 @@ std::optional<std::string> after(const std::string& prefix, const std::string& n
   return name.substr(prefix.size());
 }
 
+// Where the arguments of a backward come from, and where its results go.
+class Formula {
+ public:
+  Formula(const std::string& op, const std::string& passed);
+
+  const c10::OperatorHandle& op() const { return op_; }
+  const std::vector<std::size_t>& tensors() const { return tensors_; }  // indices of the op's tensor arguments
+  const std::vector<std::size_t>& without() const { return without_; }  // outputs that have no gradient
+  bool has_list() const { return has_list_; }                           // whether the last output is a list
+
+  // The outputs of the op but the list, run by the kernel of `keys`; `ctx` keeps what the backward needs.
+  torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, c10::DispatchKeySet keys,
+                                         const torch::jit::Stack& arguments) const;
+  // One gradient for every tensor argument.
+  torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                          const torch::autograd::variable_list& grads) const;
+
+ private:
+  enum class Kind { grad, argument, output, list, setting, need };
+  struct Source {
+    Kind kind;
+    std::size_t index;  // of the output, of the argument, or (need) of the tensor argument
+  };
+  c10::OperatorHandle op_, backward_;
+  std::vector<std::size_t> tensors_;
+  std::vector<Source> sources_;       // of every argument of the backward
+  std::vector<std::size_t> targets_;  // of every result of the backward: which of the tensor arguments
+  std::vector<std::size_t> without_;
+  bool has_list_ = false;
+  std::optional<std::size_t> passed_;
+};
+
+// The arguments that ops pass on, by the name of the op, and the formulas of those that were differentiated.
+struct Known {
+  std::mutex mutex;
+  std::map<std::string, std::string> passed;
+  std::map<std::string, Formula> formulas;
+};
+
+Known& known() {
+  static Known& all = *new Known;
+  return all;
+}
+
+const Formula& formula_of(const c10::OperatorHandle& op) {
+  const std::string name = op.schema().name().substr(std::char_traits<char>::length(kNamespace));
+  const std::lock_guard lock(known().mutex);
+  const auto found = known().formulas.find(name);
+  if (found != known().formulas.end()) return found->second;
+  return known().formulas.emplace(name, Formula(name, known().passed.at(name))).first->second;
+}
+
+// The tensor, or one without elements and gradient for None, as torch's functions take defined tensors only.
+const at::Tensor& tensor_of(const c10::IValue& value) {
+  static const at::Tensor& none = *new at::Tensor(at::empty({0}));
+  return value.isNone() ? none : value.toTensor();
+}
+
+// Raises where a tensor carries a tangent: an op that dropped it would answer with a derivative of zero.
+void refuse_tangents(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  const std::size_t count = op.schema().arguments().size();
+  for (std::size_t i = 0; i < count; ++i) {
+    const c10::IValue& value = torch::jit::peek(stack, i, count);
+    if (value.isTensor() && value.toTensor().defined()) {
+      TORCH_CHECK_NOT_IMPLEMENTED(!value.toTensor()._fw_grad(0).defined(), op.schema().name(),
+                                  ": compressm's compiled kernels have no forward-mode derivative. ", kWayOut);
+    }
+  }
+}
+
 // Passes the results of a backward on; its own backward is not there.
 struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
   static variable_list forward(AutogradContext* ctx, const c10::OperatorHandle* op, const variable_list* results,
@@ -51,19 +130,7 @@ struct OnceDifferentiable : torch::autograd::Function<OnceDifferentiable> {
   }
 };
 
-}  // namespace
-
-void refuse_tangents(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
-  const std::size_t count = op.schema().arguments().size();
-  for (std::size_t i = 0; i < count; ++i) {
-    const c10::IValue& value = torch::jit::peek(stack, i, count);
-    if (value.isTensor() && value.toTensor().defined()) {
-      TORCH_CHECK_NOT_IMPLEMENTED(!value.toTensor()._fw_grad(0).defined(), op.schema().name(),
-                                  ": compressm's compiled kernels have no forward-mode derivative. ", kWayOut);
-    }
-  }
-}
-
+// The autograd kernel of a backward: runs it, and raises where its results are differentiated in turn.
 void call_once_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   refuse_tangents(op, *stack);
   const std::size_t count = op.schema().arguments().size(), results = op.schema().returns().size();
@@ -95,12 +162,7 @@ void call_once_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet
   }
 }
 
-const at::Tensor& tensor_of(const c10::IValue& value) {
-  static const at::Tensor& none = *new at::Tensor(at::empty({0}));
-  return value.isNone() ? none : value.toTensor();
-}
-
-Formula::Formula(const std::string& op, const char* passed) : op_(find(op)), backward_(find(op + "_backward")) {
+Formula::Formula(const std::string& op, const std::string& passed) : op_(find(op)), backward_(find(op + "_backward")) {
   const auto &arguments = op_.schema().arguments(), &outputs = op_.schema().returns();
   const auto tensor = [&](const std::string& name) {
     const auto index = index_of(arguments, name);
@@ -137,7 +199,7 @@ Formula::Formula(const std::string& op, const char* passed) : op_(find(op)), bac
     TORCH_INTERNAL_ASSERT(name, op, "_backward: what is the result ", result.name(), "?");
     targets_.push_back(tensor(*name));
   }
-  if (*passed != '\0') passed_ = tensor(passed);
+  if (!passed.empty()) passed_ = tensor(passed);
 }
 
 variable_list Formula::forward(AutogradContext* ctx, c10::DispatchKeySet keys, const torch::jit::Stack& arguments) const {
@@ -205,6 +267,61 @@ variable_list Formula::backward(AutogradContext* ctx, const variable_list& grads
     if (needed(targets_[k])) results[targets_[k]] = stack[k].toTensor();
   }
   return results;
+}
+
+struct Differentiable : torch::autograd::Function<Differentiable> {
+  static variable_list forward(AutogradContext* ctx, const Formula* formula, c10::DispatchKeySet keys,
+                               const torch::jit::Stack* arguments, at::TensorList) {
+    ctx->saved_data["formula"] = reinterpret_cast<int64_t>(formula);  // formulas live as long as the process
+    return formula->forward(ctx, keys, *arguments);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto* formula = reinterpret_cast<const Formula*>(ctx->saved_data.at("formula").toInt());
+    variable_list results = formula->backward(ctx, grads);
+    results.insert(results.begin(), 3, at::Tensor());  // of `formula`, `keys` and `arguments`
+    return results;
+  }
+};
+
+// The autograd kernel of an op.
+void call_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  refuse_tangents(op, *stack);
+  const std::size_t count = op.schema().arguments().size();
+  const c10::DispatchKeySet below = keys & c10::after_ADInplaceOrView_keyset;
+  const Formula* formula = at::GradMode::is_enabled() ? &formula_of(op) : nullptr;
+  variable_list tensors;
+  bool wanted = false;
+  if (formula) {
+    for (const std::size_t i : formula->tensors()) {
+      tensors.push_back(tensor_of(torch::jit::peek(*stack, i, count)));
+      wanted |= tensors.back().requires_grad();
+    }
+  }
+  if (!wanted) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    op.redispatchBoxed(below, stack);
+    return;
+  }
+  const torch::jit::Stack arguments(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
+  variable_list outputs = Differentiable::apply(formula, below, &arguments, at::TensorList(tensors));
+  for (const std::size_t i : formula->without()) outputs[i] = outputs[i].detach();
+  torch::jit::drop(*stack, count);
+  for (at::Tensor& output : outputs) stack->emplace_back(std::move(output));
+  if (formula->has_list()) stack->emplace_back(c10::List<at::Tensor>());
+}
+
+}  // namespace
+
+void register_gradient(torch::Library& library, const char* name, const char* passed) {
+  {
+    const std::lock_guard lock(known().mutex);
+    known().passed[name] = passed;
+  }
+  const auto key = c10::DispatchKey::AutogradCPU;
+  library.impl(name, torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&call_differentiable>()));
+  library.impl((std::string(name) + "_backward").c_str(),
+               torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&call_once_differentiable>()));
 }
 
 }  // namespace compressm

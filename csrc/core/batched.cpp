@@ -1,6 +1,7 @@
 #include "core/batched.h"
 
 #include <ATen/functorch/BatchedTensorImpl.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 

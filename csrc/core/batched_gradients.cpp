@@ -1,4 +1,5 @@
 #include <ATen/LegacyBatchedTensorImpl.h>
+#include <ATen/ops/stack.h>
 
 #include "core/batched.h"
 

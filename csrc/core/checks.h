@@ -1,7 +1,7 @@
 // What the kernels ask of tensors.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace compressm {
 

@@ -2,8 +2,11 @@
 // so that of all that is as large as the scores only their gradient is written.
 #include "fused_cpu/cross_entropy.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -118,17 +121,13 @@ Tensor cross_entropy_backward(const Tensor& grad, const Tensor& scores, const Te
   return grad_scores;
 }
 
-struct CrossEntropyOp {
-  static constexpr const char *name = "cross_entropy", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("cross_entropy(Tensor scores, Tensor targets, int ignore_index, str reduction) -> (Tensor loss, Tensor normalizers)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(cross_entropy)));
   m.def("cross_entropy_backward(Tensor grad_loss, Tensor scores, Tensor targets, Tensor normalizers, int ignore_index,"
         " str reduction) -> (Tensor grad_scores)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(cross_entropy_backward)));
-  register_gradient<CrossEntropyOp>(m);
+  register_gradient(m, "cross_entropy");
 }
 
 }  // namespace

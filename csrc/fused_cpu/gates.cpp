@@ -3,8 +3,9 @@
 // Threads take whole blocks of a mask, so that results do not depend on their number.
 #include "fused_cpu/gates.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
-#include "core/ops.h"
+#include "fused_cpu/ops.h"
 #include "core/partial_sums.h"
 
 namespace compressm {
@@ -164,16 +165,6 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& grad, con
 
 namespace {
 
-struct GeluDropoutOp {
-  static constexpr const char *name = "gelu_dropout", *passed = "";
-};
-struct GluDropoutAddOp {
-  static constexpr const char *name = "glu_dropout_add", *passed = "residual";
-};
-struct GatedLinearOp {
-  static constexpr const char *name = "gated_linear", *passed = "residual";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("gelu_dropout(Tensor x, Tensor? seed, float p) -> (Tensor out)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(gelu)));
@@ -188,9 +179,9 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("gated_linear_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, Tensor? seed, float p)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(gated_linear_backward)));
-  register_gradient<GeluDropoutOp>(m);
-  register_gradient<GluDropoutAddOp>(m);
-  register_gradient<GatedLinearOp>(m);
+  register_gradient(m, "gelu_dropout");
+  register_gradient(m, "glu_dropout_add", "residual");
+  register_gradient(m, "gated_linear", "residual");
 }
 
 }  // namespace

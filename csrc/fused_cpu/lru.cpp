@@ -1,8 +1,11 @@
 // The LTI scan of an LRU's parameters as one op.  Its operands are
 //
 //   lam_k = exp(-exp(nu_k) + i exp(theta_k)),   W_in = [exp(gamma) Re B; exp(gamma) Im B],   W_out = [Re C, -Im C].
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,7 +16,8 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
-#include "core/ops.h"
+#include "fused_cpu/ops.h"
+#include "lti_scan/lti_scan.h"
 
 namespace compressm {
 namespace {
@@ -201,10 +205,6 @@ LruGradientTensors lru_scan_backward(const OptionalTensor& grad_y, const Optiona
 
 namespace {
 
-struct LruScanOp {
-  static constexpr const char *name = "lru_scan", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("lru_scan(Tensor x, Tensor nu_log, Tensor theta_log, Tensor gamma_log, Tensor B_re, Tensor B_im, Tensor C_re,"
         " Tensor C_im, Tensor? D, Tensor? initial_state, int tau, int rows, bool store)"
@@ -215,7 +215,7 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
         " -> (Tensor grad_x, Tensor grad_nu_log, Tensor grad_theta_log, Tensor grad_gamma_log, Tensor grad_B_re,"
         " Tensor grad_B_im, Tensor grad_C_re, Tensor grad_C_im, Tensor grad_D, Tensor grad_initial_state)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(lru_scan_backward)));
-  register_gradient<LruScanOp>(m);
+  register_gradient(m, "lru_scan");
 }
 
 }  // namespace

@@ -3,7 +3,10 @@
 //   n = norm(x);  s = LRU(n);  g = dropout(gelu(s));  [a | b] = g W^T + bias;  out = x + dropout(a sigmoid(b))
 //
 // It is made of the ops in ops.h; nothing of autograd, dispatch or Python runs between them.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -12,7 +15,7 @@
 
 #include "core/autograd.h"
 #include "fused_cpu/gates.h"
-#include "core/ops.h"
+#include "fused_cpu/ops.h"
 
 namespace compressm {
 namespace {
@@ -75,10 +78,6 @@ Gradients lru_block_backward(const Tensor& grad_out, const Tensor& x, const Tens
   return {to_x.add_(grad_out), scale, shift, nu, theta, gamma, b_re, b_im, c_re, c_im, skip, weight, bias};
 }
 
-struct LruBlockOp {
-  static constexpr const char *name = "lru_block", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("lru_block(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor nu_log, Tensor theta_log, Tensor gamma_log,"
         " Tensor B_re, Tensor B_im, Tensor C_re, Tensor C_im, Tensor D, Tensor glu_weight, Tensor? glu_bias,"
@@ -91,7 +90,7 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
         " Tensor grad_theta_log, Tensor grad_gamma_log, Tensor grad_B_re, Tensor grad_B_im, Tensor grad_C_re,"
         " Tensor grad_C_im, Tensor grad_D, Tensor grad_glu_weight, Tensor grad_glu_bias)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(lru_block_backward)));
-  register_gradient<LruBlockOp>(m);
+  register_gradient(m, "lru_block");
 }
 
 }  // namespace

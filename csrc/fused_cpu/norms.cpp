@@ -4,8 +4,14 @@
 // bias, added in order; mean and variance are computed again in the backward, which costs less than reading them.
 #include "fused_cpu/norms.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -15,7 +21,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
-#include "core/ops.h"
+#include "fused_cpu/ops.h"
 #include "core/partial_sums.h"
 
 namespace compressm {
@@ -132,27 +138,19 @@ std::tuple<Tensor, Tensor, Tensor> norm_mean_backward(const Tensor& grad, const 
   return norm_backward(row.unsqueeze(1).expand(x.sizes()), x, weight, eps, centred);
 }
 
-struct NormOp {
-  static constexpr const char *name = "norm", *passed = "";
-};
-
-struct NormMeanOp {
-  static constexpr const char *name = "norm_mean", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred) -> (Tensor out)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(norm_forward)));
   m.def("norm_backward(Tensor grad_out, Tensor x, Tensor weight, float eps, bool centred)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(norm_backward)));
-  register_gradient<NormOp>(m);
+  register_gradient(m, "norm");
   m.def("norm_mean(Tensor x, Tensor weight, Tensor? bias, float eps, bool centred) -> (Tensor out)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(norm_mean)));
   m.def("norm_mean_backward(Tensor grad_out, Tensor x, Tensor weight, float eps, bool centred)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(norm_mean_backward)));
-  register_gradient<NormMeanOp>(m);
+  register_gradient(m, "norm_mean");
 }
 
 }  // namespace

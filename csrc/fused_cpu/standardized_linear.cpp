@@ -4,8 +4,10 @@
 //
 // A product with so few inputs is bound by what it writes, and its input is small as bytes: x is standardised again in the
 // backward.  Rows are cut into chunks whose number depends on the shape alone, each with its own sums for the gradient.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -178,17 +180,13 @@ std::tuple<Tensor, Tensor> standardized_linear_backward(const Tensor& grad, cons
   return {total.narrow(0, 0, layer.inputs).t().contiguous(), total.select(0, layer.inputs).clone()};
 }
 
-struct StandardizedLinearOp {
-  static constexpr const char *name = "standardized_linear", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("standardized_linear(Tensor x, Tensor mean, Tensor std, Tensor weight, Tensor? bias) -> (Tensor out)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(standardized_linear)));
   m.def("standardized_linear_backward(Tensor grad_out, Tensor x, Tensor mean, Tensor std, Tensor weight)"
         " -> (Tensor grad_weight, Tensor grad_bias)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(standardized_linear_backward)));
-  register_gradient<StandardizedLinearOp>(m);
+  register_gradient(m, "standardized_linear");
 }
 
 }  // namespace

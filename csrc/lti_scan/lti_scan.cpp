@@ -4,8 +4,13 @@
 // place, one matrix product out, so that neither W_in u nor h of the whole sequence has to live in memory.  The backward
 // walks the tiles in reverse; the states come from `saved`, either stored in full or recomputed from one state per tile.
 // Lanes are fixed groups of sequences with their own partial weight gradients, added in a fixed order.
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -17,7 +22,7 @@
 #include "core/autograd.h"
 #include "core/checks.h"
 #include "diagonal_scan/diagonal_scan.h"
-#include "core/ops.h"
+#include "lti_scan/lti_scan.h"
 
 namespace compressm {
 namespace {
@@ -345,10 +350,6 @@ int64_t threads() {
   return most.load();
 }
 
-struct LtiCoreOp {
-  static constexpr const char *name = "lti_core", *passed = "";
-};
-
 TORCH_LIBRARY(compressm_cpp, m) {
   m.def("lti_core(Tensor u, Tensor log_decay, Tensor phase, Tensor w_in, Tensor w_out, Tensor? feed, Tensor? initial_state,"
         " bool shifted, bool store, int rows) -> (Tensor y, Tensor last, Tensor saved)",
@@ -358,7 +359,7 @@ TORCH_LIBRARY(compressm_cpp, m) {
         " -> (Tensor grad_u, Tensor grad_log_decay, Tensor grad_phase, Tensor grad_w_in, Tensor grad_w_out,"
         " Tensor grad_feed, Tensor grad_initial_state)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(lti_core_backward)));
-  register_gradient<LtiCoreOp>(m);
+  register_gradient(m, "lti_core");
   m.def("diagonal_scan(Tensor x, Tensor log_decay, Tensor phase, Tensor? initial_state, bool reverse) -> Tensor",
         &diagonal_scan);
   m.def("diagonal_scan_backward(Tensor grad_h, Tensor h, Tensor log_decay, Tensor phase, Tensor? initial_state,"

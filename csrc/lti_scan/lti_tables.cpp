@@ -2,7 +2,12 @@
 //
 // All complex numbers are planar.  response[j] = [Re(C lam^j), -Im(C lam^j)] is (H_out, 2n) for j = 0 .. tau; its first
 // block is w_out, the others are the blocked w_out.
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,7 +18,7 @@
 
 #include "core/autograd.h"
 #include "core/checks.h"
-#include "core/ops.h"
+#include "lti_scan/lti_scan.h"
 
 namespace compressm {
 namespace {
@@ -228,10 +233,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lti_tables_backward(
 
 namespace {
 
-struct LtiTablesOp {
-  static constexpr const char *name = "lti_tables", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("lti_tables(Tensor log_decay, Tensor phase, Tensor w_in, Tensor w_out, Tensor? D, int tau)"
         " -> (Tensor blocked_decay, Tensor blocked_phase, Tensor blocked_in, Tensor blocked_out, Tensor blocked_feed)",
@@ -241,7 +242,7 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
         " Tensor blocked_out, int tau)"
         " -> (Tensor grad_log_decay, Tensor grad_phase, Tensor grad_w_in, Tensor grad_w_out, Tensor grad_D)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(lti_tables_backward)));
-  register_gradient<LtiTablesOp>(m);
+  register_gradient(m, "lti_tables");
 }
 
 }  // namespace

@@ -3,8 +3,12 @@
 // Forward tasks are (sequence, group, up to kScanBlocks blocks of channels).  The backward walks segments of time from the
 // last to the first; in one segment its tasks are (lane of sequences, group, share of the group's blocks).  Lanes and shares
 // depend on shapes alone and every sum has a fixed order, so that the number of threads changes no bit of a result.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,7 +17,7 @@
 #include <vector>
 
 #include "core/autograd.h"
-#include "core/ops.h"
+#include "core/tensor.h"
 #include "core/partial_sums.h"
 #include "selective_scan/selective_scan.h"
 
@@ -134,9 +138,9 @@ void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> selective_forward(
+// u, delta and z are float32 or bfloat16, all else is float32.  Returns (out, last state (sequences, D, N), checkpoints
+// (tiles, N, D), output in front of the gate), the first and last as u; the last two are empty unless train (and with a gate).
+std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
     const OptionalTensor& z, const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
     const OptionalTensor& cu_seqlens, bool softplus, bool train) {
@@ -156,8 +160,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_forward(
   });
   return {out, last, checkpoints, y};
 }
-
-namespace {
 
 // How the backward's tasks share the work: lanes of sequences, each with about as many steps, and shares of the blocks.
 struct Shares {
@@ -234,22 +236,23 @@ void backward_segments(const Scan& scan, const ScanGradients& gradients, const T
   }
 }
 
-}  // namespace
+// Of (u, delta, A, B, C, D, z, delta_bias, initial_state); empty for an argument that is None.
+using ScanGradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-ScanGradientTensors selective_backward(const Tensor& grad_out, const OptionalTensor& grad_last, const Tensor& u,
-                                       const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                                       const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
-                                       const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
-                                       const Tensor& checkpoints, const Tensor& y, bool softplus, const Tensor& grad_B,
-                                       const Tensor& grad_C) {
+ScanGradientTensors selective_scan_backward(const OptionalTensor& maybe_grad, const OptionalTensor& grad_last, const Tensor& u,
+                                            const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                            const OptionalTensor& D, const OptionalTensor& z,
+                                            const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                                            const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& y,
+                                            bool softplus) {
   const Scan scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus);
+  const Tensor grad_out = maybe_grad ? *maybe_grad : at::zeros_like(u);
   check(grad_out, "grad_out", u.sizes(), u.scalar_type());
   check(grad_last, "grad_last", {scan.count(), scan.channels, scan.states});
   check(checkpoints, "checkpoints", {scan.tiles, scan.states, scan.channels});
   TORCH_CHECK(checkpoints.is_contiguous(), "checkpoints: expected a contiguous tensor");
   if (z) check(y, "y", u.sizes(), u.scalar_type());
-  check(grad_B, "grad_B", B.sizes());
-  check(grad_C, "grad_C", C.sizes());
+  const Tensor grad_B = at::empty_like(B), grad_C = at::empty_like(C);
   if (scan.channels == 0) grad_B.zero_(), grad_C.zero_();
   const auto options = A.options();
   const auto like = [&](const OptionalTensor& t) { return t ? at::empty_like(*t) : at::empty({0}, u.options()); };
@@ -271,33 +274,17 @@ ScanGradientTensors selective_backward(const Tensor& grad_out, const OptionalTen
   return {grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial};
 }
 
-namespace {
-
-ScanGradientTensors selective_scan_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_last, const Tensor& u,
-                                            const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                                            const OptionalTensor& D, const OptionalTensor& z,
-                                            const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
-                                            const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& y,
-                                            bool softplus) {
-  return selective_backward(grad_out ? *grad_out : at::zeros_like(u), grad_last, u, delta, A, B, C, D, z, delta_bias,
-                            initial_state, cu_seqlens, checkpoints, y, softplus, at::empty_like(B), at::empty_like(C));
-}
-
-struct SelectiveScanOp {
-  static constexpr const char *name = "selective_scan", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
         " Tensor? initial_state, Tensor? cu_seqlens, bool softplus, bool train)"
         " -> (Tensor out, Tensor last, Tensor checkpoints, Tensor y)",
-        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(selective_forward)));
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(selective_scan)));
   m.def("selective_scan_backward(Tensor? grad_out, Tensor? grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C,"
         " Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor checkpoints, Tensor y,"
         " bool softplus) -> (Tensor grad_u, Tensor grad_delta, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,"
         " Tensor grad_z, Tensor grad_delta_bias, Tensor grad_initial_state)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(selective_scan_backward)));
-  register_gradient<SelectiveScanOp>(m);
+  register_gradient(m, "selective_scan");
 }
 
 }  // namespace

@@ -2,15 +2,17 @@
 //
 // Tasks are (entry, head); each reads and writes the rows of its states in place where they are float32 and no entry meets
 // another one's, so that the number of threads changes no bit of a result.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "core/ops.h"
+#include "core/tensor.h"
 #include "selective_scan/selective_scan.h"
 
 namespace compressm {

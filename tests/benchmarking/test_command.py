@@ -5,17 +5,14 @@ from __future__ import annotations
 import signal
 
 import pytest
-import torch
 from experiments.cli_cases import run
 
 from compressm import cli
 from compressm.benchmarking import limits, op_problems
 from compressm.benchmarking.cases import OPS
-from compressm.benchmarking.layer_problems import step_by_step
 from compressm.benchmarking.problems import Contender
 from compressm.benchmarking.results import Run
 from compressm.errors import ConfigError
-from compressm.layers import Mamba
 
 TINY = ["--batch", "1", "--d-model", "8", "--length", "20", "--rounds", "3"]
 
@@ -41,19 +38,6 @@ def test_sizes_are_compared_with_each_other_and_with_plain_torch(tmp_path):
     assert f"{ratio:.2f}x" in result.output
     assert max(map(len, result.output.splitlines())) <= 80
     assert "exponentials/s" in result.output
-
-
-def test_a_mamba_layer_is_compared_with_its_separate_steps(tmp_path):
-    path = tmp_path / "figures.json"
-    result = run("bench", "mamba", *TINY, "--states", "4", "--json", path)
-    assert result.exit_code == 0, result.output
-    assert [r.contender for r in Run.load(path).results] == ["compressm", "reference loop", "compressm, step by step"]
-    layer = Mamba(4, 3)
-    separate, x = step_by_step(layer), torch.randn(2, 9, 4)
-    torch.testing.assert_close(separate(x), layer(x))
-    assert "MambaMixerOp" in layer(x).grad_fn.name()
-    assert "MambaMixerOp" not in separate(x).grad_fn.name()
-    assert type(layer.x_proj) is torch.nn.Linear
 
 
 @pytest.mark.parametrize(

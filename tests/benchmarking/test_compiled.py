@@ -8,8 +8,8 @@ import pytest
 import torch
 from benchmarking.sizes import small
 
-from compressm.benchmarking import compiled
 from compressm.benchmarking.op_problems import COMPILED
+from compressm.kernels.core.unrolled import UNROLL
 
 
 @pytest.mark.filterwarnings("default")
@@ -24,7 +24,7 @@ def test_one_compilation_serves_all_chunks(op, passes, monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    problem = small(op, passes, length=4 * compiled.UNROLL).build()
+    problem = small(op, passes, length=4 * UNROLL).build()
     contender = problem.built_in[COMPILED]()
     for _ in range(2):
         assert problem.error(contender.answers()) < problem.tolerance

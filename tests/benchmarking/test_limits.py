@@ -83,25 +83,27 @@ def test_the_triton_loop_sums_powers_of_two():
 
 
 def test_counts_of_a_selective_scan():
-    forward = counts.selective_scan(2, 100, 8, 16, 4, False)
+    sizes = {"batch": 2, "length": 100, "channels": 8, "states": 16}
+    forward = counts.of_op("selective_scan", sizes, 4, False)
     cells, wide = 2 * 100 * 8 * 16, 2 * 100 * 8
     assert forward.exponentials == cells + 3 * wide
     assert forward.flops == 6 * cells + 8 * wide
     assert forward.bytes == 4 * (4 * wide + 2 * 2 * 100 * 16) + 4 * 8 * (16 + 2)
-    both = counts.selective_scan(2, 100, 8, 16, 4, True)
+    both = counts.of_op("selective_scan", sizes, 4, True)
     assert both.exponentials == 2 * forward.exponentials
     assert both.flops > 3 * forward.flops
-    half = counts.selective_scan(2, 100, 8, 16, 2, False)
+    half = counts.of_op("selective_scan", sizes, 2, False)
     assert half.flops == forward.flops
     assert half.bytes < forward.bytes
 
 
 def test_counts_of_an_lti_scan_are_its_matrix_products_where_channels_are_many():
     batch, length, channels, states = 2, 64, 512, 384
+    sizes = {"batch": batch, "length": length, "channels": channels, "states": states}
     product = 2 * batch * length * channels * 2 * states  # one real product of (rows, H) and (H, 2N)
-    forward = counts.lti_scan(batch, length, channels, states, 4, False)
+    forward = counts.of_op("lti_scan", sizes, 4, False)
     assert forward.flops == pytest.approx(2 * product, rel=0.01)
-    assert counts.lti_scan(batch, length, channels, states, 4, True).flops == pytest.approx(6 * product, rel=0.01)
+    assert counts.of_op("lti_scan", sizes, 4, True).flops == pytest.approx(6 * product, rel=0.01)
     assert forward.bytes == 4 * (2 * batch * length * channels + 4 * channels * states + 3 * states + channels)
 
 

@@ -76,7 +76,7 @@ def test_a_folder_is_all_that_an_op_takes(tmp_path):
     assert run("-c", code) == "ema: reference loop\n"
     assert "ema," in " ".join(run("-m", "compressm", "bench", "--help").replace("│", " ").split())
     table = run("-m", "compressm", "bench", "ema", "--length", "4", "--size", "features=3", "--rounds", "2")
-    assert "ema B2 L4 features3 forward+backward" in " ".join(table.split())
+    assert "ema forward+backward, float32, batch 2, length 4, features 3" in " ".join(table.split())
     assert "reference loop" in table
     tests = Path(__file__).parents[1]
     for name in ("conftest.py", "global_state.py", "kernels/conftest.py", "kernels/test_records.py"):

@@ -25,7 +25,9 @@ def block_of(channels: int = 6, states: int = 5, dropout: float = 0.0) -> LRUBlo
 
 
 def one_op(out: Tensor) -> bool:
-    return "LruBlockOp" in out.grad_fn.name()
+    """Whether nothing lies between it and the block's input and parameters."""
+    before = [node for node, _ in out.grad_fn.next_functions if node is not None]
+    return "Differentiable" in out.grad_fn.name() and {node.name() for node in before} == {"torch::autograd::AccumulateGrad"}
 
 
 def run_separately(block: LRUBlock) -> None:

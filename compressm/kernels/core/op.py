@@ -96,7 +96,7 @@ class Op:
         dtypes: of its inputs, on compiled backends.
         rivals: what torch alone computes the same output with, by name: of (sizes, dtype) a function of the tensors.
         compiled: likewise, what torch.compile is given; None: the reference.
-        measured: what ``make bench`` (False) and ``make bench-gpu`` (True) time.
+        measured: what ``make bench`` (False) and ``make bench-gpu`` (True) time; None: the default sizes.
         gpu: module with its cases for a GPU (:mod:`compressm.kernels.core.gpu`); None: it has no Triton form of its own.
     """
 
@@ -116,7 +116,7 @@ class Op:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     rivals: Mapping[str, Callable[[Mapping[str, int], torch.dtype], Function]] = field(default_factory=dict)
     compiled: Callable[[Mapping[str, int], torch.dtype], Function] | None = None
-    measured: Callable[[bool], tuple[Measured, ...]] = lambda gpu: ()
+    measured: Callable[[bool], tuple[Measured, ...]] | None = None
     gpu: str | None = None
 
     def run(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], backend: str | None = None) -> dict[str, Tensor]:

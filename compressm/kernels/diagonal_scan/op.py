@@ -8,7 +8,7 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import custom_op
-from compressm.kernels.core.dispatch import chooser, compiled_first
+from compressm.kernels.core.dispatch import Candidate, chooser, compiled_first
 from compressm.kernels.diagonal_scan import reference
 
 
@@ -65,13 +65,12 @@ def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
     return triton_scan.why_not(device, dtype)
 
 
-# Of an LTI scan: Triton on a GPU, C++ on a CPU, else the reference.  Triton is imported only for GPU tensors or when asked for.
-choose_backend = chooser(
-    "lti_scan",
-    lambda device, dtype: compiled_first(
-        device, lambda: _triton_why_not(device, dtype), lambda: cpp.why_not_for(device, dtype)
-    ),
-)
+def candidates(device: str, dtype: torch.dtype) -> tuple[Candidate, ...]:
+    """Triton on a GPU, C++ on a CPU, else the reference; Triton is imported only for GPU tensors or when asked for."""
+    return compiled_first(device, lambda: _triton_why_not(device, dtype), lambda: cpp.why_not_for(device, dtype))
+
+
+choose_backend = chooser("diagonal_scan", candidates)
 
 
 @custom_op("compressm::diagonal_scan")

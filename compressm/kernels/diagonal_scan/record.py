@@ -18,7 +18,7 @@ def draw(
     *,
     reverse: bool = False,
     states: bool = True,
-    slowest: float = 0.0,
+    slowest: float = 0.02,
     fastest: float = 0.2,
 ) -> Sample:
     """Moduli in [exp(-slowest - fastest), exp(-slowest)].

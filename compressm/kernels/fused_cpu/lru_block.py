@@ -7,9 +7,8 @@ from torch import Tensor
 
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import plain_call
-from compressm.kernels.diagonal_scan.op import choose_backend
 from compressm.kernels.fused_cpu.gates import draw_seed
-from compressm.kernels.lti_scan.op import launch
+from compressm.kernels.lti_scan.op import choose_backend, launch
 
 
 def lru_block(

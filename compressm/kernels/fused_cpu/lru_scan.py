@@ -7,9 +7,17 @@ from torch import Tensor
 
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import plain_call
-from compressm.kernels.diagonal_scan.op import choose_backend
 from compressm.kernels.fused_cpu import lru_reference
-from compressm.kernels.lti_scan.op import Operands, check_arguments, launch, planar, scan, stepwise, without_autocast
+from compressm.kernels.lti_scan.op import (
+    Operands,
+    check_arguments,
+    choose_backend,
+    launch,
+    planar,
+    scan,
+    stepwise,
+    without_autocast,
+)
 
 
 def lru_scan(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels.core import cpp
+from compressm.kernels.core.custom_op import custom_op
 from compressm.kernels.core.dispatch import Candidate, choose
 from compressm.kernels.gramians import reference
 
@@ -96,7 +97,18 @@ def cpp_quotients(log_lam: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor
 
 
 def _quotients(decay: Tensor, phase: Tensor, re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
-    return cpp.library().gramian_quotients(decay, phase, re @ re.mT, im @ im.mT, re @ im.mT)
+    return gramian_quotients_op(decay, phase, re @ re.mT, im @ im.mT, re @ im.mT)
+
+
+@custom_op("compressm::gramian_quotients")
+def gramian_quotients_op(decay: Tensor, phase: Tensor, rr: Tensor, ii: Tensor, ri: Tensor) -> tuple[Tensor, Tensor]:
+    """Hermitian and symmetric Gramian (N, N) from real products, by the C++ library."""
+    return cpp.library().gramian_quotients(decay, phase, rr, ii, ri)
+
+
+@gramian_quotients_op.register_fake
+def _(decay, phase, rr, ii, ri):
+    return rr.new_empty(rr.shape, dtype=torch.complex128), rr.new_empty(rr.shape, dtype=torch.complex128)
 
 
 def _numerators(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:

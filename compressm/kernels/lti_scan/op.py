@@ -13,11 +13,14 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import custom_op, plain_call, recomputed_gradients, transformed
+from compressm.kernels.core.dispatch import chooser
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.diagonal_scan import reference
-from compressm.kernels.diagonal_scan.op import choose_backend, scan_op
+from compressm.kernels.diagonal_scan.op import candidates, scan_op
 from compressm.kernels.lti_scan import block
 from compressm.kernels.lti_scan.form import plan_lti_scan
+
+choose_backend = chooser("lti_scan", candidates)
 
 
 class Operands(NamedTuple):

@@ -15,15 +15,21 @@ from compressm.kernels.core.unrolled import UNROLL, compiled_chunk, first_state
 from compressm.kernels.lti_scan.op import lti_scan_planar, plan_for_shapes
 
 
+def ring(states: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """log_decay and phase (N,) of an LRU's initial eigenvalues, 0.9 <= |lam| <= 0.999."""
+    squared = torch.rand(states, device=device) * (0.999**2 - 0.9**2) + 0.9**2
+    return 0.5 * squared.log(), 2 * math.pi * torch.rand(states, device=device)
+
+
 def draw(sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> Sample:
-    """With feedthrough and an LRU's initial eigenvalues, 0.9 <= |lam| <= 0.999."""
+    """With feedthrough and an LRU's initial eigenvalues."""
     batch, length, channels, states = (sizes[name] for name in ("batch", "length", "channels", "states"))
-    log_decay = 0.5 * (torch.rand(states, device=device) * (0.999**2 - 0.9**2) + 0.9**2).log()
+    log_decay, phase = ring(states, device)
     gamma = torch.sqrt(-torch.expm1(2 * log_decay))[:, None]
     tensors = {
         "u": torch.randn(batch, length, channels, device=device).to(dtype),
         "log_decay": log_decay,
-        "phase": 2 * math.pi * torch.rand(states, device=device),
+        "phase": phase,
         **{name: gamma * torch.randn(states, channels, device=device) / (2 * channels) ** 0.5 for name in ("B_re", "B_im")},
         **{name: torch.randn(channels, states, device=device) / states**0.5 for name in ("C_re", "C_im")},
         "D": torch.randn(channels, device=device),
