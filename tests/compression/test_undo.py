@@ -13,10 +13,12 @@ from compression.test_surgery import edits_for
 from torch import nn
 
 import compressm
-from compressm.compression import audit, manifest, surgery
-from compressm.compression import guard as guards
-from compressm.compression import snapshot as snapshots
-from compressm.compression._references import References, take_back
+from compressm.compression.guard import probation as guards
+from compressm.compression.guard import snapshot as snapshots
+from compressm.compression.saving import manifest
+from compressm.compression.surgery import audit
+from compressm.compression.surgery import edits as surgery
+from compressm.compression.surgery.references import References, take_back
 from compressm.errors import CheckpointError, CompressmError, OptimizerError
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from compressm.compression.sharded_checkpoint import load_sharded
+from compressm.compression.saving.sharded import load_sharded
 from compressm.errors import CheckpointError
 from distributed import cases, launch
 
