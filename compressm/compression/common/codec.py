@@ -6,8 +6,10 @@ and markers, keys and numbers are checked.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -110,6 +112,35 @@ def decode(node: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
 
 def _is_pair(item: Any) -> bool:
     return isinstance(item, list) and len(item) == 2 and isinstance(item[0], str | int) and not isinstance(item[0], bool)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Stands for a tensor in a tree."""
+
+    name: str
+
+
+def split(tree: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """Like :func:`encode`, for memory: a copy of a tree of any values with a Leaf for every tensor."""
+    if isinstance(tree, Tensor):
+        return Leaf(_store(tree, where, tensors))
+    if isinstance(tree, Mapping):
+        return {key: split(value, f"{where}/{key}", tensors) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(split(value, f"{where}/{i}", tensors) for i, value in enumerate(tree))
+    return copy.deepcopy(tree)
+
+
+def join(tree: Any, get: Callable[[str], Any]) -> Any:
+    """The inverse of :func:`split`, with tensors as ``get`` gives them by name; everything else is a copy."""
+    if isinstance(tree, Leaf):
+        return get(tree.name)
+    if isinstance(tree, dict):
+        return {key: join(value, get) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(join(value, get) for value in tree)
+    return copy.deepcopy(tree)
 
 
 def to_storable(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from compressm.errors import CheckpointError
+
 if sys.platform == "win32":  # no file locks: leftovers of killed writers stay
     fcntl = None
 else:
@@ -45,6 +47,15 @@ def flush_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def about(path: str | Path) -> Iterator[None]:
+    """Say in errors which file they are about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
 
 
 def _prefix(path: Path) -> str:

@@ -27,7 +27,7 @@ from compressm.adapters.base import holder, own_parameter, parameter_at
 from compressm.compression.common.workers import each
 from compressm.compression.distributed.team import Layers, ProcessTeam, Result
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_slot, full_name
-from compressm.compression.surgery.references import References
+from compressm.compression.surgery.references import References, take_back
 from compressm.compression.surgery.stale import check_optimizers_outside
 from compressm.errors import DataError, ModelError, OptimizerError
 
@@ -193,19 +193,17 @@ class ShardedTeam(ProcessTeam):
             check_optimizers_outside({id(parameter): name for name, parameter in parameters.items()}, optimizers)
         before = References(layers, optimizers, ema)
         renewals: list[Renewal] = []
-        complete = False
         try:
             for name, layer in layers.items():
                 with unsharded(self, name, layer, optimizers, ema, renewals):
                     with self.together(f"reducing layer {name!r}"):
                         apply((name,))
                     self.settle({name: layer}, optimizers, ema)
-            complete = True
-        finally:
-            if not complete:
-                before.restore()
-            for renewal in renewals:
-                renewal.keep() if complete else renewal.undo()
+        except BaseException:
+            take_back([*(renewal.undo for renewal in renewals), before.restore])
+            raise
+        for renewal in renewals:
+            renewal.keep()
 
 
 def _check_place(full: str, held: Any) -> None:

@@ -297,15 +297,13 @@ class ReplicatedTeam(ProcessTeam):
         self.check(layers, ema)
         self.same_parameters(layers)
         before = References(layers, optimizers, ema)
-        complete = False
         try:
             with self.together("the reduction"):
                 apply(tuple(layers))
             self.settle(layers, optimizers, ema)
-            complete = True
-        finally:
-            if not complete:
-                before.restore()
+        except BaseException:
+            before.restore()
+            raise
         self.replaced()
 
     def replaced(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,10 +14,12 @@ from torch import Tensor, nn
 from compressm.adapters import Adapter
 from compressm.adapters.base import holder, own_parameter
 from compressm.compression.common import random_states
-from compressm.compression.common.memory import ordered_state, placed_like
+from compressm.compression.common.codec import join, split
+from compressm.compression.common.memory import placed_like
 from compressm.compression.guard.shelf import Shelf
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_layer, full_name
 from compressm.compression.surgery.edits import reshape
+from compressm.compression.surgery.packed_optimizer import fill_in_place, pack_in_place
 from compressm.errors import ArgumentError, CheckpointError, bad_argument
 
 Getter = Callable[[str], Tensor]
@@ -54,13 +55,6 @@ class Parts:
         return list(dict.fromkeys(p.device for p in self.model.parameters()))
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """Stands for a tensor in a tree."""
-
-    name: str
-
-
 class Snapshot:
     """Parameters, buffers, optimizer state, EMA, registered objects, random states and the Compressor's progress.
 
@@ -75,7 +69,7 @@ class Snapshot:
         self, tree: Mapping[str, Any], disk_bytes: int, folder: str | Path | None, homes: Mapping[str, str] | None = None
     ) -> None:
         live: dict[str, Tensor] = {}
-        self._tree = {name: _split(tree[name], name, live) for name in SECTIONS}
+        self._tree = {name: split(tree[name], name, live) for name in SECTIONS}
         self.homes = {name: str(t.device) for name, t in live.items() if t.device.type != "cpu"} if homes is None else homes
         self._shapes = {name: tensor.shape for name, tensor in live.items()}
         self.nbytes = sum(tensor.nbytes for tensor in live.values())
@@ -92,7 +86,7 @@ class Snapshot:
         tree = {
             "ranks": parts.ranks,
             "model": _module_state(parts.model),
-            "optimizers": [_optimizer_state(optimizer, parts.model) for optimizer in parts.optimizers],
+            "optimizers": [pack_in_place(optimizer, parts.model) for optimizer in parts.optimizers],
             "ema": _module_state(parts.ema) if isinstance(parts.ema, nn.Module) else parts.ema,
             "registered": {name: _registered_state(item) for name, item in parts.registered.items()},
             "random": random_states.capture(parts.model),
@@ -108,14 +102,14 @@ class Snapshot:
     @property
     def progress(self) -> Any:
         """What the snapshot was taken with."""
-        return _join(self._tree["progress"], self._tensors.__getitem__)
+        return join(self._tree["progress"], self._tensors.__getitem__)
 
     def state_dict(self) -> dict[str, Any]:
         """A tree for :meth:`from_state_dict`; its tensors are the snapshot's own."""
         return self._state(self._tensors.__getitem__)
 
     def _state(self, get: Getter) -> dict[str, Any]:
-        return {**{name: _join(self._tree[name], get) for name in SECTIONS}, "homes": dict(self.homes)}
+        return {**{name: join(self._tree[name], get) for name in SECTIONS}, "homes": dict(self.homes)}
 
     @classmethod
     def from_state_dict(cls, state: Any, parts: Parts, disk_bytes: int, folder: str | Path | None) -> Snapshot:
@@ -159,7 +153,7 @@ class Snapshot:
         devices, get = parts.devices, self._tensors.__getitem__
 
         def saved(section: str, key: Any = None, get: Getter = get) -> Any:
-            return _join(self._tree[section] if key is None else self._tree[section][key], get)
+            return join(self._tree[section] if key is None else self._tree[section][key], get)
 
         def put(fill: Callable[..., None], item: Any, place: tuple[Any, ...], *more: Any) -> Callable[[], None]:
             return lambda: fill(item, saved(*place), *more)
@@ -174,7 +168,7 @@ class Snapshot:
             yield "ema", put(_fill_mapping, parts.ema, ("ema",))
         for index, optimizer in enumerate(parts.optimizers):
             place = "optimizers", index, self._fresh(devices)
-            yield f"optimizer {index}", put(_fill_optimizer, optimizer, place, parts.model)
+            yield f"optimizer {index}", put(fill_in_place, optimizer, place)
         for name, item in parts.registered.items():
             yield f"registered object {name!r}", put(_fill_registered, item, ("registered", name, self._fresh(devices)))
         yield "random states", lambda: random_states.restore(
@@ -269,32 +263,6 @@ def _check_names(state: Any, parts: Parts) -> None:
         torch.device(place)
 
 
-def _split(tree: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """A copy of a tree of any values with leaves in place of tensors, which go into ``tensors``."""
-    if isinstance(tree, Tensor):
-        key, again = where, 1
-        while key in tensors:
-            key, again = f"{where}#{again}", again + 1
-        tensors[key] = tree
-        return _Leaf(key)
-    if isinstance(tree, Mapping):
-        return {key: _split(value, f"{where}/{key}", tensors) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(_split(value, f"{where}/{i}", tensors) for i, value in enumerate(tree))
-    return copy.deepcopy(tree)
-
-
-def _join(tree: Any, get: Getter) -> Any:
-    """The tree with tensors again, as ``get`` gives them by name; everything else is a copy."""
-    if isinstance(tree, _Leaf):
-        return get(tree.name)
-    if isinstance(tree, dict):
-        return {key: _join(value, get) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(_join(value, get) for value in tree)
-    return copy.deepcopy(tree)
-
-
 def _module_state(module: nn.Module) -> dict[str, Any]:
     """Parameters, buffers (those that checkpoints leave out as well) and extra state."""
     extra = {
@@ -341,48 +309,6 @@ def _fill_slot(container: Any, key: str, value: Tensor) -> None:
     else:
         fresh = value.to(old.device if isinstance(old, Tensor) else "cpu", copy=True)
         container[key] = placed_like(fresh, old) if isinstance(old, Tensor) else fresh
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """State by position of the parameter in the groups, hyperparameters, and values of parameters that are not the model's."""
-    places = {p: i for i, p in enumerate(_held(optimizer))}
-    own = set(model.parameters())
-    return {
-        "state": {places[key] if isinstance(key, Tensor) else key: dict(value) for key, value in optimizer.state.items()},
-        "groups": [{**group, "params": len(group["params"])} for group in optimizer.param_groups],
-        "foreign": {i: p.data for p, i in places.items() if p not in own},
-    }
-
-
-def _fill_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], model: nn.Module) -> None:
-    held = _held(optimizer)
-    for index, value in saved["foreign"].items():
-        held[index].copy_(value)
-        held[index].grad = None
-    optimizer.state.clear()
-    for key, value in saved["state"].items():
-        if isinstance(key, int):
-            optimizer.state[held[key]] = ordered_state(value, held[key])
-        else:
-            optimizer.state[key] = value
-    for group, before in zip(optimizer.param_groups, saved["groups"], strict=True):
-        for key in group.keys() - before.keys():
-            del group[key]
-        for key, value in before.items():
-            if key != "params":
-                _set_hyperparameter(group, key, value)
-
-
-def _set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:
-    """A learning rate that is a tensor stays the same tensor, which compiled optimizers and schedulers hold on to."""
-    if isinstance(group.get(key), Tensor) and isinstance(value, Tensor) and group[key].shape == value.shape:
-        group[key].copy_(value)
-    else:
-        group[key] = value
-
-
-def _held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _registered_state(item: Any) -> Any:

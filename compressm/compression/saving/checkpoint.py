@@ -11,8 +11,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from compressm.compression.common.codec import from_storable, to_storable
-from compressm.compression.common.files import flush_folder, write_atomically
+from compressm.compression.common.files import about, flush_folder, write_atomically
 from compressm.compression.common.models import plain_model
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.compressor import Compressor
@@ -69,7 +68,7 @@ def save(
         OptimizerError: the optimizer is not this model's.
     """
     path, model = Path(path), plain_model(model, ddp=True)
-    with _about(path):
+    with about(path):
         manifest, tensors = pack(model, as_optimizers(optimizer), compressor, extra, rng=rng)
         storable, complex_names = to_storable(tensors)
         check_numbers(model, storable)
@@ -113,7 +112,7 @@ def load(
     model, optimizers = plain_model(model), as_optimizers(optimizer)
     with ordinary():
         manifest, tensors = read(path)
-        with _about(path):
+        with about(path):
             return check(manifest, tensors, model, optimizers, compressor, strict=strict, rng=rng).apply()
 
 
@@ -123,7 +122,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: no such file, damaged, or from a newer version.
     """
-    with _about(path):
+    with about(path):
         _check_length(path)
         try:
             with safe_open(path, framework="pt") as file:
@@ -138,15 +137,6 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if metadata.get(CHECKSUM) != _checksum(metadata[KEY], tensors):
             raise CheckpointError("its checksum does not fit its content, the file is damaged. Use an earlier checkpoint")
         return manifest, from_storable(tensors, manifest.pop(COMPLEX, None))
-
-
-@contextmanager
-def _about(path: str | Path) -> Iterator[None]:
-    """Say in errors which file they are about."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error.__cause__
 
 
 def _unreadable(reason: str) -> CheckpointError:

@@ -21,7 +21,6 @@ import difflib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -139,34 +138,30 @@ class Restoration:
         Raises:
             CheckpointError: a tensor does not fit, or an optimizer refuses its state; nothing has changed.
         """
-        with ExitStack() as undo:
-            changing = {name: self.layers[name] for name in self.ranks}
-            undo.callback(References(changing, self.optimizers, None).restore)
+        changing = {name: self.layers[name] for name in self.ranks}
+        done: list[Undo] = [References(changing, self.optimizers, None).restore]
+        try:
             reshape(self.model, self.layers, self.ranks, self.optimizers)
             own = persistent(self.model)
             for name, saved in self.state.items():
                 _check_shape(name, saved, own[name])
             before = {name: own[name].to("cpu", copy=True) for name in self.state}
-            undo.callback(_fill, own, before)
+            done.append(partial(_fill, own, before))
             _fill(own, self.state)
             for optimizer, ready in zip(self.optimizers, self.ready, strict=True):
-                undo.callback(keep_optimizer(optimizer))
-                load_optimizer_state(optimizer, ready, self._unchanged_dtypes(optimizer))
+                done += keep_optimizer(optimizer)
+                load_optimizer_state(optimizer, self.model, ready, {name: saved.dtype for name, saved in self.state.items()})
             if self.rng is not None:
-                undo.callback(random_states.restore, random_states.capture(self.model), self.model)
+                done.append(partial(random_states.restore, random_states.capture(self.model), self.model))
                 random_states.restore(self.rng, self.model)
             if self.compressor is not None:
                 assert self.progress is not None  # checked when it was read
-                undo.callback(take_back, _kept(self.compressor))
+                done += _kept(self.compressor)
                 self.compressor.load_state_dict(self.progress)
-            undo.pop_all()
+        except BaseException:
+            take_back(done)
+            raise
         return self.extra
-
-    def _unchanged_dtypes(self, optimizer: torch.optim.Optimizer) -> set[int]:
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        dtypes = [(self.state.get(names[id(parameter)]), parameter.dtype) for parameter in parameters]
-        return {i for i, (saved, dtype) in enumerate(dtypes) if saved is not None and saved.dtype == dtype}
 
 
 def check(
@@ -215,7 +210,7 @@ def check(
     shapes = {**dict(model.named_parameters()), **state}
     ready = [check_optimizer_state(o, model, s, shapes) for o, s in zip(optimizers, saved, strict=False)]
     if compressor is not None:
-        _check_progress(compressor, progress, manifest["ranks"])
+        check_progress(compressor, progress, manifest["ranks"])
     if rng and generators is None:
         raise CheckpointError("holds no states of random generators. Save with rng=True, or load without")
     if rng:
@@ -241,6 +236,18 @@ def saved_ranks(manifest: Mapping[str, Any], layers: Layers, *, strict: bool = T
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
             raise CheckpointError(f"manifest: rank {rank!r:.80} of layer {name!r:.80}, expected a positive integer")
     return {name: rank for name, rank in ranks.items() if name in layers}
+
+
+def check_progress(compressor: Compressor, progress: Mapping[str, Any] | None, ranks: Mapping[str, int]) -> None:
+    """Raise CheckpointError or ArgumentError unless a saved state fits the compressor, and the ranks saved beside it."""
+    if progress is None:
+        raise CheckpointError("holds no compressor state. Load it without compressor=, or save with one")
+    compressor.check_state_dict(progress)
+    if dict(progress["ranks"]) != ranks:
+        raise CheckpointError(
+            f"its compressor state has ranks {progress['ranks']!s:.200} and its model {ranks!s:.200}, expected the same. "
+            "Save a model together with its own compressor"
+        )
 
 
 def persistent(model: nn.Module) -> dict[str, Tensor]:
@@ -342,17 +349,6 @@ def _check_room(layers: Layers, ranks: Mapping[str, int], state: Mapping[str, Te
 def _check_shape(name: str, saved: Tensor, own: Tensor) -> None:
     if saved.shape != own.shape:
         raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own)}")
-
-
-def _check_progress(compressor: Compressor, progress: Mapping[str, Any] | None, ranks: Mapping[str, int]) -> None:
-    if progress is None:
-        raise CheckpointError("holds no compressor state. Load it without compressor=, or save with one")
-    compressor.check_state_dict(progress)
-    if dict(progress["ranks"]) != ranks:
-        raise CheckpointError(
-            f"its compressor state has ranks {progress['ranks']!s:.200} and its model {ranks!s:.200}, expected the same. "
-            "Save a model together with its own compressor"
-        )
 
 
 @torch.no_grad()

@@ -18,20 +18,19 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from compressm._version import __version__
 from compressm.adapters import Adapter
-from compressm.compression.common.codec import decode, encode
-from compressm.compression.common.files import write_atomically
+from compressm.compression.common.codec import decode
+from compressm.compression.common.files import about, write_atomically
 from compressm.compression.common.models import compressible_layers
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.compressor import Compressor
 from compressm.compression.compressor.execution import as_optimizers
 from compressm.compression.distributed.team import ReplicatedTeam, Team
 from compressm.compression.distributed.wrapped import team_of
-from compressm.compression.saving.manifest import persistent
+from compressm.compression.saving.manifest import check_progress, pack, persistent, saved_ranks
 from compressm.compression.surgery.audit import full_name
 from compressm.compression.surgery.edits import reshape
-from compressm.compression.surgery.packed_optimizer import load_optimizer_state, named_groups, numbered, pack_optimizer
+from compressm.compression.surgery.packed_optimizer import load_optimizer_state, named_groups, numbered
 from compressm.errors import CheckpointError
 
 FORMAT = 1
@@ -67,17 +66,11 @@ def save_sharded(
     """
     folder, optimizers = Path(folder), as_optimizers(optimizer)
     team = team_of(model, optimizers)
-    layers = compressible_layers(team.model)
-    tensors: dict[str, Tensor] = {}
-    manifest = {
-        "format": FORMAT,
-        "compressm": __version__,
-        "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
-        "model": encode(persistent(team.model), "model", tensors),
-        "optimizers": encode([_pack_optimizer(o, team.model) for o in optimizers], "optimizers", tensors),
-        "compressor": None if compressor is None else compressor.state_dict(),
-        "extra": encode(extra, "extra", tensors),
-    }
+    manifest, tensors = pack(team.model, optimizers, extra=extra)
+    for optimizer, packed in zip(optimizers, manifest["optimizers"], strict=True):
+        if more := packed["more"]:
+            raise CheckpointError(f"{type(optimizer).__name__}: its state_dict has {sorted(more)}, which shards do not hold")
+    manifest |= {"format": FORMAT, "compressor": None if compressor is None else compressor.state_dict()}
     odd = [name for name, value in tensors.items() if value.is_complex()]
     if odd:
         raise CheckpointError(f"{folder}: complex tensors {odd[:4]} cannot be stored in shards, expected real ones")
@@ -87,7 +80,7 @@ def save_sharded(
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
                 raise CheckpointError(f"{folder}: is not empty, expected a new folder for every sharded checkpoint")
-    with _about(folder):
+    with _torch_errors(folder):
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         dcp.save({name: value.detach() for name, value in tensors.items()}, storage_writer=writer, process_group=_group(team))
     with team.together("writing the checkpoint's manifest"):
@@ -114,21 +107,22 @@ def load_sharded(
         folder, optimizers = Path(folder), as_optimizers(optimizer)
         team = team_of(model, optimizers)
         layers = compressible_layers(team.model)
-        with team.together("reading the checkpoint's manifest"):
+        with team.together("reading the checkpoint's manifest"), about(folder):
             manifest = _read_manifest(folder)
-            changing = _check(folder, manifest, team, layers, optimizers)
+            changing = _check(manifest, team, layers, optimizers)
             if compressor is not None:
-                _check_progress(folder, manifest, compressor)
+                check_progress(compressor, manifest["compressor"], manifest["ranks"])
 
         def apply(names: Sequence[str]) -> None:
             reshape(team.model, {name: layers[name] for name in names}, {n: manifest["ranks"][n] for n in names}, optimizers)
 
         team.carry_out(apply, {name: layers[name] for name in changing}, optimizers, None)
         targets = _targets(manifest, team.model, optimizers)
-        with _about(folder, "; a part may have been read, load an earlier checkpoint"):
+        with _torch_errors(folder, "; a part may have been read, load an earlier checkpoint"):
             dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=_group(team))
+        dtypes = {name.removeprefix("model/"): getattr(torch, dtype) for name, (dtype, _) in manifest["tensors"].items()}
         for item, saved in zip(optimizers, manifest["optimizers"], strict=False):
-            _load_optimizer(item, team.model, decode(saved, targets), manifest)
+            load_optimizer_state(item, team.model, numbered(item, team.model, decode(saved, targets)), dtypes)
         extra = decode(manifest["extra"], targets)
         if compressor is not None:
             compressor.load_state_dict(manifest["compressor"])
@@ -136,29 +130,12 @@ def load_sharded(
         return extra
 
 
-def _pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Groups and state by parameter name."""
-    packed = pack_optimizer(optimizer, model)
-    if more := packed.pop("more"):
-        raise CheckpointError(f"{type(optimizer).__name__}: its state_dict has {sorted(more)}, which shards do not hold")
-    return packed
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Any, manifest: Mapping[str, Any]) -> None:
-    names = [name for group in named_groups(optimizer, model) for name in group]
-    dtypes = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
-    exact = {number for number, name in enumerate(names) if manifest["tensors"][f"model/{name}"][0] == dtypes[name]}
-    load_optimizer_state(optimizer, numbered(optimizer, model, saved), exact)
-
-
-def _check(folder: Path, manifest: Mapping[str, Any], team: Team, layers: Layers, optimizers: Sequence[Any]) -> list[str]:
+def _check(manifest: Mapping[str, Any], team: Team, layers: Layers, optimizers: Sequence[Any]) -> list[str]:
     """Compare the manifest with model and optimizers; returns the layers to reshape."""
-    ranks = manifest["ranks"]
-    if set(ranks) != set(layers):
-        raise CheckpointError(f"{folder}: state-space layers {sorted(ranks)}, expected {sorted(layers)}, as the model has")
+    ranks = saved_ranks(manifest, layers)
     changing = [name for name, (module, adapter) in layers.items() if adapter.rank(module) != ranks[name]]
     if changing and isinstance(team, ReplicatedTeam):
-        raise CheckpointError(f"{folder}: has other ranks than the model. Load into the plain model and wrap it afterwards")
+        raise CheckpointError("has other ranks than the model. Load into the plain model and wrap it afterwards")
     shapes = {f"model/{name}": list(value.shape) for name, value in persistent(team.model).items()}
     for name in changing:
         module, adapter = layers[name]
@@ -167,21 +144,12 @@ def _check(folder: Path, manifest: Mapping[str, Any], team: Team, layers: Layers
     held = {name: shape for name, (_, shape) in manifest["tensors"].items() if name.startswith("model/")}
     if held != shapes:
         wrong = [name for name in sorted(held.keys() | shapes.keys()) if held.get(name) != shapes.get(name)]
-        raise CheckpointError(f"{folder}: does not fit the model: {wrong[:4]}. Build it as it was saved")
+        raise CheckpointError(f"does not fit the model: {wrong[:4]}. Build it as it was saved")
     now = [named_groups(optimizer, team.model) for optimizer in optimizers]
     saved = [[group["params"] for group in state["groups"]] for state in manifest["optimizers"]]
     if optimizers and saved != now:
-        raise CheckpointError(f"{folder}: its optimizer groups hold other parameters, expected those of these optimizers")
+        raise CheckpointError("its optimizer groups hold other parameters, expected those of these optimizers")
     return changing
-
-
-def _check_progress(folder: Path, manifest: Mapping[str, Any], compressor: Compressor) -> None:
-    progress = manifest["compressor"]
-    if progress is None:
-        raise CheckpointError(f"{folder}: holds no compressor state. Load it without compressor=, or save with one")
-    compressor.check_state_dict(progress)
-    if progress["ranks"] != manifest["ranks"]:
-        raise CheckpointError(f"{folder}: its compressor has ranks {progress['ranks']}, its model {manifest['ranks']}")
 
 
 def _targets(manifest: Mapping[str, Any], model: nn.Module, optimizers: Sequence[Any]) -> dict[str, Tensor]:
@@ -210,23 +178,23 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: has no {MANIFEST}, expected a folder written by save_sharded") from error
+        raise CheckpointError(f"has no {MANIFEST}, expected a folder written by save_sharded") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder}: its {MANIFEST} is not readable as JSON ({error})") from error
+        raise CheckpointError(f"its {MANIFEST} is not readable as JSON ({error})") from error
     keys = {"format", "ranks", "model", "optimizers", "compressor", "extra", "tensors"}
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int) or keys - manifest.keys():
-        raise CheckpointError(f"{folder}: its {MANIFEST} was not written by save_sharded")
+        raise CheckpointError(f"its {MANIFEST} was not written by save_sharded")
     if manifest["format"] > FORMAT:
-        raise CheckpointError(f"{folder}: format {manifest['format']} is newer than {FORMAT}. Upgrade compressm")
+        raise CheckpointError(f"format {manifest['format']} is newer than {FORMAT}. Upgrade compressm")
     for name, entry in manifest["tensors"].items():
         dtype = getattr(torch, str(entry[0]), None) if isinstance(entry, list) and len(entry) == 2 else None
         if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f"{folder}: tensor {name!r} is described as {entry!r}, expected a dtype and a shape")
+            raise CheckpointError(f"tensor {name!r} is described as {entry!r}, expected a dtype and a shape")
     return manifest
 
 
 @contextmanager
-def _about(folder: Path, more: str = "") -> Iterator[None]:
+def _torch_errors(folder: Path, more: str = "") -> Iterator[None]:
     """Errors of torch.distributed.checkpoint as ours."""
     try:
         with warnings.catch_warnings():

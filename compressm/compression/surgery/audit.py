@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -10,13 +11,11 @@ from torch import Tensor, nn
 
 from compressm.adapters import Adapter
 from compressm.adapters.base import holder, own_parameter, parameter_at, plain_parameters
-from compressm.compression.surgery.optimizer_state import FIRST, MAGNITUDE, MASTER, SECOND, VALUE, ZERO, masters_of, state_kinds
+from compressm.compression.surgery.optimizer_state import held_parameters, masters_of, shaped_keys
 from compressm.errors import ArgumentError, ModelError, OptimizerError, bad_argument
 
 Optimizers = Sequence[torch.optim.Optimizer]
 Ema = nn.Module | MutableMapping[str, Tensor]
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-SHAPED = (FIRST, SECOND, MAGNITUDE, VALUE, MASTER, ZERO)  # kinds of state that have their parameter's shape
 Signature = Mapping[tuple[int, str, str], tuple[torch.dtype, torch.device]]
 
 
@@ -64,9 +63,7 @@ def _strangers(model: nn.Module, optimizers: Optimizers, missing: Mapping[str, T
     """What the optimizers hold instead of the missing parameters."""
     known = {id(p) for p in held_tensors(model, optimizers).values()}
     shapes = {p.shape for p in missing.values()}
-    strange = [
-        p for o in optimizers for group in o.param_groups for p in group["params"] if id(p) not in known and p.shape in shapes
-    ]
+    strange = [p for o in optimizers for p in held_parameters(o) if id(p) not in known and p.shape in shapes]
     if not strange:
         return ""
     kinds = ", ".join(sorted({f"{p.dtype} on {p.device}".removeprefix("torch.") for p in strange}))
@@ -155,14 +152,9 @@ def ema_layer(ema: Ema | None, layer: str) -> nn.Module:
     return root.get_submodule(layer)
 
 
-def held_counts(optimizers: Optimizers) -> dict[int, int]:
+def held_counts(optimizers: Optimizers) -> Mapping[int, int]:
     """How many times each parameter, by id, occurs in the optimizers' groups."""
-    counts: dict[int, int] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return counts
+    return Counter(id(parameter) for optimizer in optimizers for parameter in held_parameters(optimizer))
 
 
 def held_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -235,8 +227,7 @@ def audit(
 
 def _audit_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str], counts: Mapping[int, int]) -> None:
     """State must belong to parameters in the groups, and have their shape where it is element-wise."""
-    kinds = state_kinds(optimizer)
-    shaped = {*ELEMENTWISE, *(key for key, kind in kinds.items() if kind in SHAPED)}
+    shaped = shaped_keys(optimizer)
     for parameter, state in optimizer.state.items():
         if not isinstance(parameter, Tensor):
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         KEEP: "anything that does not depend on the parameter's shape or basis",
     }
 )
+SHAPED = (FIRST, SECOND, MAGNITUDE, VALUE, MASTER, ZERO)  # kinds of state that have their parameter's shape
 _ADAM = {"exp_avg": FIRST, "exp_avg_sq": SECOND}
 _TABLES: dict[str, dict[str, str]] = {}
 
@@ -79,6 +81,28 @@ def state_kinds(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     for cls in reversed(type(optimizer).__mro__):
         kinds |= _TABLES.get(qualified_name(cls), {})
     return kinds
+
+
+def shaped_keys(optimizer: torch.optim.Optimizer) -> frozenset[str]:
+    """Keys of state that has its parameter's shape: those of Adam and SGD in any optimizer, and what its own kinds say."""
+    common = {**_ADAM, "max_exp_avg_sq": SECOND, "momentum_buffer": FIRST}
+    return frozenset(key for key, kind in (common | state_kinds(optimizer)).items() if kind in SHAPED)
+
+
+def needed_keys(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> frozenset[str]:
+    """What the state of a parameter in a group, if there is any, must hold; without it torch would fail later, or start anew
+    in silence."""
+    needed = {"max_exp_avg_sq"} if group.get("amsgrad") else set()
+    if isinstance(optimizer, torch.optim.SGD):
+        needed |= {"momentum_buffer"}
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.NAdam | torch.optim.RAdam):
+        needed |= {"step", *_ADAM}
+    return frozenset(needed)
+
+
+def held_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters in the optimizer's groups, in their order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 for _name, _kinds in {

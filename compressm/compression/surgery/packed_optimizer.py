@@ -1,27 +1,24 @@
-"""Optimizer state by parameter name, for checkpoints: packing, checking against an optimizer, and loading with an undo."""
+"""Optimizer state set apart and put back: by parameter name for checkpoints, checked first; by place for snapshots."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressm.compression.common.memory import ordered_state
-from compressm.compression.surgery.audit import ELEMENTWISE
+from compressm.compression.surgery.optimizer_state import held_parameters, needed_keys, shaped_keys
+from compressm.compression.surgery.references import Undo, put_mapping
 from compressm.errors import CheckpointError, OptimizerError
 
 LARGEST = torch.finfo(torch.float32).max  # of a hyperparameter
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")  # how steps are computed, where the model is now
 COUNTERS = (torch.float32, torch.float64, torch.int64, torch.int32)  # smaller ones stop counting
-# What the state of a parameter, if there is any, must hold; the optimizers would fail later, or start anew in silence.
-NEEDED: tuple[tuple[tuple[type, ...], frozenset[str]], ...] = (
-    ((torch.optim.SGD,), frozenset({"momentum_buffer"})),
-    ((torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam), frozenset({"step", "exp_avg", "exp_avg_sq"})),
-)
 
 
 def named_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
@@ -47,7 +44,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[s
         OptimizerError: a parameter in a group is not the model's.
         CheckpointError: there is state of something that is no parameter, which would be lost.
     """
-    names = [name for group in named_groups(optimizer, model) for name in group]
+    names = _names(optimizer, model)
     packed = optimizer.state_dict()
     state = {}
     for number, entries in packed["state"].items():
@@ -85,23 +82,22 @@ def check_optimizer_state(
     for index, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         _check_group(f"optimizer group {index}", group, own)
         _check_ranges(f"optimizer group {index}", group, type(optimizer))
-    amsgrad = {name for group in groups if group.get("amsgrad") for name in group["params"]}
-    needed = next((keys for classes, keys in NEEDED if isinstance(optimizer, classes)), frozenset())
+    needed = {name: needed_keys(optimizer, group) for group in groups for name in group["params"]}
+    shaped = shaped_keys(optimizer)
     for name, entries in state.items():
-        if not any(name in group for group in now) or not isinstance(entries, Mapping):
+        if name not in needed or not isinstance(entries, Mapping):
             raise CheckpointError(f"optimizer state of {name!r:.80}, expected a parameter of this optimizer")
         held = {key for key, value in entries.items() if value is not None or key == "momentum_buffer"}  # SGD's begins as None
-        if lost := sorted((needed | ({"max_exp_avg_sq"} if name in amsgrad else set())) - held):
+        if lost := sorted(needed[name] - held):
             raise CheckpointError(f"optimizer state of {name!r} has no {', '.join(lost)}")
         for key, value in entries.items():
-            _check_entry(f"optimizer state {key!s:.80} of {name!r}", key, value, parameters[name])
+            _check_entry(f"optimizer state {key!s:.80} of {name!r}", key, value, parameters[name], key in shaped)
     return {**more, **numbered(optimizer, model, saved)}
 
 
 def numbered(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> dict[str, Any]:
     """State and groups from :func:`pack_optimizer` with numbers for names, every group computing as the optimizer's own."""
-    names = [name for group in named_groups(optimizer, model) for name in group]
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(_names(optimizer, model))}
     groups = [
         {**group, **{key: own[key] for key in IMPLEMENTATION if key in own}, "params": [numbers[n] for n in group["params"]]}
         for group, own in zip(saved["groups"], optimizer.param_groups, strict=True)
@@ -109,16 +105,18 @@ def numbered(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[
     return {"state": {numbers[name]: dict(entries) for name, entries in saved["state"].items()}, "param_groups": groups}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, ready: Mapping[str, Any], exact: set[int]) -> None:
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, ready: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
+) -> None:
     """``optimizer.load_state_dict``, but no state is rounded where its parameter has kept its dtype.
 
     torch casts all state to the dtype of its parameter, in which its own optimizers keep it; others keep float32 moments or
     copies of bfloat16 parameters.  State of a parameter's shape is laid out in memory as the parameter is.
 
     Args:
-        optimizer: of the model as it is now.
-        ready: from :func:`check_optimizer_state`.
-        exact: numbers of the parameters that have the dtype they were saved in.
+        optimizer, model: as they are now.
+        ready: from :func:`check_optimizer_state`, or :func:`numbered`.
+        dtypes: of the parameters when they were saved, by name.
 
     Raises:
         CheckpointError: the optimizer refuses the state; it may have taken a part.
@@ -135,34 +133,67 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, ready: Mapping[str, A
         for key, value in group.items():
             if isinstance(value, Tensor) and isinstance(before.get(key), Tensor):
                 group[key] = value.to(before[key])
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number in set() if type(optimizer).__module__.startswith("torch.") else exact & ready["state"].keys():
-        state = optimizer.state[parameters[number]]
-        for key, value in ready["state"][number].items():
+    names, foreign = _names(optimizer, model), not type(optimizer).__module__.startswith("torch.")
+    for number, (name, parameter) in enumerate(zip(names, held_parameters(optimizer), strict=True)):
+        if not isinstance(state := optimizer.state.get(parameter), dict):
+            continue
+        for key, value in ready["state"].get(number, {}).items() if foreign and dtypes.get(name) == parameter.dtype else ():
             loaded = state.get(key)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and value.dtype != loaded.dtype:
                 state[key] = value.to(loaded.device)
-    for parameter in parameters:
-        if isinstance(state := optimizer.state.get(parameter), dict):
-            state.update(ordered_state(state, parameter))
+        state.update(ordered_state(state, parameter))
 
 
-def keep_optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A function that undoes :func:`load_optimizer_state`."""
+def keep_optimizer(optimizer: torch.optim.Optimizer) -> list[Undo]:
+    """What undoes :func:`load_optimizer_state`."""
     state, groups = optimizer.state, optimizer.param_groups
-    entries = [(held, dict(held)) for held in state.values() if isinstance(held, dict)]
-    contents = [(group, dict(group)) for group in groups]
-    members = dict(state)
+    contents = [*(held for held in state.values() if isinstance(held, dict)), *groups, state]
+    undo: list[Undo] = [partial(setattr, optimizer, "state", state), partial(setattr, optimizer, "param_groups", groups)]
+    return undo + [partial(put_mapping, held, dict(held)) for held in contents]
 
-    def undo() -> None:
-        for held, before in [*entries, *contents]:
-            held.clear()
-            held.update(before)
-        state.clear()
-        state.update(members)
-        optimizer.state, optimizer.param_groups = state, groups
 
-    return undo
+def pack_in_place(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """State by position of the parameter in the groups, hyperparameters, and values of parameters that are not the model's."""
+    places = {p: i for i, p in enumerate(held_parameters(optimizer))}
+    own = set(model.parameters())
+    return {
+        "state": {places[key] if isinstance(key, Tensor) else key: dict(value) for key, value in optimizer.state.items()},
+        "groups": [{**group, "params": len(group["params"])} for group in optimizer.param_groups],
+        "foreign": {i: p.data for p, i in places.items() if p not in own},
+    }
+
+
+def fill_in_place(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Put back what :func:`pack_in_place` returned, or copies of it."""
+    held = held_parameters(optimizer)
+    for index, value in saved["foreign"].items():
+        held[index].copy_(value)
+        held[index].grad = None
+    optimizer.state.clear()
+    for key, value in saved["state"].items():
+        if isinstance(key, int):
+            optimizer.state[held[key]] = ordered_state(value, held[key])
+        else:
+            optimizer.state[key] = value
+    for group, before in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key in group.keys() - before.keys():
+            del group[key]
+        for key, value in before.items():
+            if key != "params":
+                _set_hyperparameter(group, key, value)
+
+
+def _set_hyperparameter(group: dict[str, Any], key: str, value: Any) -> None:
+    """A learning rate that is a tensor stays the same tensor, which compiled optimizers and schedulers hold on to."""
+    if isinstance(group.get(key), Tensor) and isinstance(value, Tensor) and group[key].shape == value.shape:
+        group[key].copy_(value)
+    else:
+        group[key] = value
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Names of an optimizer's parameters in the order of its groups."""
+    return [name for group in named_groups(optimizer, model) for name in group]
 
 
 def _check_group(where: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -203,11 +234,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def _check_entry(where: str, key: Any, value: Any, parameter: Tensor) -> None:
+def _check_entry(where: str, key: Any, value: Any, parameter: Tensor, shaped: bool) -> None:
     counts = _is_number(value) and value >= 0 and getattr(value, "dtype", torch.int64) in COUNTERS
     if key == "step" and not counts:
         raise CheckpointError(f"{where} is {value!r:.80}, expected a number of steps")
-    if key in ELEMENTWISE and value is not None:
+    if shaped and value is not None:
         unlike = not isinstance(value, Tensor) or value.is_complex() != parameter.is_complex()
         if unlike or (value.is_complex() and value.dtype != parameter.dtype):  # torch casts real state only
             got = str(value.dtype) if isinstance(value, Tensor) else f"{value!r:.80}"
