@@ -11,8 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter, find_layers
 from compressm.compression.common.models import compressible_layers, plain_model
-from compressm.compression.compressor.execution import as_optimizers
-from compressm.compression.surgery.audit import check_optimizers, full_name
+from compressm.compression.surgery.audit import as_optimizers, check_optimizers, full_name
 from compressm.compression.surgery.edits import reshape
 from compressm.errors import bad_argument
 from compressm.integrations._common import tell_configs

@@ -287,7 +287,7 @@ def check_back(one, compressor, before, but=()):
     assert [part for part, value in before.items() if not same(value, after[part])] == list(but)
     assert compressor.ranks == {"lrus.0": 8, "lrus.1": 6}
     assert (compressor.step_count, compressor.guard.failures, compressor.guard.probation) == (3, 1, None)
-    assert compressor._attempts == 1
+    assert compressor._progress.attempts == 1
 
 
 @pytest.mark.parametrize("disposed", ["first", "last"])

@@ -192,7 +192,7 @@ def test_resumes_between_two_checks(training):
         assert [i for i, report in enumerate(found) if report] == [7, 8]
         assert compressor.guard.stopped
         assert compressor.ranks == {"lrus.0": 8}
-        assert compressor._memory["quiet"] == 2
+        assert compressor._progress.memory["quiet"] == 2
 
 
 def test_no_second_look_after_the_reduction(training, monkeypatch):

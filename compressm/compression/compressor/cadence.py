@@ -86,7 +86,7 @@ class Cadence:
         self.idle = 0
 
     def _check_never_called(self) -> None:
-        due = next((step for step in self.schedule.steps if step > self.first), None)
+        due = self.schedule.after(self.first)
         if due is not None and self.taken[0] == due - self.first + 1:
             self._tell(
                 "never",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,41 +17,21 @@ from compressm.compression.common.described import described
 from compressm.compression.common.models import compressible_layers
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.cadence import Cadence
-from compressm.compression.compressor.execution import (
-    as_optimizers,
-    check_kind,
-    check_policy,
-    choose_recipe,
-    execute,
-    finish,
-    log,
-)
-from compressm.compression.compressor.progress import STATE_FORMAT, check_progress, check_state
+from compressm.compression.compressor.progress import STATE_FORMAT, Progress, check_progress, check_state
+from compressm.compression.compressor.recipes import check_kind, check_policy, choose_recipe, execute, finish, log
 from compressm.compression.distributed.wrapped import team_of
 from compressm.compression.guard.probation import Guard, Probation
 from compressm.compression.guard.rollback import Rollback
 from compressm.compression.guard.snapshot import Parts, check_registrable
 from compressm.compression.planning.batches import replayable
-from compressm.compression.planning.calibration import rehearse
-from compressm.compression.planning.plans import (
-    Calibration,
-    Candidate,
-    Demands,
-    Planned,
-    analyse,
-    in_view,
-    make_plan,
-    raised,
-)
+from compressm.compression.planning.calibration import Forward, rehearse
+from compressm.compression.planning.plans import Calibration, Candidate, Demands, Planned, analyse, in_view, make_plan, raised
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
 from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
-from compressm.compression.surgery.audit import Ema, check_ema, check_optimizers
+from compressm.compression.surgery.audit import Ema, as_optimizers, check_ema, check_optimizers
 from compressm.compression.surgery.moments import check_moments
-from compressm.compression.surgery.optimizer_state import masters_of
 from compressm.errors import CompressmError, bad_argument
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 class Compressor:
@@ -143,15 +125,12 @@ class Compressor:
         if ema is not None:
             check_ema(ema, self.model, self.layers)
         self.history: list[ReductionReport | GuardReport] = []
-        if guard is not None and masters_of(self.optimizers):
-            remedy = "Use float32 parameters with autocast, or an optimizer that keeps the copies in its state"
-            raise bad_argument("guard", got="a Rollback with attached master copies", expected="None", remedy=remedy)
-        self.guard = None if guard is None else Guard(check_kind(guard, Rollback, "guard"), self.schedule, self.team)
+        if guard is not None:
+            check_kind(guard, Rollback, "guard")
+        self.guard = None if guard is None else Guard(guard, self.schedule, self.team, self.optimizers)
         self.registered: dict[str, Any] = {}
-        self._step = self._attempts = self._reduced = 0
         self.team.same("arguments of the Compressor", self._arguments())
-        self._kept = dict.fromkeys(self.layers, 1.0)
-        self._memory: Any = None  # of an adaptive schedule
+        self._progress = Progress(kept=dict.fromkeys(self.layers, 1.0))
         self._waiting = False  # an attempt came due that has not been made
         if (batches := self.calibration.batches) is not None:
             rehearse(self.model, self.layers, batches, forward=forward, sequences=sequences, team=self.team)
@@ -165,15 +144,15 @@ class Compressor:
     @property
     def step_count(self) -> int:
         """How often :meth:`step` has been called, over all resumed runs; a rollback sets it back."""
-        return self._step
+        return self._progress.step
 
     @property
     def due(self) -> bool:
         """Whether the next :meth:`step` attempts a reduction (which an adaptive schedule may think better of) or judges one."""
-        guard, step = self.guard, self._step + 1
+        guard, step = self.guard, self._progress.step + 1
         if guard is not None and guard.probation is not None:
             return step >= guard.probation.until
-        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._reduced):
+        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._progress.reduced):
             return False
         return self._waiting or self.schedule.due(step)
 
@@ -212,13 +191,13 @@ class Compressor:
         """
         self.team.ready()
         due = self.due
-        self._step += 1
+        self._progress.step += 1
         if self._cadence is not None:
             self._cadence.call()
         guard = self.guard
         probation = None if guard is None else guard.probation
         if probation is not None:
-            self._waiting |= self.schedule.due(self._step)
+            self._waiting |= self.schedule.due(self._progress.step)
         if not due:
             return None
         with ordinary():
@@ -233,8 +212,8 @@ class Compressor:
         if self.schedule.adaptive:
             spectra, kept = in_view(candidates, planned)
             rate = max((float(g["lr"]) for optimizer in self.optimizers for g in optimizer.param_groups), default=1.0)
-            look = Look(self._step, spectra, kept, rate, self._attempts)
-            due, self._memory = self.team.decide(self.schedule.decide(look, self._memory))
+            look = Look(self._progress.step, spectra, kept, rate, self._progress.attempts)
+            due, self._progress.memory = self.team.decide(self.schedule.decide(look, self._progress.memory))
             if not due and not waiting:
                 return None
         return self._attempt(candidates, planned, started)
@@ -249,32 +228,30 @@ class Compressor:
             outcome = self.guard.attempt(
                 self._parts(),
                 planned,
-                progress=self._progress(),
+                progress=asdict(self._progress),
                 execute=self._execute,
                 gentler=lambda plan: raised(candidates, plan, demands=self.demands, team=self.team),
             )
             if isinstance(outcome, GuardReport):
-                self._attempts += 1
+                self._progress.attempts += 1
                 return self._record(outcome)
             planned, words = outcome
-        number, total = self._attempts + 1, self.schedule.attempts
+        number, total = self._progress.attempts + 1, self.schedule.attempts
         reason = f"attempt {number} of {total}" if number <= total else f"attempt {number}"
         reason = "; ".join(filter(None, [f"{reason}, {self._policy_now}, recipe {self.recipe.name}", words]))
-        report = finish(planned, self._step, reason, started)
-        self._attempts += 1
-        self._reduced += report.changed
-        for layer in report.layers:
-            self._kept[layer.name] *= 1 - layer.discarded
+        report = finish(planned, self._progress.step, reason, started)
+        self._progress.add(report)
         self.history.append(report)
         return report
 
     def _validate(self, guard: Guard, probation: Probation) -> GuardReport:
         def resume(progress: Mapping[str, Any]) -> None:
-            self._set_progress(progress)
-            self._attempts += 1
-            self._waiting = not guard.stopped and self._next(self._step) is None
+            self._progress = Progress.of(progress)
+            self._progress.attempts += 1
+            self._waiting = not guard.stopped and self.schedule.after(self._progress.step) is None
 
-        report, failed = guard.validate(self._parts(), self._step, lambda: self._next(probation.began), resume)
+        more = partial(self.schedule.after, probation.began)
+        report, failed = guard.validate(self._parts(), self._progress.step, more, resume)
         self._record(report)
         if failed:
             what, error = next(iter(failed.items()))
@@ -289,10 +266,6 @@ class Compressor:
         log.info("%s", report)
         self.history.append(report)
         return report
-
-    def _next(self, step: int) -> int | None:
-        """The first step after ``step`` at which a reduction may be attempted."""
-        return next((due for due in self.schedule.steps if due > step), None)
 
     def rewrap(self) -> nn.Module:
         """The model to train on: call it after every :meth:`step` of a DistributedDataParallel model.
@@ -316,19 +289,20 @@ class Compressor:
         if self._cadence is not None:
             self._cadence.close()
             self._cadence = None
-        if self._step == 0:
+        if self._progress.step == 0:
             raise CompressmError(
                 f"Compressor.step() was never called, expected one call after every optimizer.step() "
                 f"(first reduction due at step {self.schedule.steps[0]}). The model has not been compressed"
             )
         if self.guard is not None:
-            self.guard.warn_unvalidated(self._step)
-        missed = [self._step + 1] * self._waiting + [step for step in self.schedule.steps if step > self._step]
-        if (self.guard is not None and self.guard.stopped) or (self.schedule.adaptive and self._reduced):
+            self.guard.warn_unvalidated(self._progress.step)
+        now = self.step_count
+        missed = [now + 1] * self._waiting + [step for step in self.schedule.steps if step > now]
+        if (self.guard is not None and self.guard.stopped) or (self.schedule.adaptive and self._progress.reduced):
             return
         if missed:
             warnings.warn(
-                f"training ended at step {self._step}, before the reductions scheduled at {missed}; shorten the schedule "
+                f"training ended at step {now}, before the reductions scheduled at {missed}; shorten the schedule "
                 "(its total_steps) or train longer",
                 ScheduleWarning,
                 stacklevel=2,
@@ -349,7 +323,7 @@ class Compressor:
             "recipe": self.recipe.name,
             "policy": repr(self.policy),
             "schedule": repr(self.schedule),
-            **self._progress(),
+            **asdict(self._progress),
             "waiting": self._waiting,
             "guard": None if self.guard is None else self.guard.state_dict(),
             "ranks": self.ranks,
@@ -369,11 +343,11 @@ class Compressor:
         history = [report_from_dict(report) for report in state["history"]]
         if self.guard is not None:
             self.guard.load(state.get("guard"), self._parts())
-        self._set_progress(state)
+        self._progress = Progress.of(state)
         self._waiting = bool(state.get("waiting", False))
         self.history = history
         if self._cadence is not None:
-            self._cadence.restart(self._step)
+            self._cadence.restart(self._progress.step)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ArgumentError unless ``state`` fits this compressor's recipe and layers (ranks may differ)."""
@@ -407,16 +381,6 @@ class Compressor:
     def _parts(self) -> Parts:
         return Parts(self.model, self.layers, self.optimizers, self.ema, self.registered)
 
-    def _progress(self) -> dict[str, Any]:
-        """What a rollback sets back; JSON."""
-        counts = {"step": self._step, "attempts": self._attempts, "reduced": self._reduced}
-        return {**counts, "kept": dict(self._kept), "memory": self._memory}
-
-    def _set_progress(self, progress: Mapping[str, Any]) -> None:
-        self._step, self._attempts = int(progress["step"]), int(progress["attempts"])
-        self._reduced, self._memory = int(progress.get("reduced", 0)), progress.get("memory")
-        self._kept = {name: float(progress["kept"][name]) for name in self.layers}
-
     def _arguments(self) -> list[Any]:
         """What must be the same on all processes that train the model together, JSON-ready."""
         named = [described(self.policy), described(self.schedule), described(self.demands)]
@@ -424,9 +388,6 @@ class Compressor:
         return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
 
     def _keep(self) -> dict[str, float] | None:
-        """Per layer, the fraction the next attempt must keep: an equal share of what is left of the budget."""
-        budget = self._policy_now.budget
-        if budget is None or not self.recipe.shared_budget:
-            return None
-        remaining = max(1, self.schedule.attempts - self._attempts)
-        return {name: min(1.0, budget / kept) ** (1 / remaining) for name, kept in self._kept.items()}
+        """Per layer, the fraction the next attempt must keep, where attempts share a budget."""
+        budget = self._policy_now.budget if self.recipe.shared_budget else None
+        return None if budget is None else self._progress.shares(budget, self.schedule.attempts)

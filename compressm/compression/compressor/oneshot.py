@@ -12,11 +12,11 @@ from torch import nn
 from compressm.adapters import check_known
 from compressm.compression.common.models import compressible_layers, plain_model
 from compressm.compression.common.undisturbed import ordinary
-from compressm.compression.compressor.execution import as_optimizers, check_policy, choose_recipe, execute, finish
+from compressm.compression.compressor.recipes import check_policy, choose_recipe, execute, finish
 from compressm.compression.planning.plans import Calibration, Demands, analyse, make_plan
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import ReductionReport
-from compressm.compression.surgery.audit import Ema, check_optimizers, check_swappable
+from compressm.compression.surgery.audit import Ema, as_optimizers, check_optimizers, check_swappable
 from compressm.compression.surgery.moments import check_moments
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from compressm.compression.common.types import fits, is_number
-from compressm.compression.planning.report import report_from_dict
+from compressm.compression.planning.report import ReductionReport, report_from_dict
 from compressm.errors import bad_argument
 
 STATE_FORMAT = 1
@@ -14,6 +15,43 @@ STATE_TYPES = {
     "format": int, "recipe": str, "step": int, "attempts": int, "kept": dict[str, float], "ranks": dict[str, int],
     "history": list[dict],
 }  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a Compressor is, which a rollback sets back.
+
+    Attributes:
+        step: optimizer steps.
+        attempts: reductions that were attempted.
+        reduced: those of them that removed states.
+        kept: by layer, how much of the sum of its spectra all of them have kept.
+        memory: of an adaptive schedule.
+    """
+
+    step: int = 0
+    attempts: int = 0
+    reduced: int = 0
+    kept: dict[str, float] = field(default_factory=dict)
+    memory: Any = None
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """From checked state of a Compressor; whatever else is in there is left."""
+        step, attempts, reduced = (int(state.get(name, 0)) for name in ("step", "attempts", "reduced"))
+        return cls(step, attempts, reduced, {name: float(kept) for name, kept in state["kept"].items()}, state.get("memory"))
+
+    def add(self, report: ReductionReport) -> None:
+        """Count an attempt."""
+        self.attempts += 1
+        self.reduced += report.changed
+        for layer in report.layers:
+            self.kept[layer.name] *= 1 - layer.discarded
+
+    def shares(self, budget: float, attempts: int) -> dict[str, float]:
+        """Per layer, the fraction that the next of some attempts must keep: an equal share of what is left of the budget."""
+        remaining = max(1, attempts - self.attempts)
+        return {name: min(1.0, budget / kept) ** (1 / remaining) for name, kept in self.kept.items()}
 
 
 def check_state(state: Any, recipe: str, layers: Collection[str]) -> None:

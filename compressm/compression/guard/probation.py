@@ -19,6 +19,8 @@ from compressm.compression.guard.snapshot import Parts, Snapshot, check
 from compressm.compression.planning.plans import Planned
 from compressm.compression.planning.report import GuardReport
 from compressm.compression.planning.schedules import Schedule, ScheduleWarning
+from compressm.compression.surgery.audit import Optimizers
+from compressm.compression.surgery.optimizer_state import masters_of
 from compressm.compression.surgery.references import References
 from compressm.errors import NumericalError, bad_argument
 
@@ -43,10 +45,13 @@ class Guard:
 
     Raises:
         ModelError: the model is sharded over several processes.
-        ArgumentError: the rule does not fit the schedule.
+        ArgumentError: the rule does not fit the schedule, or an optimizer trains attached master copies.
     """
 
-    def __init__(self, rule: Rollback, schedule: Schedule, team: Team) -> None:
+    def __init__(self, rule: Rollback, schedule: Schedule, team: Team, optimizers: Optimizers) -> None:
+        if masters_of(optimizers):
+            remedy = "Use float32 parameters with autocast, or an optimizer that keeps the copies in its state"
+            raise bad_argument("guard", got="a Rollback with attached master copies", expected="None", remedy=remedy)
         team.check_guard()
         self.team = team
         self.rule, self.window = rule, rule.window(schedule)

@@ -58,6 +58,10 @@ class Schedule(ABC):
         """Whether a reduction is attempted (adaptive: considered) after optimizer step ``step``."""
         return step in self.steps
 
+    def after(self, step: int) -> int | None:
+        """The first step after ``step`` at which a reduction may be attempted."""
+        return next((due for due in self.steps if due > step), None)
+
     def decide(self, look: Look, memory: Any) -> tuple[bool, Any]:
         """For adaptive schedules: whether to attempt a reduction now, and what to remember until the next step.
 

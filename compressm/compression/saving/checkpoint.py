@@ -25,8 +25,8 @@ from compressm.compression.common.files import about, flush_folder, write_atomic
 from compressm.compression.common.models import plain_model
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.compressor import Compressor
-from compressm.compression.compressor.execution import as_optimizers
 from compressm.compression.saving.manifest import FORMAT, check, check_numbers, pack
+from compressm.compression.surgery.audit import as_optimizers
 from compressm.errors import CheckpointError
 
 KEY = "compressm"

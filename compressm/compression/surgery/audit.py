@@ -24,6 +24,23 @@ def full_name(layer: str, key: str) -> str:
     return f"{layer}.{key}" if layer else key
 
 
+def as_optimizers(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+) -> tuple[torch.optim.Optimizer, ...]:
+    """None, one or several optimizers as a tuple.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if optimizer is None:
+        return ()
+    listed = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    for item in listed:
+        if not isinstance(item, torch.optim.Optimizer):
+            raise bad_argument("optimizer", got=type(item).__name__, expected="a torch.optim.Optimizer or a list of them")
+    return listed
+
+
 def check_optimizers(layers: Mapping[str, tuple[nn.Module, Adapter]], model: nn.Module, optimizers: Optimizers) -> None:
     """The optimizers must hold every trainable parameter of the state-space layers, once, or its master copy.
 

@@ -82,23 +82,6 @@ def finish(planned: Planned, step: int, reason: str, started: float) -> Reductio
     return report
 
 
-def as_optimizers(
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
-) -> tuple[torch.optim.Optimizer, ...]:
-    """None, one or several optimizers as a tuple.
-
-    Raises:
-        ArgumentError: anything else.
-    """
-    if optimizer is None:
-        return ()
-    listed = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
-    for item in listed:
-        if not isinstance(item, torch.optim.Optimizer):
-            raise bad_argument("optimizer", got=type(item).__name__, expected="a torch.optim.Optimizer or a list of them")
-    return listed
-
-
 def choose_recipe(name: str | None, calibration: Any, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> Recipe:
     """The recipe of that name (None: the default).
 
