@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from compressm.adapters import Adapter, find_layers, supported_layers
 from compressm.errors import ModelError, bad_argument
+
+Layers = Mapping[str, tuple[nn.Module, Adapter]]  # state-space layers with their adapters, by module name
 
 WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from compressm.compression.planning.schedules import Schedule, ScheduleWarning
+from compressm.compression.surgery.audit import Optimizers
 from compressm.compression.surgery.optimizer_state import unwrapped
 
 RHYTHM = 8  # so many optimizer steps in a row, each with the same fault
@@ -28,7 +29,7 @@ class Cadence:
         optimizers: that it was given.
     """
 
-    def __init__(self, schedule: Schedule, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(self, schedule: Schedule, optimizers: Optimizers) -> None:
         self.schedule, self.optimizers = schedule, optimizers
         self.told: set[str] = set()
         self.restart(0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from compressm.adapters import check_known
@@ -29,7 +28,7 @@ from compressm.compression.planning.plans import Calibration, Candidate, Demands
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
 from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
-from compressm.compression.surgery.audit import Ema, as_optimizers, check_ema, check_optimizers
+from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_ema, check_optimizers
 from compressm.compression.surgery.moments import check_moments
 from compressm.errors import CompressmError, bad_argument
 
@@ -92,7 +91,7 @@ class Compressor:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+        optimizer: OptimizerArgument,
         *,
         policy: Policy,
         schedule: Schedule,
@@ -218,9 +217,7 @@ class Compressor:
                 return None
         return self._attempt(candidates, planned, started)
 
-    def _attempt(
-        self, candidates: Mapping[str, Candidate], planned: Planned, started: float
-    ) -> ReductionReport | GuardReport:
+    def _attempt(self, candidates: Mapping[str, Candidate], planned: Planned, started: float) -> ReductionReport | GuardReport:
         words = ""
         if self.guard is None or not planned.plan.changed:
             self._execute(planned)

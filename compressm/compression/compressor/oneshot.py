@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from compressm.adapters import check_known
@@ -16,7 +15,7 @@ from compressm.compression.compressor.recipes import check_policy, choose_recipe
 from compressm.compression.planning.plans import Calibration, Demands, analyse, make_plan
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import ReductionReport
-from compressm.compression.surgery.audit import Ema, as_optimizers, check_optimizers, check_swappable
+from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_optimizers, check_swappable
 from compressm.compression.surgery.moments import check_moments
 
 
@@ -24,7 +23,7 @@ def compress(
     model: nn.Module,
     policy: Policy,
     *,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    optimizer: OptimizerArgument = None,
     calibration: Iterable[Any] | None = None,
     recipe: str | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,

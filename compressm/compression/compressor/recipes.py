@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from compressm.adapters import Adapter
+from compressm.compression.common.models import Layers
 from compressm.compression.distributed.team import Team
 from compressm.compression.planning.plans import Demands, Planned, describe_edits, with_new_kernels
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import ReductionReport, describe
-from compressm.compression.surgery.audit import Ema
+from compressm.compression.surgery.audit import Ema, Optimizers
 from compressm.compression.surgery.edits import apply_edits
 from compressm.errors import ArgumentError, bad_argument
 
@@ -52,7 +51,7 @@ def execute(
     model: nn.Module,
     planned: Planned,
     *,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Optimizers,
     ema: Ema | None,
     moments: str,
     team: Team | None = None,
@@ -82,7 +81,7 @@ def finish(planned: Planned, step: int, reason: str, started: float) -> Reductio
     return report
 
 
-def choose_recipe(name: str | None, calibration: Any, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> Recipe:
+def choose_recipe(name: str | None, calibration: Any, layers: Layers) -> Recipe:
     """The recipe of that name (None: the default).
 
     Raises:
@@ -98,9 +97,7 @@ def choose_recipe(name: str | None, calibration: Any, layers: Mapping[str, tuple
     return recipe
 
 
-def check_policy(
-    policy: Any, layers: Mapping[str, tuple[nn.Module, Adapter]], demands: Demands, recipe: Recipe, calibration: Any
-) -> Policy:
+def check_policy(policy: Any, layers: Layers, demands: Demands, recipe: Recipe, calibration: Any) -> Policy:
     """The policy, if it can be carried out on these layers.
 
     Raises:

@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compressm.adapters import Adapter
 from compressm.adapters.base import holder, own_parameter, parameter_at
+from compressm.compression.common.models import Layers
 from compressm.compression.common.workers import each
-from compressm.compression.distributed.team import Layers, ProcessTeam, Result
+from compressm.compression.distributed.team import ProcessTeam, Result
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_slot, full_name
 from compressm.compression.surgery.references import References, take_back
 from compressm.compression.surgery.stale import check_optimizers_outside

@@ -18,13 +18,13 @@ from compressm.adapters import Adapter
 from compressm.adapters.base import own_parameter, parameter_at
 from compressm.adapters.registry import qualified_name
 from compressm.compression.common.described import described
+from compressm.compression.common.models import Layers
 from compressm.compression.common.workers import each
 from compressm.compression.distributed.ddp import check_rewrappable, retire, rewrapped
 from compressm.compression.surgery.audit import Ema, Optimizers, check_swappable, ema_slot, full_name
 from compressm.compression.surgery.references import References
 from compressm.errors import DistributedError, ModelError
 
-Layers = Mapping[str, tuple[nn.Module, Adapter]]
 Result = TypeVar("Result")
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters import Adapter
 from compressm.adapters.base import holder, own_parameter
 from compressm.compression.common import random_states
 from compressm.compression.common.codec import join, split
 from compressm.compression.common.memory import placed_like
+from compressm.compression.common.models import Layers
 from compressm.compression.guard.shelf import Shelf
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_layer, full_name
 from compressm.compression.surgery.edits import reshape
@@ -39,7 +39,7 @@ class Parts:
     """
 
     model: nn.Module
-    layers: Mapping[str, tuple[nn.Module, Adapter]]
+    layers: Layers
     optimizers: Optimizers = ()
     ema: Ema | None = None
     registered: Mapping[str, Any] = field(default_factory=dict)
@@ -171,9 +171,7 @@ class Snapshot:
             yield f"optimizer {index}", put(fill_in_place, optimizer, place)
         for name, item in parts.registered.items():
             yield f"registered object {name!r}", put(_fill_registered, item, ("registered", name, self._fresh(devices)))
-        yield "random states", lambda: random_states.restore(
-            random_states.adopted(saved("random"), parts.model), parts.model
-        )
+        yield "random states", lambda: random_states.restore(random_states.adopted(saved("random"), parts.model), parts.model)
 
     def _set_attributes(self, parts: Parts) -> None:
         """Sizes that the averaged copy's layers say."""
@@ -325,4 +323,3 @@ def _fill_registered(item: Any, state: Any) -> None:
         item.update(state)
     else:
         item.load_state_dict(state)
-

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from compressm.adapters import Adapter, Meter
+from compressm.compression.common.models import Layers
 from compressm.compression.common.undisturbed import exact, undisturbed
 from compressm.compression.distributed.team import Team
 from compressm.compression.planning.batches import default_forward, take, trainable
@@ -26,7 +27,6 @@ from compressm.errors import CompressmError, DataError, bad_argument
 
 ROWS_PER_STATE = 32  # time steps per state that enter the statistics
 
-Layers = Mapping[str, tuple[nn.Module, Adapter]]
 Forward = Callable[[nn.Module, Any], Any]
 
 

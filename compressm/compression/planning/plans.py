@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from compressm.adapters import Adapter, Analysis, LayerEdit, Reduced
+from compressm.compression.common.models import Layers
 from compressm.compression.common.workers import each
 from compressm.compression.distributed.team import Team
 from compressm.compression.planning.calibration import collect
@@ -50,13 +51,11 @@ class Planned:
     """A plan together with what surgery needs to carry it out: the reduction of every layer that changes."""
 
     plan: ReductionPlan
-    layers: Mapping[str, tuple[nn.Module, Adapter]]
+    layers: Layers
     reductions: Mapping[str, Reduced]
 
 
-def analyse(
-    model: nn.Module, layers: Mapping[str, tuple[nn.Module, Adapter]], convention: str, calibration: Calibration
-) -> dict[str, Candidate]:
+def analyse(model: nn.Module, layers: Layers, convention: str, calibration: Calibration) -> dict[str, Candidate]:
     """Read every layer and compute its spectrum, all from statistics of the model as it is.
 
     Raises:
@@ -144,9 +143,7 @@ def raised(candidates: Mapping[str, Candidate], planned: Planned, *, demands: De
     return again if again.plan.changed else None
 
 
-def in_view(
-    candidates: Mapping[str, Candidate], planned: Planned
-) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+def in_view(candidates: Mapping[str, Candidate], planned: Planned) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
     """Per layer its spectrum, and which of its states the plan keeps."""
     spectra = {name: item.analysis.hsv.tolist() for name, item in candidates.items()}
     kept = {name: list(range(item.rank)) for name, item in candidates.items()}

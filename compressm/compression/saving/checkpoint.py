@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from compressm.compression.common.models import plain_model
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.compressor import Compressor
 from compressm.compression.saving.manifest import FORMAT, check, check_numbers, pack
-from compressm.compression.surgery.audit import as_optimizers
+from compressm.compression.surgery.audit import OptimizerArgument, as_optimizers
 from compressm.errors import CheckpointError
 
 KEY = "compressm"
@@ -34,8 +34,6 @@ COMPLEX = "complex"
 CHECKSUM = "crc32"
 MAX_HEADER = 32 << 20  # bytes; reading one takes a second or two
 MAX_TENSORS = 1 << 16
-
-OptimizerArgument = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 
 def save(

@@ -33,9 +33,9 @@ from compressm.adapters import Adapter
 from compressm.adapters.base import own_parameter
 from compressm.compression.common import random_states
 from compressm.compression.common.codec import decode, encode
-from compressm.compression.common.models import compressible_layers
+from compressm.compression.common.models import Layers, compressible_layers
 from compressm.compression.compressor.compressor import Compressor
-from compressm.compression.surgery.audit import full_name
+from compressm.compression.surgery.audit import Optimizers, full_name
 from compressm.compression.surgery.edits import reshape
 from compressm.compression.surgery.packed_optimizer import (
     check_optimizer_state,
@@ -50,9 +50,6 @@ from compressm.errors import CheckpointError
 FORMAT = 1
 KEYS = frozenset({"format", "compressm", "ranks", "dtypes", "model", "optimizers", "compressor", "rng", "extra"})
 MAX_RANK = 1 << 20
-
-Layers = Mapping[str, tuple[nn.Module, Adapter]]
-Optimizers = Sequence[torch.optim.Optimizer]
 
 
 class PartialLoadWarning(UserWarning):
@@ -215,9 +212,7 @@ def check(
         raise CheckpointError("holds no states of random generators. Save with rng=True, or load without")
     if rng:
         random_states.check(generators, model)
-    return Restoration(
-        model, layers, optimizers, compressor, ranks, state, ready, progress, generators if rng else None, extra
-    )
+    return Restoration(model, layers, optimizers, compressor, ranks, state, ready, progress, generators if rng else None, extra)
 
 
 def saved_ranks(manifest: Mapping[str, Any], layers: Layers, *, strict: bool = True) -> dict[str, int]:

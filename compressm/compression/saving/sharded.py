@@ -18,25 +18,21 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from compressm.adapters import Adapter
 from compressm.compression.common.codec import decode
 from compressm.compression.common.files import about, write_atomically
-from compressm.compression.common.models import compressible_layers
+from compressm.compression.common.models import Layers, compressible_layers
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.compressor import Compressor
 from compressm.compression.distributed.team import ReplicatedTeam, Team
 from compressm.compression.distributed.wrapped import team_of
 from compressm.compression.saving.manifest import check_progress, pack, persistent, saved_ranks
-from compressm.compression.surgery.audit import as_optimizers, full_name
+from compressm.compression.surgery.audit import OptimizerArgument, as_optimizers, full_name
 from compressm.compression.surgery.edits import reshape
 from compressm.compression.surgery.packed_optimizer import load_optimizer_state, named_groups, numbered
 from compressm.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "compressm.json"
-
-OptimizerArgument = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
-Layers = Mapping[str, tuple[nn.Module, Adapter]]
 
 
 def save_sharded(

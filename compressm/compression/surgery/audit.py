@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters import Adapter
 from compressm.adapters.base import holder, own_parameter, parameter_at, plain_parameters
+from compressm.compression.common.models import Layers
 from compressm.compression.surgery.optimizer_state import held_parameters, masters_of, shaped_keys
 from compressm.errors import ArgumentError, ModelError, OptimizerError, bad_argument
 
 Optimizers = Sequence[torch.optim.Optimizer]
+OptimizerArgument = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 Ema = nn.Module | MutableMapping[str, Tensor]
 Signature = Mapping[tuple[int, str, str], tuple[torch.dtype, torch.device]]
 
@@ -25,7 +26,7 @@ def full_name(layer: str, key: str) -> str:
 
 
 def as_optimizers(
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    optimizer: OptimizerArgument,
 ) -> tuple[torch.optim.Optimizer, ...]:
     """None, one or several optimizers as a tuple.
 
@@ -41,7 +42,7 @@ def as_optimizers(
     return listed
 
 
-def check_optimizers(layers: Mapping[str, tuple[nn.Module, Adapter]], model: nn.Module, optimizers: Optimizers) -> None:
+def check_optimizers(layers: Layers, model: nn.Module, optimizers: Optimizers) -> None:
     """The optimizers must hold every trainable parameter of the state-space layers, once, or its master copy.
 
     Raises:
@@ -124,7 +125,7 @@ def check_swappable(model: nn.Module, targets: Mapping[str, tuple[nn.Module, Ite
                 )
 
 
-def check_ema(ema: Ema, model: nn.Module, layers: Mapping[str, tuple[nn.Module, Adapter]]) -> None:
+def check_ema(ema: Ema, model: nn.Module, layers: Layers) -> None:
     """The EMA copy must hold every parameter that reductions replace, in its present shape.
 
     Raises:
@@ -281,7 +282,7 @@ def _paths_to(value: Any, ids: set[int], path: str = "", seen: set[int] | None =
         yield from _paths_to(item, ids, f"{path}[{label}]", seen)
 
 
-def audit_ema(ema: Ema, model: nn.Module, layers: Mapping[str, tuple[nn.Module, Adapter]], dead: Iterable[Tensor]) -> None:
+def audit_ema(ema: Ema, model: nn.Module, layers: Layers, dead: Iterable[Tensor]) -> None:
     """Prove that an averaged copy has followed a reduction.
 
     Raises:

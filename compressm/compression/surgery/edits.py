@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressm.adapters import Adapter, LayerEdit
 from compressm.adapters.base import holder, own_parameter
 from compressm.compression.common.memory import placed_like
+from compressm.compression.common.models import Layers
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.common.workers import each
 from compressm.compression.surgery.audit import (
@@ -94,7 +95,7 @@ class Swap:
 def apply_edits(
     model: nn.Module,
     edits: Mapping[str, LayerEdit],
-    layers: Mapping[str, tuple[nn.Module, Adapter]],
+    layers: Layers,
     *,
     optimizers: Optimizers = (),
     ema: Ema | None = None,
@@ -184,7 +185,7 @@ def _swap(name: str, module: nn.Module, adapter: Adapter, edit: LayerEdit, optim
 @ordinary()
 def reshape(
     model: nn.Module,
-    layers: Mapping[str, tuple[nn.Module, Adapter]],
+    layers: Layers,
     ranks: Mapping[str, int],
     optimizers: Optimizers = (),
     *,
@@ -227,7 +228,7 @@ def _commit(
     swaps: Sequence[Swap],
     actions: list[Action],
     ema: Ema | None = None,
-    layers: Mapping[str, tuple[nn.Module, Adapter]] | None = None,
+    layers: Layers | None = None,
 ) -> Undo:
     """Do everything, audit, and undo everything if the audit raises; returns the undo."""
     trained, before = trained_names(model, optimizers), signature(model, optimizers)

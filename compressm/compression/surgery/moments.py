@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters import LayerEdit
+from compressm.compression.surgery.audit import Optimizers
 from compressm.compression.surgery.optimizer_state import (
     COLUMNS,
     FIRST,
@@ -46,7 +47,7 @@ def new_states(
     old: Mapping[str, Tensor],
     edit: LayerEdit,
     moments: str,
-    optimizers: Sequence[torch.optim.Optimizer] = (),
+    optimizers: Optimizers = (),
 ) -> tuple[dict[str, dict[str, Any]], set[str]]:
     """State of one layer's new parameters in one optimizer; mutates nothing.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from compressm.adapters import Adapter
 from compressm.adapters.base import holder
+from compressm.compression.common.models import Layers
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_layer, ema_slot, full_name
 from compressm.compression.surgery.optimizer_state import master_stores
 
@@ -49,14 +49,14 @@ class References:
         ema: the averaged copy, or None.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[nn.Module, Adapter]], optimizers: Optimizers, ema: Ema | None) -> None:
+    def __init__(self, layers: Layers, optimizers: Optimizers, ema: Ema | None) -> None:
         self._undo: list[Undo] = []
         for name, (module, adapter) in layers.items():
             roots = [module] + ([ema_layer(ema, name)] if isinstance(ema, nn.Module) else [])
             for key in adapter.parameters(module):
                 owner, leaf = holder(module, key)
                 places: list[tuple[MutableMapping[str, Any], str]] = [(owner._parameters, leaf)]
-                places += ([ema_slot(ema, name, key)] if ema is not None else [])
+                places += [ema_slot(ema, name, key)] if ema is not None else []
                 places += [(store, full_name(name, key)) for store in master_stores(optimizers, full_name(name, key))]
                 self._undo += [partial(mapping.__setitem__, place, mapping[place]) for mapping, place in places]
             for root in roots:

@@ -52,9 +52,7 @@ def check_copies(
     names = {id(old): name for name, (old, _) in swapped.items()}
 
     def look() -> tuple[list[str], list[str]]:
-        functions, modules, alive, graphs = _alive(
-            types.FunctionType, nn.Module, torch.optim.Optimizer, torch.cuda.CUDAGraph
-        )
+        functions, modules, alive, graphs = _alive(types.FunctionType, nn.Module, torch.optim.Optimizer, torch.cuda.CUDAGraph)
         inside = {id(module._parameters) for module in model.modules()}
         outside = [module for module in modules if id(vars(module).get("_parameters")) not in inside]
         held = {module: [n for p in own_parameters(module) if (n := names.get(id(p)))] for module in outside}
@@ -140,9 +138,7 @@ def _about_holders(held: Mapping[nn.Module, list[str]]) -> list[str]:
     ]
 
 
-def _about_averages(
-    model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], modules: Iterable[nn.Module]
-) -> list[str]:
+def _about_averages(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], modules: Iterable[nn.Module]) -> list[str]:
     """Updating with other shapes fails loudly in torch, except where all new shapes broadcast into the old ones."""
     if not all(_broadcasts(new.shape, old.shape) for old, new in pairs):
         return []
