@@ -12,7 +12,7 @@ import compressm
 from compressm.benchmarking.problems import Answers, Contender, Op, Problem
 from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
-from compressm.compression.policies import energy_order
+from compressm.compression.planning.policies import energy_order
 from compressm.control.balancing import balance
 from compressm.kernels import gramians
 from compressm.kernels.lti_scan.record import ring

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compressm.adapters import find_layers
 from compressm.adapters.lru import NAMES
 from compressm.compression import FixedRank, UnknownStateWarning, compress
-from compressm.compression.planning import Calibration, analyse, make_plan
-from compressm.compression.surgery import apply_edits, reshape
+from compressm.compression.planning.plans import Calibration, analyse, make_plan
+from compressm.compression.surgery.edits import apply_edits, reshape
 from compressm.errors import ArgumentError, ModelError, OptimizerError
 
 OPTIMIZERS = {
