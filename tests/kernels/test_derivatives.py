@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
-from compressm import kernels as K
 from compressm.errors import BackendError
+from compressm.kernels import fused_cpu
 from compressm.layers import LRU, LayerNorm, LRUBlock, Mamba, RMSNorm
 
 LAYERS = {"LRU": (LRU, 4), "Mamba": (Mamba, 4), "LRUBlock": (LRUBlock, 4), "LayerNorm": (LayerNorm,), "RMSNorm": (RMSNorm,)}
@@ -154,7 +154,7 @@ def test_the_gradient_itself_may_keep_its_graph(layer):
 def test_a_compiled_backend_that_is_asked_for_says_why_it_cannot(monkeypatch):
     x = torch.randn(2, 3)
     with pytest.raises(BackendError, match="no derivatives in forward mode"):
-        jvp(lambda x: K.gelu_dropout(x, 0.0, backend="cpp"), (x,), (x,))
+        jvp(lambda x: fused_cpu.gelu_dropout(x, 0.0, backend="cpp"), (x,), (x,))
     refused = pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*COMPRESSM_BACKEND=reference")
     with refused, forward_ad.dual_level():
         torch.ops.compressm_cpp.gelu_dropout(forward_ad.make_dual(x, x), None, 0.0)

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from compressm import kernels as K
+from compressm.kernels import fused_cpu
 from compressm.layers import LRU, LayerNorm, LRUBlock, Mamba, RMSNorm
 
 H, N = 8, 4
@@ -40,7 +41,7 @@ def lti(x, decay, phase, B, C, **options):
 
 
 def losses(x, weight):
-    return K.cross_entropy(x @ weight, torch.ones_like(x[..., 0]).long())
+    return fused_cpu.cross_entropy(x @ weight, torch.ones_like(x[..., 0]).long())
 
 
 def decay():
@@ -71,14 +72,14 @@ MODULES = {
     "causal_conv1d of steps": lambda: Op(
         lambda x, w: K.causal_conv1d(x.mT.contiguous(), w, activation="silu").mT, torch.randn(H, 4)
     ),
-    "layer_norm_mean": lambda: Op(lambda x, w: K.layer_norm_mean(x, w), torch.randn(H)),
-    "gelu_dropout": lambda: Op(lambda x: K.gelu_dropout(x, 0.0)),
-    "glu_dropout_add": lambda: Op(lambda x: K.glu_dropout_add(torch.cat([x, x], -1), x, 0.0)),
+    "layer_norm_mean": lambda: Op(lambda x, w: fused_cpu.layer_norm_mean(x, w), torch.randn(H)),
+    "gelu_dropout": lambda: Op(lambda x: fused_cpu.gelu_dropout(x, 0.0)),
+    "glu_dropout_add": lambda: Op(lambda x: fused_cpu.glu_dropout_add(torch.cat([x, x], -1), x, 0.0)),
     "linear_glu_dropout_add": lambda: Op(
-        lambda x, w: K.linear_glu_dropout_add(x, w, None, x, 0.0), torch.randn(2 * H, H)
+        lambda x, w: fused_cpu.linear_glu_dropout_add(x, w, None, x, 0.0), torch.randn(2 * H, H)
     ),
     "standardized_linear": lambda: Op(
-        lambda x, w: x + K.standardized_linear(torch.ones_like(x)[..., :2], w.new_zeros(2), w.new_ones(2), w),
+        lambda x, w: x + fused_cpu.standardized_linear(torch.ones_like(x)[..., :2], w.new_zeros(2), w.new_ones(2), w),
         torch.randn(H, 2),
     ),
     "cross_entropy": lambda: Op(losses, torch.randn(H, 5)),
