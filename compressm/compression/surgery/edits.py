@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -32,10 +32,10 @@ from compressm.compression.surgery.audit import (
 )
 from compressm.compression.surgery.moments import new_states, warn_unknown
 from compressm.compression.surgery.optimizer_state import MASTER, master_stores, masters_of, state_kinds
-from compressm.compression.surgery.references import Undo, take_back
+from compressm.compression.surgery.references import References
 from compressm.compression.surgery.stale import check_copies
 
-Action = tuple[Callable[[], None], Undo]
+Action = Callable[[], Any]  # changes one thing
 Leaf = TypeVar("Leaf", bound=Tensor)
 
 
@@ -85,10 +85,10 @@ class Swap:
 
     def actions(self) -> list[Action]:
         """Put the new parameters and attributes into the module."""
-        actions = []
+        actions: list[Action] = []
         for key, parameter in self.new.items():
             owner, leaf = holder(self.module, key)
-            actions.append(_assign(owner._parameters, leaf, parameter))
+            actions.append(partial(owner._parameters.__setitem__, leaf, parameter))
         return actions + _attribute_actions(self.module, self.attributes)
 
 
@@ -145,7 +145,7 @@ def apply_edits(
             for swap in swaps:
                 actions += _attribute_actions(ema_layer(ema, swap.name), swap.attributes)
     check_copies(model, _pairs(swaps), ema, optimizers)
-    _commit(model, optimizers, swaps, actions, ema, changed)
+    _commit(model, optimizers, swaps, actions, changed, ema)
 
 
 def _carried(
@@ -190,16 +190,13 @@ def reshape(
     optimizers: Optimizers = (),
     *,
     ema: Ema | None = None,
-) -> Undo:
+) -> None:
     """Give layers blank (zero) parameters of other ranks, in model and optimizers, as before loading a checkpoint.
 
     Optimizer state of the replaced parameters is dropped.
 
     Args:
         ema: an averaged copy that the caller sees to.
-
-    Returns:
-        a function that puts the old parameters and their state back.
 
     Raises:
         ModelError, OptimizerError: nothing has changed.
@@ -219,7 +216,8 @@ def reshape(
     actions = [action for optimizer in optimizers for action in _optimizer_actions(optimizer, swaps, {})]
     if swaps:
         check_copies(model, _pairs(swaps), ema, optimizers)
-    return _commit(model, optimizers, swaps, actions + _master_actions(optimizers, swaps))
+    actions += _master_actions(optimizers, swaps)
+    _commit(model, optimizers, swaps, actions, {swap.name: layers[swap.name] for swap in swaps})
 
 
 def _commit(
@@ -227,26 +225,24 @@ def _commit(
     optimizers: Optimizers,
     swaps: Sequence[Swap],
     actions: list[Action],
+    layers: Layers,
     ema: Ema | None = None,
-    layers: Layers | None = None,
-) -> Undo:
-    """Do everything, audit, and undo everything if the audit raises; returns the undo."""
+) -> None:
+    """Do everything to layers, audit, and put everything back if the audit raises."""
+    references = References(layers, optimizers, ema)
     trained, before = trained_names(model, optimizers), signature(model, optimizers)
     dead = [tensor for swap in swaps for tensor in (*swap.old.values(), *swap.old_masters.values())]
     for swap in swaps:
         actions += swap.actions()
-    done: list[Undo] = []
     try:
-        for do, reverse in actions:
-            done.append(reverse)
+        for do in actions:
             do()
         audit(model, optimizers, trained=trained, dead=dead, before=before)
         if ema is not None:
-            audit_ema(ema, model, layers or {}, dead)
+            audit_ema(ema, model, layers, dead)
     except BaseException:
-        take_back(done)
+        references.restore()
         raise
-    return partial(take_back, done)
 
 
 def _pairs(swaps: Sequence[Swap]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -263,19 +259,20 @@ def _optimizer_actions(
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             if id(parameter) in replaced:
-                actions.append(_assign(group["params"], index, replaced[id(parameter)]))
+                actions.append(partial(group["params"].__setitem__, index, replaced[id(parameter)]))
     for swap in swaps:
         for key, (old, new) in swap.held.items():
             if old in optimizer.state:
-                state = states.get(swap.name, {}).get(key)
-                actions.append(_rekey(optimizer.state, old, new, state and _placed(state, optimizer.state[old])))
+                if (state := states.get(swap.name, {}).get(key)) is not None:
+                    actions.append(partial(optimizer.state.__setitem__, new, _placed(state, optimizer.state[old])))
+                actions.append(partial(optimizer.state.__delitem__, old))
     return actions
 
 
 def _master_actions(optimizers: Optimizers, swaps: Sequence[Swap]) -> list[Action]:
     """Put new master copies into the mappings that the user reads them from."""
     return [
-        _assign(store, full_name(swap.name, key), new)
+        partial(store.__setitem__, full_name(swap.name, key), new)
         for swap in swaps
         for key, new in swap.new_masters.items()
         for store in master_stores(optimizers, full_name(swap.name, key))
@@ -286,10 +283,11 @@ def _ema_actions(ema: Ema, name: str, edit: LayerEdit) -> list[Action]:
     slots = {key: ema_slot(ema, name, key) for key in edit.tensors}
     devices = {key: tensor.device for key, tensor in edit.tensors.items()}  # the copy may be kept on another
     values = edit.values({key: slot[leaf].detach().to(devices[key]).double() for key, (slot, leaf) in slots.items()})
-    actions = []
+    actions: list[Action] = []
     for key, (slot, leaf) in slots.items():
         old, value = slot[leaf], values[key].to(slot[leaf])
-        actions.append(_assign(slot, leaf, _like(old, value) if isinstance(old, nn.Parameter) else placed_like(value, old)))
+        new = _like(old, value) if isinstance(old, nn.Parameter) else placed_like(value, old)
+        actions.append(partial(slot.__setitem__, leaf, new))
     return actions
 
 
@@ -308,35 +306,10 @@ def _placed(state: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     return state | {key: placed_like(state[key], was) for key, was in moved.items() if state[key] is not was}
 
 
-def _assign(container: Any, key: Any, value: Any) -> Action:
-    old = container[key]
-
-    def put(item: Any) -> Callable[[], None]:
-        return lambda: container.__setitem__(key, item)
-
-    return put(value), put(old)
-
-
 def _attribute_actions(module: nn.Module, attributes: Mapping[str, int]) -> list[Action]:
     """Set plain attributes of a layer, by name relative to it."""
     actions: list[Action] = []
     for key, value in attributes.items():
         owner, leaf = holder(module, key)
-        old = getattr(owner, leaf)
-        actions.append((partial(setattr, owner, leaf, value), partial(setattr, owner, leaf, old)))
+        actions.append(partial(setattr, owner, leaf, value))
     return actions
-
-
-def _rekey(mapping: MutableMapping[Any, Any], old: Tensor, new: Tensor, state: dict[str, Any] | None) -> Action:
-    before = mapping[old]
-
-    def do() -> None:
-        del mapping[old]
-        if state is not None:
-            mapping[new] = state
-
-    def undo() -> None:
-        mapping.pop(new, None)
-        mapping[old] = before
-
-    return do, undo
