@@ -45,7 +45,7 @@ class Swap:
     Attributes:
         name, module: the layer.
         old, new: name relative to the layer, to parameter.
-        attributes: plain attributes that change along, by name relative to the layer.
+        attributes: plain attributes and buffers that change along, by name relative to the layer.
         old_masters, new_masters: what optimizers hold instead of some of the parameters.
     """
 
@@ -53,7 +53,7 @@ class Swap:
     module: nn.Module
     old: dict[str, nn.Parameter]
     new: dict[str, nn.Parameter]
-    attributes: Mapping[str, int]
+    attributes: Mapping[str, Any]
     old_masters: Mapping[str, Tensor]
     new_masters: Mapping[str, Tensor]
 
@@ -63,7 +63,7 @@ class Swap:
         name: str,
         module: nn.Module,
         tensors: Mapping[str, Tensor],
-        attributes: Mapping[str, int],
+        attributes: Mapping[str, Any],
         masters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> Swap:
         """Wrap new tensors like the old parameters: requires_grad and attributes such as ``_no_weight_decay`` stay.
@@ -316,12 +316,14 @@ def _assign(container: Any, key: Any, value: Any) -> Action:
     return put(value), put(old)
 
 
-def _attribute_actions(module: nn.Module, attributes: Mapping[str, int]) -> list[Action]:
-    """Set plain attributes of a layer, by name relative to it."""
+def _attribute_actions(module: nn.Module, attributes: Mapping[str, Any]) -> list[Action]:
+    """Set plain attributes and buffers of a layer, by name relative to it."""
     actions: list[Action] = []
     for key, value in attributes.items():
         owner, leaf = holder(module, key)
         old = getattr(owner, leaf)
+        if isinstance(value, Tensor):
+            value = value.to(old, copy=True)
         actions.append((partial(setattr, owner, leaf, value), partial(setattr, owner, leaf, old)))
     return actions
 

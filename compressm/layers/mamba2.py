@@ -155,7 +155,8 @@ class Mamba2(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters, those of the sub-modules included."""
-        for module in (self.in_proj, self.conv1d, self.out_proj, *([self.norm] if self.rmsnorm else [])):
+        modules: list[Any] = [self.in_proj, self.conv1d, self.out_proj, *([self.norm] if self.rmsnorm else [])]
+        for module in modules:
             module.reset_parameters()
         self._init_scan()
 

@@ -116,6 +116,31 @@ def step(mixer: Mixer, hidden_states: Tensor, conv_state: Tensor, ssm_state: Ten
     return _finish(mixer, y.flatten(-2), z0, x0, z).unsqueeze(1)
 
 
+def read(mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[ScanInputs, Tensor]:
+    """What a mixer's scan takes of hidden states (B, L, d_model), and its step sizes (B, L, H) as the projection leaves them.
+
+    Args:
+        mixer: transformers' FalconH1Mixer has multipliers in front of its projection (``ssm_in_multiplier``) and behind it
+            (``mup_vector``), of which any mixer may have either.
+        mask: (B, L), zero where a token is padding, whose x, B and C are zero; None: no padding.
+    """
+    sizes = layout(mixer)
+    padding = None if mask is None else mask[..., None].to(hidden_states.dtype)
+    hidden_states = hidden_states if padding is None else hidden_states * padding
+    projected = mixer.in_proj(hidden_states * getattr(mixer, "ssm_in_multiplier", 1))
+    if getattr(mixer, "mup_vector", None) is not None:
+        projected = projected * mixer.mup_vector
+    xBC, dt = _split(mixer, projected, sizes)[3:]
+    out = convolve(mixer, xBC.mT).mT
+    return scan_inputs(mixer, out if padding is None else out * padding, sizes), dt
+
+
+def limits(mixer: Mixer) -> tuple[float, float]:
+    """The range that a mixer's step sizes are cut to."""
+    low, high = mixer.dt_limit if hasattr(mixer, "dt_limit") else mixer.time_step_limit
+    return low, high
+
+
 def scan_inputs(mixer: Mixer, xBC: Tensor, sizes: Layout) -> ScanInputs:
     """x, B and C of the convolution's output (..., channels), B and C through the mixer's maps if it has them."""
     x, B, C = xBC.split(sizes.convolved, dim=-1)
