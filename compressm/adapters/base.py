@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from compressm.errors import ModelError, NumericalError
+from compressm.errors import DataError, ModelError, NumericalError
 
 TensorMap = Mapping[str, Tensor]
 Transport = Callable[[TensorMap], dict[str, Tensor]]
@@ -160,6 +160,7 @@ class Adapter(ABC, Generic[Kind]):
     """
 
     paper_uses_data = False  # whether recipe "paper" averages over calibration data
+    conventions: tuple[str, ...] = ("real", "complex")  # those that analyse() knows
 
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
@@ -234,9 +235,16 @@ class Adapter(ABC, Generic[Kind]):
     def blank(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
         """Zero tensors in the shapes of ``rank`` states, dtype and device of the module's parameters."""
 
-    def attributes(self, module: nn.Module, rank: int) -> dict[str, int]:
-        """Plain attributes, by name relative to the layer, that must say ``rank`` states; none by default."""
+    def attributes(self, module: nn.Module, rank: int) -> dict[str, Any]:
+        """What plain attributes and buffers, by name relative to the layer, must be at ``rank`` states; none by default."""
         return {}
+
+    def round_to(self, module: nn.Module) -> int:
+        """Ranks become multiples of this where the user asks for no ``multiple_of``; 1 by default."""
+        return 1
+
+    def check_rank(self, module: nn.Module, rank: int) -> None:
+        """Raise ArgumentError where the layer's own kernels cannot run ``rank`` states; not asked with a ``multiple_of``."""
 
     def kernel_plan(self, module: nn.Module) -> str:
         """Which kernel runs the layer now, in one line; empty before the first forward pass."""
@@ -306,3 +314,22 @@ def label(module: nn.Module, name: str = "") -> str:
     """How messages call a layer."""
     kind = type(module).__name__
     return f"layer {name!r} ({kind})" if name else f"layer of type {kind}"
+
+
+def precision(projection: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Of a projection's weights, to which the caller's autocast would convert an input."""
+    computed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return next((p.dtype for p in projection.parameters() if p.dtype in computed), default)
+
+
+def layer_input(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The first argument of a mixer's call, (batch, length, d_model), in the precision of its ``in_proj``.
+
+    Raises:
+        DataError: it is something else.
+    """
+    hidden = args[0] if args else next((v for k, v in kwargs.items() if k == "u" or k.startswith("hidden_states")), None)
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        got = type(hidden).__name__ if not isinstance(hidden, Tensor) else f"a tensor of shape {tuple(hidden.shape)}"
+        raise DataError(f"calibration: a {type(module).__name__} layer got {got}, expected (batch, length, d_model)")
+    return hidden.to(precision(module.get_submodule("in_proj"), hidden.dtype))

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, TensorMap, check_finite, label, plain_parameters
+from compressm.adapters.base import (
+    Adapter,
+    Analysis,
+    LayerEdit,
+    Meter,
+    TensorMap,
+    check_finite,
+    label,
+    layer_input,
+    plain_parameters,
+    precision,
+)
 from compressm.control import (
     MeanSystem,
     SelectiveMoments,
@@ -24,7 +35,7 @@ from compressm.control import (
     refitted_subset,
     singular_values,
 )
-from compressm.errors import DataError, ModelError, NumericalError
+from compressm.errors import ModelError, NumericalError
 from compressm.kernels import selective_scan
 from compressm.layers.mamba_mixer import scan_inputs
 
@@ -88,7 +99,7 @@ class MambaAdapter(Adapter[SelectiveReduction]):
         A_log, conv = plain_parameters(module, ("A_log",))["A_log"], module.get_submodule("conv1d")
         named = [vars(module)[name] for name in ("d_conv", "conv_kernel_size") if name in vars(module)]
         width: int = named[0] if named else vars(conv)["kernel_size"][0]
-        scan, window = torch.promote_types(A_log.dtype, torch.float32), _precision(conv, torch.float32)
+        scan, window = torch.promote_types(A_log.dtype, torch.float32), precision(conv, torch.float32)
         return A_log.shape[0] * (rank * scan.itemsize + width * window.itemsize)
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, int]:
@@ -226,11 +237,7 @@ class MambaMeter(Meter):
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.replaying:
             return
-        hidden = args[0] if args else next((v for k, v in kwargs.items() if k.startswith("hidden_states")), None)
-        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-            got = type(hidden).__name__ if not isinstance(hidden, Tensor) else f"a tensor of shape {tuple(hidden.shape)}"
-            raise DataError(f"calibration: a {type(module).__name__} layer got {got}, expected (batch, length, d_model)")
-        x, selection = scan_inputs(module, hidden.to(_precision(module.get_submodule("in_proj"), hidden.dtype)))
+        x, selection = scan_inputs(module, layer_input(module, args, kwargs))
         delta, B, C = selection.dt.mT, selection.B.mT, selection.C.mT
         bias = x.new_zeros(x.shape[1]) if selection.dt_bias is None else selection.dt_bias
         length = x.shape[-1]
@@ -272,9 +279,3 @@ class MambaMeter(Meter):
                     "data. Look for NaN or infinity in the batches"
                 )
         return moments
-
-
-def _precision(projection: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Of a projection's weights, to which the caller's autocast would convert an input."""
-    computed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return next((p.dtype for p in projection.parameters() if p.dtype in computed), default)

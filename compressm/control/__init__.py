@@ -2,6 +2,14 @@
 
 from compressm.control.balancing import Balanced, Reduction, balance, singular_values
 from compressm.control.coordinates import blend, real_gramians, slots
+from compressm.control.matrix_states import (
+    MatrixMoments,
+    MatrixReduction,
+    pair_spectrum,
+    projection,
+    subset,
+    subset_spectrum,
+)
 from compressm.control.selective import MeanSystem, SelectiveMoments, SelectiveReduction, mean_subset, refitted_subset
 from compressm.control.siso import siso_hankel_singular_values
 from compressm.control.system import DiagonalSystem
@@ -9,6 +17,8 @@ from compressm.control.system import DiagonalSystem
 __all__ = [
     "Balanced",
     "DiagonalSystem",
+    "MatrixMoments",
+    "MatrixReduction",
     "MeanSystem",
     "Reduction",
     "SelectiveMoments",
@@ -16,9 +26,13 @@ __all__ = [
     "balance",
     "blend",
     "mean_subset",
+    "pair_spectrum",
+    "projection",
     "real_gramians",
     "refitted_subset",
     "singular_values",
     "siso_hankel_singular_values",
     "slots",
+    "subset",
+    "subset_spectrum",
 ]

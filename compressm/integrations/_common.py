@@ -14,6 +14,8 @@ from compressm.compression import Schedule
 from compressm.compression.common.models import compressible_layers
 from compressm.errors import bad_argument
 
+SIZE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size")  # what configs call the number of states of all layers
+
 ScheduleArgument = Schedule | Callable[[int], Schedule]
 
 
@@ -44,7 +46,7 @@ def checked_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
 
 
 def sized_configs(model: nn.Module) -> list[tuple[Any, dict[str, int]]]:
-    """The configs with one ``state_size`` for all layers of every transformers model in ``model``, whatever wraps it.
+    """The configs with one field of SIZE_FIELDS for all layers of every transformers model in ``model``, whatever wraps it.
 
     Models that share a config object, such as a language model and its backbone, count once.
 
@@ -56,7 +58,7 @@ def sized_configs(model: nn.Module) -> list[tuple[Any, dict[str, int]]]:
         return []
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, modeling.PreTrainedModel) and hasattr(module.config, "state_size"):
+        if isinstance(module, modeling.PreTrainedModel) and size_field(module.config):
             owners.setdefault(id(module.config), module)
     layers = {key: find_layers(owner, strict=False) for key, owner in owners.items()}
     return [
@@ -66,8 +68,13 @@ def sized_configs(model: nn.Module) -> list[tuple[Any, dict[str, int]]]:
     ]
 
 
+def size_field(config: Any) -> str:
+    """What a config calls the number of states of its layers; empty if it has none."""
+    return next((name for name in SIZE_FIELDS if hasattr(config, name)), "")
+
+
 def tell_configs(model: nn.Module) -> None:
-    """Set ``state_size`` of every config whose layers agree to their number of states."""
+    """Set the size of every config whose layers agree to their number of states."""
     for config, ranks in sized_configs(model):
         if len(set(ranks.values())) == 1:
-            config.state_size = next(iter(ranks.values()))
+            setattr(config, size_field(config), next(iter(ranks.values())))

@@ -15,7 +15,7 @@ from compressm.compression import Compressor, Policy, StaleCopyWarning
 from compressm.compression.common.codec import encode
 from compressm.compression.surgery.optimizer_state import unwrapped
 from compressm.errors import ModelError, bad_argument, needs_extra
-from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs
+from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, size_field, sized_configs
 from compressm.integrations.resizing import resize_on_load
 
 with needs_extra("compressm.integrations.transformers"):
@@ -150,7 +150,7 @@ class CompressionCallback(TrainerCallback, ExportableState):
         configs = sized_configs(model)
         if configs and not self.options.get("uniform", True):
             remedy = "Drop it, or train with compressm.Compressor in a loop of your own and store with compressm.save"
-            expected = f"True: {type(configs[0][0]).__name__} has one state_size for all layers"
+            expected = f"True: {type(configs[0][0]).__name__} has one {size_field(configs[0][0])} for all layers"
             raise bad_argument("uniform", got="False", expected=expected, remedy=remedy)
         self._adapters_alone = saves_adapters_alone(model)
         if self._adapters_alone and args.load_best_model_at_end:
@@ -185,7 +185,8 @@ class CompressionCallback(TrainerCallback, ExportableState):
 def update_config(model: nn.Module) -> nn.Module:
     """Set ``config.state_size`` to the model's present number of states, so that ``save_pretrained`` writes what loads again.
 
-    The callback does this itself; call it after ``compressm.compress`` or a loop of your own.
+    Other models call it ``mamba_d_state`` or ``ssm_state_size``.  The callback does this itself; call it after
+    ``compressm.compress`` or a loop of your own.
 
     Args:
         model: a transformers model, or whatever holds one: a PEFT model, ``torch.compile``'s wrapper, a module of your own.
@@ -199,15 +200,15 @@ def update_config(model: nn.Module) -> nn.Module:
     configs = sized_configs(model)
     if not configs:
         raise ModelError(
-            f"model: {type(model).__name__} holds no transformers model with state-space layers and config.state_size, "
-            "expected one. Store others with compressm.save"
+            f"model: {type(model).__name__} holds no transformers model with state-space layers and their number of states "
+            "in its config, expected one. Store others with compressm.save"
         )
     for config, ranks in configs:
         if len(set(ranks.values())) > 1:
             raise ModelError(
-                f"config.state_size: the layers keep different numbers of states, {ranks}, expected one, which is all that "
-                f"{type(config).__name__} can say. Reduce with uniform=True, or store with compressm.save"
+                f"config.{size_field(config)}: the layers keep different numbers of states, {ranks}, expected one, which is "
+                f"all that {type(config).__name__} can say. Reduce with uniform=True, or store with compressm.save"
             )
     for config, ranks in configs:
-        config.state_size = next(iter(ranks.values()))
+        setattr(config, size_field(config), next(iter(ranks.values())))
     return model

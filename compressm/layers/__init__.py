@@ -3,6 +3,7 @@
 from compressm.layers.lru import LRU
 from compressm.layers.lru_block import LRUBlock
 from compressm.layers.mamba import Mamba
+from compressm.layers.mamba2 import Mamba2
 from compressm.layers.norms import LayerNorm, RMSNorm
 
-__all__ = ["LRU", "LRUBlock", "LayerNorm", "Mamba", "RMSNorm"]
+__all__ = ["LRU", "LRUBlock", "LayerNorm", "Mamba", "Mamba2", "RMSNorm"]

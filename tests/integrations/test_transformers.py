@@ -16,7 +16,7 @@ from compressm.errors import ArgumentError, ModelError
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM  # noqa: E402
+from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM  # noqa: E402
 
 from compressm.integrations.transformers import (  # noqa: E402
     AcceleratedMambaMixer,
@@ -321,11 +321,9 @@ class TestTrainer:
             trainer(tmp_path, callback(uniform=False))
         with pytest.raises(ArgumentError, match="restores itself"):
             trainer(tmp_path, callback(), restore_callback_states_from_checkpoint=True)
-        config = Mamba2Config(
-            vocab_size=VOCABULARY, hidden_size=8, state_size=6, num_hidden_layers=1, num_heads=2, head_dim=8, n_groups=1
-        )
-        with pytest.raises(ModelError, match=r"Mamba2Mixer\) looks like a state-space layer"):
-            trainer(tmp_path, callback(), model=Mamba2ForCausalLM(config))
+        config = FalconMambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=6, num_hidden_layers=1)
+        with pytest.raises(ModelError, match=r"FalconMambaMixer\) looks like a state-space layer"):
+            trainer(tmp_path, callback(), model=FalconMambaForCausalLM(config))
         monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
         with pytest.raises(ModelError, match="runs on 2 processes"):
             trainer(tmp_path, callback())

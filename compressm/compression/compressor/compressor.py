@@ -74,7 +74,8 @@ class Compressor:
         ema: averaged copy that follows: ``AveragedModel``, another module of the same structure, or a dict of names to tensors.
         moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
         multiple_of: ranks are rounded up to a multiple of this (tensor-core sizes), a Budget's so that it is met; those of
-            FixedRank are taken as they are.
+            FixedRank are taken as they are.  None: 16 for Mamba-2 layers of other libraries, whose kernels are no faster in
+            between, and 1 for all others; a FixedRank that those kernels cannot run is refused.
         uniform: all layers keep as many states as the one that needs most, for servers that expect one state size; a Budget
             is met all the same.
         sequences: at most so many calibration sequences, over all processes.
@@ -100,7 +101,7 @@ class Compressor:
         forward: Forward | None = None,
         ema: Ema | None = None,
         moments: str | None = None,
-        multiple_of: int = 1,
+        multiple_of: int | None = None,
         uniform: bool = False,
         sequences: int = 64,
         guard: Rollback | None = None,

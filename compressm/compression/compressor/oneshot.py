@@ -29,7 +29,7 @@ def compress(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     ema: Ema | None = None,
     moments: str | None = None,
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
     uniform: bool = False,
     sequences: int = 64,
 ) -> ReductionReport:

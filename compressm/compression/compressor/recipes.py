@@ -85,11 +85,15 @@ def choose_recipe(name: str | None, calibration: Any, layers: Layers) -> Recipe:
     """The recipe of that name (None: the default).
 
     Raises:
-        ArgumentError: unknown, or calibration for one that takes none.
+        ArgumentError: unknown, not for these layers, or calibration for one that takes none.
     """
     recipe = RECIPES.get(name or "default")
     if recipe is None:
         raise bad_argument("recipe", got=repr(name), expected=f"one of {', '.join(RECIPES)}")
+    for layer, (module, adapter) in layers.items():
+        if recipe.convention not in adapter.conventions:
+            got = f"{name!r} for layer {layer!r} ({type(module).__name__})"
+            raise bad_argument("recipe", got=got, expected="'default', as this one has no method for such layers")
     if calibration is not None and not recipe.data and not any(adapter.paper_uses_data for _, adapter in layers.values()):
         raise ArgumentError(
             f"calibration: recipe {recipe.name!r} is data-free for these layers, expected None. Drop calibration or the recipe"

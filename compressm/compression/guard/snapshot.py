@@ -174,12 +174,13 @@ class Snapshot:
         yield "random states", lambda: random_states.restore(random_states.adopted(saved("random"), parts.model), parts.model)
 
     def _set_attributes(self, parts: Parts) -> None:
-        """Sizes that the averaged copy's layers say."""
+        """Sizes that the averaged copy's layers say; its buffers are in place."""
         for name, (module, adapter) in parts.layers.items():
             copied = ema_layer(parts.ema, name)
             for key, value in adapter.attributes(module, self.ranks[name]).items():
                 owner, leaf = holder(copied, key)
-                setattr(owner, leaf, value)
+                if not isinstance(value, Tensor):
+                    setattr(owner, leaf, value)
 
     def _fresh(self, devices: list[torch.device]) -> Getter:
         """Looks up a copy of a tensor where it belongs; on a machine without its device, where the model is."""

@@ -46,8 +46,8 @@ class Budget(Policy):
         least = sum(self._price(layer)(_rungs(layer)[0]) for layer in layers.values())
         if least > self._total:
             unit = "bytes" if self.states is None else "states"
-            multiple = next(iter(layers.values())).multiple_of
-            each = "one state" if multiple == 1 else f"{multiple} states (multiple_of)"
+            multiples = sorted({layer.multiple_of for layer in layers.values()})
+            each = "one state" if multiples == [1] else f"{' or '.join(map(str, multiples))} states (multiple_of)"
             expected = f"at least {least}, {each} for each of the {len(layers)} layers"
             raise bad_argument(f"Budget {unit}", got=str(self._total), expected=expected)
 

@@ -144,10 +144,13 @@ def inspect(
     """
     model = plain_model(model)
     layers = compressible_layers(model)
-    runs = [analyse(model, layers, convention, Calibration()) for convention in ("real", "complex")]
+    runs = []
+    for convention in ("real", "complex"):
+        known = {name: layer for name, layer in layers.items() if convention in layer[1].conventions}
+        runs.append(analyse(model, known, convention, Calibration()))
     if calibration is not None:
         runs.insert(0, analyse(model, layers, "real", Calibration(calibration, forward, sequences)))
-    inspected = each(lambda name, _: tuple(_spectrum(run[name]) for run in runs), layers)
+    inspected = each(lambda name, _: tuple(_spectrum(run[name]) for run in runs if name in run), layers)
     found = []
     for name, (module, adapter) in layers.items():
         rank = adapter.rank(module)

@@ -81,20 +81,30 @@ class Demands:
     """What is asked of ranks whatever the policy.
 
     Attributes:
-        multiple_of: ranks are to be multiples of this; rounding is the policy's, which knows what it promises.
+        multiple_of: ranks are to be multiples of this; rounding is the policy's, which knows what it promises.  None: of what
+            suits each layer, see ``Adapter.round_to``.
         uniform: every layer keeps as many states as the one for which the policy answers most.
     """
 
-    multiple_of: int = 1
+    multiple_of: int | None = None
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        check_positive("multiple_of", self.multiple_of)
+        if self.multiple_of is not None:
+            check_positive("multiple_of", self.multiple_of)
 
     def of(self, name: str, module: nn.Module, adapter: Adapter, *, bounded: bool) -> Layer:
         """What a policy may know of a layer before it is measured."""
-        size = partial(adapter.state_bytes, module)
-        return Layer(name, adapter.rank(module), state_bytes=size, bounded=bounded, **vars(self))
+        asked, rank = self.multiple_of, adapter.rank(module)
+        return Layer(
+            name,
+            rank,
+            multiple_of=adapter.round_to(module) if asked is None else asked,
+            uniform=self.uniform,
+            state_bytes=partial(adapter.state_bytes, module),
+            bounded=bounded,
+            check_rank=partial(adapter.check_rank, module) if asked is None else None,
+        )
 
 
 def make_plan(
@@ -116,14 +126,17 @@ def make_plan(
 
     Raises:
         NumericalError: a spectrum is all zero or not finite (names the layer).
+        ArgumentError: the policy answers what a layer cannot be reduced to.
     """
     team = Team() if team is None else team
     with team.together("choosing the ranks"):
         spectra = {name: _spectrum(name, item, (keep or {}).get(name), demands) for name, item in candidates.items()}
         ranks = ask(policy, spectra)
+        if demands.uniform:
+            ranks = {name: min(candidates[name].rank, max(ranks.values())) for name in ranks}
+        for name, rank in ranks.items():
+            spectra[name].accept(rank)
     ranks = team.decide(ranks)
-    if demands.uniform:
-        ranks = {name: min(candidates[name].rank, max(ranks.values())) for name in ranks}
 
     def reduced(name: str, item: Candidate) -> tuple[LayerReduction, Reduced | None]:
         return _reduced(name, item, ranks[name])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressm.compression.common.workers import each
 from compressm.control import slots
-from compressm.errors import NumericalError, bad_argument
+from compressm.errors import ArgumentError, NumericalError, bad_argument
 
 GATE = 0.95
 
@@ -29,6 +29,7 @@ class Layer:
         state_bytes: bytes that the layer carries from one token to the next, per sequence, at a number of states; policies
             that count bytes need it.
         bounded: whether 2 * sum of the values cut of its spectrum bounds the H-infinity norm of the error.
+        check_rank: raises ArgumentError for a rank that the layer cannot be reduced to; None: all are possible.
     """
 
     name: str
@@ -38,6 +39,15 @@ class Layer:
     uniform: bool = False
     state_bytes: Callable[[int], int] | None = None
     bounded: bool = False
+    check_rank: Callable[[int], None] | None = None
+
+    def accept(self, rank: int) -> None:
+        """Raise ArgumentError, which names the layer, unless it can be reduced to ``rank`` states, or has so many."""
+        if self.check_rank is not None and rank < self.rank:
+            try:
+                self.check_rank(rank)
+            except ArgumentError as error:
+                raise ArgumentError(f"layer {self.name!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -219,9 +229,14 @@ class FixedRank(LayerPolicy):
         if isinstance(self.states, dict) and (unknown := sorted(set(self.states) - set(layers))):
             expected = f"names of state-space layers of the model: {', '.join(layers)}"
             raise bad_argument("FixedRank", got=", ".join(unknown), expected=expected)
+        for layer in layers.values():
+            layer.accept(self._wanted(layer))
+
+    def _wanted(self, layer: Layer) -> int:
+        return self.states.get(layer.name, layer.rank) if isinstance(self.states, Mapping) else self.states
 
     def rank(self, spectrum: LayerSpectrum) -> int:
-        wanted = self.states.get(spectrum.name, spectrum.rank) if isinstance(self.states, Mapping) else self.states
+        wanted = self._wanted(spectrum)
         if wanted >= spectrum.rank:
             return spectrum.rank
         spectrum.check()

@@ -46,7 +46,7 @@ class Swap:
     Attributes:
         name, module: the layer.
         old, new: name relative to the layer, to parameter.
-        attributes: plain attributes that change along, by name relative to the layer.
+        attributes: plain attributes and buffers that change along, by name relative to the layer.
         old_masters, new_masters: what optimizers hold instead of some of the parameters.
     """
 
@@ -54,7 +54,7 @@ class Swap:
     module: nn.Module
     old: dict[str, nn.Parameter]
     new: dict[str, nn.Parameter]
-    attributes: Mapping[str, int]
+    attributes: Mapping[str, Any]
     old_masters: Mapping[str, Tensor]
     new_masters: Mapping[str, Tensor]
 
@@ -64,7 +64,7 @@ class Swap:
         name: str,
         module: nn.Module,
         tensors: Mapping[str, Tensor],
-        attributes: Mapping[str, int],
+        attributes: Mapping[str, Any],
         masters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> Swap:
         """Wrap new tensors like the old parameters: requires_grad and attributes such as ``_no_weight_decay`` stay.
@@ -306,10 +306,12 @@ def _placed(state: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     return state | {key: placed_like(state[key], was) for key, was in moved.items() if state[key] is not was}
 
 
-def _attribute_actions(module: nn.Module, attributes: Mapping[str, int]) -> list[Action]:
-    """Set plain attributes of a layer, by name relative to it."""
+def _attribute_actions(module: nn.Module, attributes: Mapping[str, Any]) -> list[Action]:
+    """Set plain attributes and buffers of a layer, by name relative to it."""
     actions: list[Action] = []
     for key, value in attributes.items():
         owner, leaf = holder(module, key)
+        if isinstance(value, Tensor):
+            value = value.to(getattr(owner, leaf), copy=True)
         actions.append(partial(setattr, owner, leaf, value))
     return actions

@@ -1,0 +1,326 @@
+"""Mamba-2, the state-space dual layer (Dao and Gu 2024, arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm.errors import ArgumentError, bad_argument
+from compressm.kernels import KernelPlan, plan
+from compressm.layers.gated_norm import GatedRMSNorm
+from compressm.layers.mamba2_mixer import NO_LIMIT, layout, mix, step
+from compressm.layers.mamba_mixer import packing, working_dtype
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 mixer: (B, L, d_model) -> (B, L, d_model).
+
+    Constructor, parameter names, shapes, initialisation and inference methods are those of ``mamba_ssm.Mamba2``; checkpoints
+    of it, and the mixers of transformers' Mamba-2 models, load as they are.  There is no upper limit on the states, and it runs
+    on CPU and GPU without ``causal-conv1d``.
+
+    The projected form (``d_features=``) has two maps per group, ``B_map`` and ``C_map``, behind convolution and activation: the
+    ``d_features`` channels of B and of C become the ``d_state`` that the scan has.  The scan, its state and its cache shrink
+    with ``d_state`` and the projection stays.  With as many states as features the maps begin as identities, and checkpoints
+    without them load.
+
+    Args:
+        d_model: channels in and out.
+        d_state: states N per channel of the scan.
+        d_conv: taps of the causal convolution; compiled kernels have up to 8.
+        conv_init: taps are drawn from +- this; None: as torch draws them.
+        expand: inner channels d_inner are ``expand * d_model``.
+        headdim: channels P of a head.
+        d_ssm: channels of the scan, the rest of d_inner is a gated MLP beside it; None: all of d_inner.
+        ngroups: groups G of heads, each with B and C of its own.
+        A_init_range: of the initial decay rates, drawn uniformly.
+        D_has_hdim: ``D`` has one number a channel and not one a head.
+        rmsnorm: a gated RMS norm, over each group, in front of ``out_proj``; False: the gate alone.
+        norm_before_gate: the gate is behind that norm.
+        dt_min, dt_max: range of the initial step sizes, drawn log-uniformly.
+        dt_init_floor: least initial step size.
+        dt_limit: range that step sizes are cut to, in decoding as well.
+        bias, conv_bias: whether the projections in and out, and the convolution, have a bias.
+        chunk_size: steps of a chunk of the scan; None: as its plan says.
+        use_mem_eff_path: does not matter.
+        layer_idx: key of this layer in ``inference_params.key_value_memory_dict``.
+        process_group: None; tensor parallelism is not supported.
+        sequence_parallel: does not matter.
+        device, dtype: of the parameters; ``A_log``, ``D`` and ``dt_bias`` are kept in float32.
+        d_features: channels of B and of C per group, at least ``d_state``, in front of the maps; None: no maps.
+
+    Parameters (H = d_ssm / P heads, F = d_features or N): ``in_proj.weight`` (2 d_inner + 2 G F + H, d_model),
+    ``conv1d.weight`` (d_ssm + 2 G F, 1, d_conv), ``conv1d.bias``, ``dt_bias`` (H,), ``A_log`` (H,), ``D`` (H,) or (d_ssm,),
+    ``norm.weight`` (d_ssm,), ``out_proj.weight`` (d_model, d_inner), and with ``d_features`` ``B_map`` and ``C_map``
+    (G, N, F).
+    """
+
+    B_map: nn.Parameter | None
+    C_map: nn.Parameter | None
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        conv_init: float | None = None,
+        expand: float = 2,
+        headdim: int = 64,
+        d_ssm: int | None = None,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = NO_LIMIT,
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int | None = None,
+        use_mem_eff_path: bool = True,
+        layer_idx: int | None = None,
+        process_group: None = None,
+        sequence_parallel: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        d_features: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
+        self.d_inner = int(expand * d_model)
+        self.d_ssm = self.d_inner if d_ssm is None else d_ssm
+        _check_heads(self.d_inner, self.d_ssm, headdim, ngroups)
+        _check_ranges(A_init_range, dt_min, dt_max, dt_limit)
+        if process_group is not None:
+            raise bad_argument("process_group", got=type(process_group).__name__, expected="None: one process has all heads")
+        if d_features is not None and (isinstance(d_features, bool) or not isinstance(d_features, int) or d_features < d_state):
+            raise bad_argument("d_features", got=repr(d_features), expected=f"an integer from d_state = {d_state} on, or None")
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_model, self.d_conv, self.expand, self.conv_init = d_model, d_conv, expand, conv_init
+        self.headdim, self.ngroups, self.nheads = headdim, ngroups, self.d_ssm // headdim
+        self.A_init_range, self.D_has_hdim, self.dt_limit = A_init_range, D_has_hdim, tuple(dt_limit)
+        self.rmsnorm, self.norm_before_gate = rmsnorm, norm_before_gate
+        self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        self.chunk_size, self.layer_idx = chunk_size, layer_idx
+        features = d_state if d_features is None else d_features
+        inner = self.d_ssm + 2 * ngroups * features
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner - self.d_ssm + inner + self.nheads, bias=bias, **options)
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias, **options)
+        single: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        self.dt_bias = nn.Parameter(torch.empty(self.nheads, **single))
+        self.A_log = nn.Parameter(torch.empty(self.nheads, **single))
+        self.D = nn.Parameter(torch.empty(self.d_ssm if D_has_hdim else self.nheads, **single))
+        if rmsnorm:
+            self.norm = GatedRMSNorm(self.d_ssm, ngroups, norm_before_gate=norm_before_gate, **options)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **options)
+        for name in ("B_map", "C_map"):
+            shape = ngroups, d_state, features
+            self.register_parameter(name, None if d_features is None else nn.Parameter(torch.empty(shape, **options)))
+        self._init_scan()
+        self._last_call: tuple[str, torch.dtype, int, int] | None = None  # device type, dtype, batch and length of the input
+
+    @torch.no_grad()
+    def _init_scan(self) -> None:
+        """What sub-modules do not draw: taps in +- ``conv_init``, decay rates, step sizes, D = 1, and the maps."""
+        if self.conv_init is not None:
+            nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
+        span = math.log(self.dt_max) - math.log(self.dt_min)
+        dt = torch.exp(torch.rand_like(self.dt_bias) * span + math.log(self.dt_min)).clamp_min(self.dt_init_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log.uniform_(*self.A_init_range).log_()
+        self.D.fill_(1.0)
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            vars(parameter)["_no_weight_decay"] = True
+        if self.B_map is not None and self.C_map is not None:
+            self._init_maps(self.B_map, self.C_map)
+
+    @staticmethod
+    def _init_maps(B_map: nn.Parameter, C_map: nn.Parameter) -> None:
+        """The identity, or the same random orthogonal rows for B and C, of a length that keeps the size of their products."""
+        _, states, features = B_map.shape
+        for B, C in zip(B_map, C_map, strict=True):
+            if states == features:
+                nn.init.eye_(B)
+            else:
+                rows = nn.init.orthogonal_(torch.empty(states, features, device=B.device), (features / states) ** 0.25)
+                B.copy_(rows)
+            C.copy_(B)
+        for parameter in (B_map, C_map):
+            vars(parameter)["_no_weight_decay"] = True
+
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters, those of the sub-modules included."""
+        modules: list[Any] = [self.in_proj, self.conv1d, self.out_proj, *([self.norm] if self.rmsnorm else [])]
+        for module in modules:
+            module.reset_parameters()
+        self._init_scan()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
+        """A checkpoint without maps fits a layer of as many states as features: there they are identities."""
+        if self.B_map is not None and self.B_map.shape[1] == self.B_map.shape[2]:
+            names = [prefix + name for name in ("B_map", "C_map")]
+            if prefix + "in_proj.weight" in state_dict and not any(name in state_dict for name in names):
+                identity = torch.eye(self.d_state).expand(self.ngroups, -1, -1)
+                state_dict.update(dict.fromkeys(names, identity))
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
+
+    @property
+    def d_state(self) -> int:
+        """States N per channel of the scan, read from the parameters."""
+        return layout(self).features if self.B_map is None else self.B_map.shape[1]
+
+    @property
+    def d_features(self) -> int | None:
+        """Channels of B and of C per group in front of the maps; None where there are no maps."""
+        return None if self.B_map is None else self.B_map.shape[2]
+
+    @property
+    def kernel_plan(self) -> KernelPlan | None:
+        """The kernel that runs the scan at the present number of states; None before the first call.
+
+        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
+        """
+        if self._last_call is None:
+            return None
+        device, dtype, batch, length = self._last_call
+        shapes = {"x": (batch, length, self.nheads, self.headdim), "B": (batch, length, self.ngroups, self.d_state)}
+        return plan("ssd", shapes, dtype, device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_params: Any = None,
+        *,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Run over a sequence.
+
+        Args:
+            hidden_states: (B, L, d_model).
+            inference_params: None, or an object with ``seqlen_offset`` (tokens already seen) and
+                ``key_value_memory_dict``, as in mamba_ssm: at offset 0 the sequence is a prompt whose states are stored under
+                ``layer_idx``; behind it the sequence must be one token.
+            seq_idx: (B, L) integers that number the sequences which are packed into a row: convolution and state begin anew
+                where the number changes.
+            cu_seqlens: (sequences + 1,) int32 or int64, the same for a batch of 1: sequence i lies at cu_seqlens[i] to
+                cu_seqlens[i + 1].
+
+        Returns:
+            (B, L, d_model).
+
+        Raises:
+            ArgumentError: shapes do not fit, or packed sequences together with ``inference_params``.
+        """
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
+            got = f"shape {tuple(hidden_states.shape)}"
+            raise bad_argument("hidden_states", got=got, expected=f"(batch, length, {self.d_model})")
+        if seq_idx is not None or cu_seqlens is not None:
+            return self._mix_packed(hidden_states, inference_params, seq_idx, cu_seqlens)
+        if inference_params is None:
+            return self._mix(hidden_states, None)
+        conv_state, ssm_state = self._cached_states(inference_params, hidden_states.shape[0])
+        if inference_params.seqlen_offset > 0:
+            return self.step(hidden_states, conv_state, ssm_state)[0]
+        return self._mix(hidden_states, (conv_state, ssm_state))
+
+    def _mix(self, hidden_states: Tensor, cache: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor | None = None) -> Tensor:
+        batch, length, _ = hidden_states.shape
+        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
+            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, length)
+        return mix(self, hidden_states, cache, cu_seqlens)
+
+    def _mix_packed(
+        self, hidden_states: Tensor, inference_params: Any, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        if inference_params is not None:
+            raise bad_argument("inference_params", got="states to keep", expected="None with packed sequences")
+        if seq_idx is None:
+            return self._mix(hidden_states, None, cu_seqlens)
+        if cu_seqlens is not None:
+            raise bad_argument("seq_idx, cu_seqlens", got="both", expected="one of them")
+        if seq_idx.shape != hidden_states.shape[:2] or seq_idx.is_floating_point():
+            got, expected = f"{tuple(seq_idx.shape)} of {seq_idx.dtype}", f"integers {tuple(hidden_states.shape[:2])}"
+            raise bad_argument("seq_idx", got=got, expected=expected)
+        row = hidden_states.reshape(1, -1, self.d_model)
+        return self._mix(row, None, packing(seq_idx)).view_as(hidden_states)
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token of inference; both states are advanced in place.
+
+        Args:
+            hidden_states: (B, 1, d_model).
+            conv_state: (B, d_ssm + 2 G F, d_conv), the last inputs of the convolution, oldest first.
+            ssm_state: (B, H, P, N).
+
+        Returns:
+            (output (B, 1, d_model), conv_state, ssm_state).
+        """
+        if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, self.d_model):
+            raise bad_argument(
+                "hidden_states", got=f"shape {tuple(hidden_states.shape)}", expected=f"one token, (batch, 1, {self.d_model})"
+            )
+        batch = hidden_states.shape[0]
+        for name, state, shape in zip(("conv_state", "ssm_state"), (conv_state, ssm_state), self._state_shapes, strict=True):
+            if state.shape != (batch, *shape):
+                raise bad_argument(name, got=f"shape {tuple(state.shape)}", expected=f"{(batch, *shape)}")
+        return step(self, hidden_states, conv_state, ssm_state), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Zero (conv_state (B, d_ssm + 2 G F, d_conv), ssm_state (B, H, P, N)); ``max_seqlen`` does not matter.
+
+        The scan's state is float32 unless ``dtype`` says otherwise.
+        """
+        device, (window, state) = self.out_proj.weight.device, self._state_shapes
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        conv_state = torch.zeros(batch_size, *window, device=device, dtype=dtype or self.conv1d.weight.dtype)
+        return conv_state, torch.zeros(batch_size, *state, device=device, dtype=dtype or wide)
+
+    @property
+    def _state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the two states of one sequence."""
+        return (sum(layout(self).convolved), self.d_conv), (self.nheads, self.headdim, self.d_state)
+
+    def _cached_states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:
+        if self.layer_idx is None:
+            raise ArgumentError("layer_idx: expected a number to keep this layer's states under, got None. Set layer.layer_idx")
+        memory = inference_params.key_value_memory_dict
+        if self.layer_idx not in memory:
+            memory[self.layer_idx] = self.allocate_inference_cache(batch)
+        return memory[self.layer_idx]
+
+    def extra_repr(self) -> str:
+        sizes = f"d_model={self.d_model}, d_state={self.d_state}, heads={self.nheads}, headdim={self.headdim}"
+        return f"{sizes}, ngroups={self.ngroups}" + ("" if self.B_map is None else f", d_features={self.d_features}")
+
+
+def _check_sizes(**sizes: Any) -> None:
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise bad_argument(name, got=repr(value), expected="a positive integer")
+
+
+def _check_heads(d_inner: int, d_ssm: int, headdim: int, ngroups: int) -> None:
+    """Raise ArgumentError unless the scan's channels divide into heads, and these into groups."""
+    if not 1 <= d_ssm <= d_inner:
+        raise bad_argument("d_ssm", got=d_ssm, expected=f"a number of channels from 1 to expand * d_model = {d_inner}")
+    if d_ssm % headdim:
+        raise bad_argument("headdim", got=headdim, expected=f"a divisor of the scan's {d_ssm} channels (d_ssm)")
+    if (d_ssm // headdim) % ngroups:
+        raise bad_argument("ngroups", got=ngroups, expected=f"a divisor of the {d_ssm // headdim} heads (d_ssm / headdim)")
+
+
+def _check_ranges(A_init_range: tuple[float, float], dt_min: float, dt_max: float, dt_limit: tuple[float, float]) -> None:
+    if not 0 < A_init_range[0] <= A_init_range[1]:
+        raise bad_argument("A_init_range", got=A_init_range, expected="0 < low <= high")
+    if not 0 < dt_min <= dt_max:
+        raise bad_argument("dt_min, dt_max", got=(dt_min, dt_max), expected="0 < dt_min <= dt_max")
+    if not 0 <= dt_limit[0] <= dt_limit[1]:
+        raise bad_argument("dt_limit", got=dt_limit, expected="0 <= low <= high")
