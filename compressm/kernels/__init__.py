@@ -12,6 +12,7 @@ from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.registry import OPS, plan
 from compressm.kernels.selective_scan import selective_scan
 from compressm.kernels.selective_state_update import selective_state_update
+from compressm.kernels.ssd import ssd
 
 __all__ = [
     "OPS",
@@ -27,4 +28,5 @@ __all__ = [
     "plan",
     "selective_scan",
     "selective_state_update",
+    "ssd",
 ]
