@@ -1,9 +1,10 @@
 """Backward kernels of the matrix-valued scan: gradients of the values (x, D, z), of the keys (B, C), and of the step sizes.
 
 The states in front of the chunks come from the forward's kernel once more, the gradients of the states behind them from the
-same one in reverse.  The log decay of a step gets what is read at or behind it of what was written in front of it: within a
-chunk, and of the states in front of it, a sum over the steps from the last one back (``reads``); of the states behind it, one
-from the first step on (``writes``).
+same one in reverse.  The log decay of a step gets what is read at or behind it of what was written in front of it, all sums of
+products that decayed over it: none is a difference of two large ones.  Within a chunk that is ``by_decay``; of the states in
+front of the chunk, a sum over the steps from the last one back (``reads``); of the states behind it, one from the first step on
+(``writes``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,39 @@ def _value_products(
 
 
 @jit
+def _across(products, PRECISION: tl.constexpr):
+    """For every step t the sum of products (T, T) of an earlier step, the row, and t or a later one, the column."""
+    T: tl.constexpr = products.shape[0]
+    t = tl.arange(0, T)
+    earlier = tl.where(t[None, :] < t[:, None], 1.0, 0.0).to(products.dtype)
+    sums = tiles.product(earlier, products, tl.zeros([T, T], tl.float32), PRECISION)
+    return tl.sum(tl.where(t[None, :] >= t[:, None], sums, 0.0), 1)
+
+
+@jit
+def _between_chunks(
+    key, query, states, grad_states, k_t, k_n, q_t, q_n, count, rows_left, N, padded,
+    WIDE_B: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Products (T, BP) of B with the gradients of the states behind a chunk, and of C with the states in front of it.
+
+    And the sum of these states times those gradients, one by one.
+    """
+    written = tl.zeros([T, BP], tl.float32)
+    read = tl.zeros([T, BP], tl.float32)
+    passed = tl.zeros([BP, BN], tl.float32)
+    for n in range(0, N, BN):
+        state = tiles.load(states + n, padded, 1, rows_left, padded - n, True, BP, BN)
+        grad_state = tiles.load(grad_states + n, padded, 1, rows_left, padded - n, True, BP, BN)
+        a = tiles.load(key + n * k_n, k_t, k_n, count, N - n, WIDE_B, T, BN).to(state.dtype)
+        written = tiles.product(a, tl.trans(grad_state), written, PRECISION)
+        a = tiles.load(query + n * q_n, q_t, q_n, count, N - n, WIDE_B, T, BN).to(state.dtype)
+        read = tiles.product(a, tl.trans(state), read, PRECISION)
+        passed += state.to(tl.float32) * grad_state.to(tl.float32)
+    return written, read, tl.sum(tl.sum(passed, 1), 0)
+
+
+@jit
 def _store_gate_gradient(
     grad, z, y, grad_z, grad_t, grad_p, z_t, z_p, y_t, y_p, gz_t, gz_p, count, rows_left,
     WIDE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
@@ -48,23 +82,25 @@ def _store_gate_gradient(
 
 @jit(
     do_not_specialize=[
-        "x", "B", "C", "D", "z", "y", "grad_out", "decays", "segments", "starts", "counts", "grad_states", "grad_x", "grad_z",
-        "reads", "by_step", "grad_D", "L", "chunks", "heads", "own", "few", "P", "N", "padded", "x_b", "x_t", "x_h", "x_p",
+        "x", "B", "C", "D", "z", "y", "grad_out", "decays", "segments", "starts", "counts", "states", "grad_states",
+        "grad_x", "grad_z", "by_decay", "reads", "writes", "by_step", "grad_D", "L", "chunks", "heads", "own", "few", "P", "N",
+        "padded", "x_b", "x_t", "x_h", "x_p",
         "B_b", "B_t", "B_g", "B_n", "C_b", "C_t", "C_g", "C_n", "z_b", "z_t", "z_h", "z_p", "y_b", "y_t", "y_h", "y_p",
         "grad_b", "grad_t", "grad_h", "grad_p", "gx_b", "gx_t", "gx_h", "gx_p", "gz_b", "gz_t", "gz_h", "gz_p", "D_h", "D_p",
     ]
 )  # fmt: skip
 def _ssd_values_kernel(
-    x, B, C, D, z, y, grad_out, decays, segments, starts, counts, grad_states, grad_x, grad_z, reads, by_step, grad_D,
-    L, chunks, heads, own, few, P, N, padded, x_b, x_t, x_h, x_p, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
+    x, B, C, D, z, y, grad_out, decays, segments, starts, counts, states, grad_states, grad_x, grad_z,
+    by_decay, reads, writes, by_step, grad_D, L, chunks, heads, own, few, P, N, padded,
+    x_b, x_t, x_h, x_p, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     z_b, z_t, z_h, z_p, y_b, y_t, y_h, y_p, grad_b, grad_t, grad_h, grad_p, gx_b, gx_t, gx_h, gx_p, gz_b, gz_t, gz_h, gz_p,
     D_h, D_p, WIDE: tl.constexpr, WIDE_B: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk's values, for ``few`` heads of a group, which share the products of B and C.
 
-    by_step (chunks, heads, T) gets the gradient of the step sizes as factors of x, reads (chunks, heads, T) the part of the
-    decays within the chunk, grad_D (chunks, heads, P) the chunk's sums.
+    by_decay, reads, writes and by_step (chunks, heads, T) get the gradients of the log decays and of the step sizes as factors
+    of x, grad_D (chunks, heads, P) the chunk's sums.
     """
     blocks = tl.cdiv(own, few)
     groups = heads // own
@@ -82,25 +118,33 @@ def _ssd_values_kernel(
     for k in range(block * few, tl.minimum(block * few + few, own)):
         head = group * own + k
         place = chunk * heads + head
-        gain = decays + place * (4 * T)
+        gain = decays + place * (5 * T)
         step = tl.load(gain + T + t)
         values = x + row * x_b + start * x_t + head * x_h
         grads = grad_out + row * grad_b + start * grad_t + head * grad_h
         gates = None
         if z is not None:
             gates = z + row * z_b + start * z_t + head * z_h
-        share = mixed * tiles.decay_between(gain, segments, row, L, start, count, T, True, True)
+        share = mixed * tiles.decay_between(gain, segments, row, L, start, count, T, True, DOT)
         weighed = _value_products(
             values, grads, gates, x_t, x_p, grad_t, grad_p, z_t, z_p, count, P, WIDE, PRECISION, DOT, T, BP, True
         )
-        weighed = tl.where(t[:, None] < t[None, :], weighed * share * step[:, None], 0.0)
-        tl.store(reads + place * T + t, tl.sum(weighed, 0) - tl.sum(weighed, 1))
+        within = _across(tl.where(t[:, None] < t[None, :], weighed * share * step[:, None], 0.0).to(DOT), PRECISION)
+        tl.store(by_decay + place * T + t, within)
         share = share.to(DOT)
+        front = tl.load(gain + 2 * T + t)
         behind = tl.load(gain + 3 * T + t)
         to_step = tl.zeros([T], tl.float32)
+        read = tl.zeros([T], tl.float32)
+        written = tl.zeros([T], tl.float32)
+        passed = 0.0
         for p in range(0, P, BP):
-            kept = grad_states + (place * P + p) * padded
-            drive = forward.through_states(B, kept, B_t, B_n, count, P - p, N, padded, WIDE_B, PRECISION, T, BP, BN)
+            there = (place * P + p) * padded
+            drive, entry, part = _between_chunks(
+                B, C, states + there, grad_states + there, B_t, B_n, C_t, C_n, count, P - p, N, padded,
+                WIDE_B, PRECISION, T, BP, BN,
+            )  # fmt: skip
+            passed += part
             gate = None
             if z is not None:
                 gate = gates + p * z_p
@@ -111,8 +155,11 @@ def _ssd_values_kernel(
                     WIDE, T, BP,
                 )  # fmt: skip
             given = tiles.load_gated(grads + p * grad_p, grad_t, grad_p, gate, z_t, z_p, count, P - p, WIDE, T, BP)
-            drive = tiles.product(share, given.to(DOT), drive * behind[:, None], PRECISION)
+            read += front * tl.sum(given * entry, 1)
             value = tiles.load(values + p * x_p, x_t, x_p, count, P - p, WIDE, T, BP).to(tl.float32)
+            drive *= behind[:, None]
+            written += step * tl.sum(drive * value, 1)
+            drive = tiles.product(share, given.to(DOT), drive, PRECISION)
             to_step += tl.sum(drive * value, 1)
             drive *= step[:, None]
             if D is not None:
@@ -122,27 +169,29 @@ def _ssd_values_kernel(
             target = grad_x + row * gx_b + start * gx_t + head * gx_h + p * gx_p
             tiles.store(target, drive, gx_t, gx_p, count, P - p, WIDE)
         tl.store(by_step + place * T + t, to_step)
+        tl.store(reads + place * T + t, read)
+        tl.store(writes + place * T + 1 + t, written, mask=t < T - 1)
+        tl.store(writes + place * T, passed * tl.load(gain + 3 * T - 1))
 
 
 @jit(
     do_not_specialize=[
         "x", "B", "C", "z", "grad_out", "decays", "segments", "starts", "counts", "states", "grad_states", "grad_B", "grad_C",
-        "reads", "writes", "L", "chunks", "heads", "own", "few", "P", "N", "padded", "all_steps", "all_chunks",
+        "L", "chunks", "heads", "own", "few", "P", "N", "padded", "all_steps",
         "x_b", "x_t", "x_h", "x_p", "B_b", "B_t", "B_g", "B_n", "C_b", "C_t", "C_g", "C_n", "z_b", "z_t", "z_h", "z_p",
         "grad_b", "grad_t", "grad_h", "grad_p",
     ]
 )  # fmt: skip
 def _ssd_keys_kernel(
-    x, B, C, z, grad_out, decays, segments, starts, counts, states, grad_states, grad_B, grad_C, reads, writes,
-    L, chunks, heads, own, few, P, N, padded, all_steps, all_chunks,
+    x, B, C, z, grad_out, decays, segments, starts, counts, states, grad_states, grad_B, grad_C,
+    L, chunks, heads, own, few, P, N, padded, all_steps,
     x_b, x_t, x_h, x_p, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, z_b, z_t, z_h, z_p, grad_b, grad_t, grad_h, grad_p,
     WIDE: tl.constexpr, WIDE_B: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BN columns of the gradients of one chunk's B and C, summed over ``few`` heads of a group.
 
-    grad_B and grad_C (blocks of heads, batch, L, groups, padded) have all_steps = batch L steps a block; reads and writes
-    (blocks of columns, chunks, heads, T) get the part of the decays between chunks.
+    grad_B and grad_C (blocks of heads, batch, L, groups, padded) have all_steps = batch L steps a block.
     """
     columns = tl.cdiv(N, BN)
     blocks = tl.cdiv(own, few)
@@ -157,8 +206,6 @@ def _ssd_keys_kernel(
     if count <= 0:
         return
     DOT: tl.constexpr = states.dtype.element_ty
-    key = tiles.load(B + row * B_b + start * B_t + group * B_g + n * B_n, B_t, B_n, count, N - n, WIDE_B, T, BN)
-    query = tiles.load(C + row * C_b + start * C_t + group * C_g + n * C_n, C_t, C_n, count, N - n, WIDE_B, T, BN)
     t = tl.arange(0, T)
     mixed = tl.zeros([T, T], tl.float32)
     to_key = tl.zeros([T, BN], tl.float32)
@@ -166,36 +213,28 @@ def _ssd_keys_kernel(
     for k in range(block * few, tl.minimum(block * few + few, own)):
         head = group * own + k
         place = chunk * heads + head
-        gain = decays + place * (4 * T)
+        gain = decays + place * (5 * T)
         step = tl.load(gain + T + t)
+        front = tl.load(gain + 2 * T + t)
+        written = step * tl.load(gain + 3 * T + t)
         weighed = tl.zeros([T, T], tl.float32)
-        by_key = tl.zeros([T, BN], tl.float32)
-        by_query = tl.zeros([T, BN], tl.float32)
-        passed = tl.zeros([BP, BN], tl.float32)
         for p in range(0, P, BP):
             gate = None
             if z is not None:
                 gate = z + row * z_b + start * z_t + head * z_h + p * z_p
             source = grad_out + row * grad_b + start * grad_t + head * grad_h + p * grad_p
-            given = tiles.load_gated(source, grad_t, grad_p, gate, z_t, z_p, count, P - p, WIDE, T, BP).to(DOT)
-            value = tiles.load(x + row * x_b + start * x_t + head * x_h + p * x_p, x_t, x_p, count, P - p, WIDE, T, BP).to(DOT)
-            weighed = tiles.product(given, tl.trans(value), weighed, PRECISION)
+            given = tiles.load_gated(source, grad_t, grad_p, gate, z_t, z_p, count, P - p, WIDE, T, BP)
+            value = tiles.load(x + row * x_b + start * x_t + head * x_h + p * x_p, x_t, x_p, count, P - p, WIDE, T, BP)
+            weighed = tiles.product(given.to(DOT), tl.trans(value.to(DOT)), weighed, PRECISION)
             there = (place * P + p) * padded + n
             state = tiles.load(states + there, padded, 1, P - p, padded - n, True, BP, BN)
-            by_query = tiles.product(given, state, by_query, PRECISION)
-            grad_state = tiles.load(grad_states + there, padded, 1, P - p, padded - n, True, BP, BN)
-            by_key = tiles.product(value, grad_state, by_key, PRECISION)
-            passed += state.to(tl.float32) * grad_state.to(tl.float32)
-        weighed *= tiles.decay_between(gain, segments, row, L, start, count, T, False, True)
+            to_query = tiles.product((given * front[:, None]).to(DOT), state, to_query, PRECISION)
+            state = tiles.load(grad_states + there, padded, 1, P - p, padded - n, True, BP, BN)
+            to_key = tiles.product((value.to(tl.float32) * written[:, None]).to(DOT), state, to_key, PRECISION)
+        weighed *= tiles.decay_between(gain, segments, row, L, start, count, T, False, DOT)
         mixed += weighed * step[None, :]
-        by_query *= tl.load(gain + 2 * T + t)[:, None]
-        by_key *= (step * tl.load(gain + 3 * T + t))[:, None]
-        part = ((column * all_chunks + chunk) * heads + head) * T
-        tl.store(reads + part + t, tl.sum(by_query * query.to(tl.float32), 1))
-        tl.store(writes + part + 1 + t, tl.sum(by_key * key.to(tl.float32), 1), mask=t < T - 1)
-        tl.store(writes + part, tl.sum(tl.sum(passed, 1), 0) * tl.load(gain + 3 * T - 1))
-        to_query += by_query
-        to_key += by_key
+    key = tiles.load(B + row * B_b + start * B_t + group * B_g + n * B_n, B_t, B_n, count, N - n, WIDE_B, T, BN)
+    query = tiles.load(C + row * C_b + start * C_t + group * C_g + n * C_n, C_t, C_n, count, N - n, WIDE_B, T, BN)
     mixed = mixed.to(DOT)
     to_query = tiles.product(mixed, key.to(DOT), to_query, PRECISION)
     to_key = tiles.product(tl.trans(mixed), query.to(DOT), to_key, PRECISION)
@@ -206,19 +245,16 @@ def _ssd_keys_kernel(
 
 @jit(
     do_not_specialize=[
-        "dt", "A", "bias", "starts", "counts", "reads", "writes", "by_step", "grad_dt", "grad_A", "grad_bias",
-        "L", "chunks", "all_chunks", "heads", "parts", "low", "high", "dt_b", "dt_t", "dt_h", "gdt_b", "gdt_t", "gdt_h",
+        "dt", "A", "bias", "starts", "counts", "by_decay", "reads", "writes", "by_step", "grad_dt", "grad_A", "grad_bias",
+        "L", "chunks", "heads", "low", "high", "dt_b", "dt_t", "dt_h", "gdt_b", "gdt_t", "gdt_h",
     ]
 )  # fmt: skip
 def _ssd_steps_kernel(
-    dt, A, bias, starts, counts, reads, writes, by_step, grad_dt, grad_A, grad_bias,
-    L, chunks, all_chunks, heads, parts, low, high, dt_b, dt_t, dt_h, gdt_b, gdt_t, gdt_h,
+    dt, A, bias, starts, counts, by_decay, reads, writes, by_step, grad_dt, grad_A, grad_bias,
+    L, chunks, heads, low, high, dt_b, dt_t, dt_h, gdt_b, gdt_t, gdt_h,
     SOFTPLUS: tl.constexpr, BH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's step sizes, for BH heads; grad_A and grad_bias: (chunks, heads).
-
-    reads has ``parts`` + 1 parts (chunks, heads, T), writes ``parts``.
-    """
+    """Gradients of one chunk's step sizes, for BH heads; grad_A and grad_bias: (chunks, heads)."""
     blocks = tl.cdiv(heads, BH)
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
     h = tl.program_id(0) % blocks * BH + tl.arange(0, BH)
@@ -232,13 +268,9 @@ def _ssd_steps_kernel(
     both = inside[:, None] & (t < count)[None, :]
     place = ((chunk * heads + wide) * T)[:, None] + t[None, :]
     read = tl.load(reads + place, mask=all_steps, other=0.0)
-    written = tl.zeros([BH, T], tl.float32)
-    for _part in range(0, parts):
-        reads += all_chunks * heads * T
-        read += tl.load(reads + place, mask=all_steps, other=0.0)
-        written += tl.load(writes + place, mask=all_steps, other=0.0)
-        writes += all_chunks * heads * T
-    decay = tl.cumsum(read, 1, reverse=True) + tl.cumsum(written, 1)
+    written = tl.load(writes + place, mask=all_steps, other=0.0)
+    decay = tl.load(by_decay + place, mask=all_steps, other=0.0)
+    decay += tl.cumsum(read, 1, reverse=True) + tl.cumsum(written, 1)
     shift = None
     if bias is not None:
         shift = tl.load(bias + h, mask=inside, other=0.0)

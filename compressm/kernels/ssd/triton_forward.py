@@ -1,8 +1,8 @@
 """Forward kernels of the matrix-valued scan: decays within chunks, states between chunks, outputs of chunks.
 
-``decays`` (chunks, heads, 4, T) float32 holds for every step the cumulated log decays of its chunk, the step size, the decay
-from the front of the chunk to the step, and that from the step to the end of the chunk; the last two are zero where another
-sequence begins between.
+``decays`` (chunks, heads, 5, T) float32 holds for every step the cumulated log decays of its chunk, the step size, the decay
+from the front of the chunk to the step, that from the step to the end of the chunk, both zero where another sequence begins
+between, and what the cumulated log decays lost by rounding.
 """
 
 from __future__ import annotations
@@ -51,22 +51,24 @@ def _ssd_decays_kernel(
     if bias is not None:
         shift = tl.load(bias + h, mask=inside, other=0.0)
     _raw, _free, step = step_sizes(tl.load(address, mask=both, other=0.0).to(tl.float32), shift, low, high, count, SOFTPLUS)
-    decay = step * tl.load(A + h, mask=inside, other=0.0)[:, None]
-    total = tl.cumsum(decay, 1)
+    decay = step.to(tl.float64) * tl.load(A + h, mask=inside, other=0.0).to(tl.float64)[:, None]
+    exact = tl.cumsum(decay, 1)
+    total = exact.to(tl.float32)
     front = tl.exp(total)
-    behind = tl.exp(tl.sum(decay, 1)[:, None] - total)
+    behind = tl.exp((tl.sum(decay, 1)[:, None] - exact).to(tl.float32))
     if segments is not None:
         segment = tiles.segment_of(segments, row, L, start, count, T)
         before = tl.load(segments + row * L + tl.maximum(start - 1, 0))
         front = tl.where((segment == before)[None, :], front, 0.0)
         end = tl.load(segments + row * L + start + count - 1)
         behind = tl.where((segment == end)[None, :], behind, 0.0)
-    out = decays + ((chunk * heads + wide) * (4 * T))[:, None] + t[None, :]
+    out = decays + ((chunk * heads + wide) * (5 * T))[:, None] + t[None, :]
     kept = inside[:, None] & (t >= 0)[None, :]
     tl.store(out, total, mask=kept)
     tl.store(out + T, step, mask=kept)
     tl.store(out + 2 * T, front, mask=kept)
     tl.store(out + 3 * T, behind, mask=kept)
+    tl.store(out + 4 * T, (exact - total.to(tl.float64)).to(tl.float32), mask=kept)
 
 
 @jit(
@@ -116,7 +118,7 @@ def _ssd_states_kernel(
         row, start, count = tiles.place(chunk, starts, counts, L, chunks, T)
         kept = states + ((chunk * heads + head) * P + p) * padded + n
         tiles.store(kept, state, padded, 1, P - p, padded - n, True)
-        gain = decays + (chunk * heads + head) * (4 * T)
+        gain = decays + (chunk * heads + head) * (5 * T)
         weight = tl.load(gain + 2 * T + t)
         if not REVERSE:
             weight = tl.load(gain + T + t) * tl.load(gain + 3 * T + t)
@@ -188,8 +190,8 @@ def _ssd_outputs_kernel(
     t = tl.arange(0, T)
     for k in range(block * few, tl.minimum(block * few + few, own)):
         head = group * own + k
-        gain = decays + (chunk * heads + head) * (4 * T)
-        share = tiles.decay_between(gain, segments, row, L, start, count, T, False, True)
+        gain = decays + (chunk * heads + head) * (5 * T)
+        share = tiles.decay_between(gain, segments, row, L, start, count, T, False, DOT)
         share = (mixed * share * tl.load(gain + T + t)[None, :]).to(DOT)
         front = tl.load(gain + 2 * T + t)
         for p in range(0, P, BP):

@@ -23,7 +23,8 @@ from compressm.kernels.ssd import triton_forward as fwd
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENOUGH_PROGRAMS = 528  # four a multiprocessor of a large GPU
 HEADS = 8  # of a program of the kernels that only turn dt into decays and back
-Config = dict[str, int]  # T, BP, BN, few (heads of a program) and threads
+SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # launch options of these
+Config = dict[str, int]  # T, BP, BN, few (heads of a program), threads, stages; maxnreg, most registers a lane, where set
 
 
 class Chunks(NamedTuple):
@@ -60,22 +61,23 @@ def chunk_steps(states: int) -> int:
     return 32 if states <= 16 else 64
 
 
-def _config(chunks: int, heads: int, groups: int, width: int, states: int) -> Config:
+def _config(chunks: int, heads: int, groups: int, width: int, states: int, half: bool) -> Config:
+    """half: operands of products are bfloat16; float32 takes two registers and three products where that takes one of each."""
     own = heads // groups
     few = own
     while few > 1 and chunks * groups * -(-own // few) < ENOUGH_PROGRAMS:
         few = -(-few // 2)
-    T = chunk_steps(states)
-    BP, BN = (min(64, max(16, 1 << (size - 1).bit_length())) for size in (width, states))
-    return {"T": T, "BP": BP, "BN": BN, "few": few, "threads": 4 * T}
+    T, most = chunk_steps(states), 64 if half else 32
+    BP, BN = (min(most, max(16, 1 << (size - 1).bit_length())) for size in (width, states))
+    return {"T": T, "BP": BP, "BN": BN, "few": few, "threads": 4 * T, "stages": 2 if half else 1}
 
 
-def plan(batch: int, length: int, heads: int, width: int, groups: int, states: int) -> KernelPlan:
-    """The plan for x (batch, length, heads, width) and N states of each of ``groups`` groups."""
+def plan(batch: int, length: int, heads: int, width: int, groups: int, states: int, dtype: torch.dtype) -> KernelPlan:
+    """The plan for x (batch, length, heads, width) of ``dtype`` and N states of each of ``groups`` groups."""
     chunks = batch * -(-length // chunk_steps(states))
-    config = _config(chunks, heads, groups, width, states)
+    config = _config(chunks, heads, groups, width, states, dtype == torch.bfloat16)
     programs = chunks * groups * -(-heads // groups // config["few"])
-    reason = f"{programs} programs, {states / config['T']:.3g} kept numbers for each of x"
+    reason = f"{programs} programs, which share products of B and C among {config['few']} heads"
     return KernelPlan("ssd", "triton", "chunks", tuple(sorted(config.items())), reason)
 
 
@@ -177,12 +179,10 @@ def backward(
             y = x.new_empty(x.shape)
             _outputs(x, B, C, D, None, decays, kept, y, call)
         grad_kept = _states(grad_out, z, C, decays, call, grad_last, grad_start, True)
-        columns = -(-states // call.config["BN"])
-        reads = decays.new_empty((columns + 1, call.chunks.count, x.shape[2], call.config["T"]))
-        writes = torch.empty_like(reads[1:])
-        grad_x, grad_D, grad_z, by_step = _values(grad_out, x, B, C, D, z, y, decays, grad_kept, reads[0], call)
-        grad_B, grad_C = _keys(grad_out, x, B, C, z, decays, kept, grad_kept, reads[1:], writes, call)
-        grad_dt, grad_A, grad_bias = _steps(dt, A, dt_bias, reads, writes, by_step, call, dt_softplus, low, high)
+        shares = decays.new_empty((4, *decays.shape[:2], decays.shape[3]))
+        grad_x, grad_D, grad_z = _values(grad_out, x, B, C, D, z, y, decays, kept, grad_kept, shares, call)
+        grad_B, grad_C = _keys(grad_out, x, B, C, z, decays, kept, grad_kept, call)
+        grad_dt, grad_A, grad_bias = _steps(dt, A, dt_bias, shares, call, dt_softplus, low, high)
     return (
         grad_x,
         grad_dt,
@@ -227,14 +227,19 @@ def _call(
     _, length, heads, width = x.shape
     groups, states = B.shape[2:]
     chunks = _chunks(x, seq_idx, cu_seqlens, config["T"] if config else chunk_steps(states))
-    config = config or _config(chunks.count, heads, groups, width, states)
+    dtype = x.dtype if x.dtype == B.dtype == C.dtype else torch.float32
+    half = dtype == torch.bfloat16
+    config = config or _config(chunks.count, heads, groups, width, states, half)
     sizes = (length, chunks.row, heads, heads // groups, config["few"], width, states, -(-states // 8) * 8)
-    half = x.dtype == B.dtype == C.dtype
-    dtype = torch.bfloat16 if half and x.dtype == torch.bfloat16 else torch.float32
-    launch = {key: config[key] for key in ("T", "BP", "BN")}
-    launch["PRECISION"] = _precision(x.is_cuda, x.dtype if half else torch.float32)
-    launch["num_warps"] = max(1, config["threads"] // triton_language.WARP)
-    return _Call(chunks, config, sizes, dtype, launch)
+    launch = launch_options(config, triton_language.WARP) | {"PRECISION": _precision(x.is_cuda, dtype)}
+    return _Call(chunks, config, sizes, dtype if half else torch.float32, launch)
+
+
+def launch_options(config: Config, lanes: int) -> dict:
+    """Constants and options of the kernels that multiply, for warps of ``lanes``."""
+    own = {key: config[key] for key in ("T", "BP", "BN", "maxnreg") if key in config}
+    warps = max(1, config["threads"] // lanes)
+    return own | {"num_warps": warps, "num_stages": config["stages"], "enable_fp_fusion": True}
 
 
 def _precision(on_gpu: bool, dtype: torch.dtype) -> str:
@@ -250,10 +255,10 @@ def _decays(
     dt: Tensor, A: Tensor, bias: Tensor | None, call: _Call, softplus: bool, low: float, high: float
 ) -> Tensor:
     chunks, T, heads = call.chunks, call.config["T"], dt.shape[2]
-    decays = dt.new_empty((chunks.count, heads, 4, T), dtype=torch.float32)
+    decays = dt.new_empty((chunks.count, heads, 5, T), dtype=torch.float32)
     fwd._ssd_decays_kernel[(chunks.count * -(-heads // HEADS),)](
         dt, _dense(A), _dense(bias), chunks.segments, chunks.starts, chunks.counts, decays,
-        *call.sizes[:3], low, high, *dt.stride(), SOFTPLUS=softplus, BH=HEADS, T=T, num_warps=4,
+        *call.sizes[:3], low, high, *dt.stride(), SOFTPLUS=softplus, BH=HEADS, T=T, **SMALL,
     )  # fmt: skip
     return decays
 
@@ -308,22 +313,22 @@ def _values(
     z: Tensor | None,
     y: Tensor | None,
     decays: Tensor,
+    kept: Tensor,
     grad_kept: Tensor,
-    reads: Tensor,
+    shares: Tensor,
     call: _Call,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Gradients of x, D (chunks, H, P), z and of the step sizes as factors of x (chunks, H, T); reads: see triton_backward."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, D (chunks, H, P) and z; shares (4, chunks, H, T) of those of the step sizes are filled."""
     chunks = call.chunks
     grad_x, grad_z = torch.empty_like(x), None if z is None else torch.empty_like(z)
     grad_D = None if D is None else decays.new_zeros((chunks.count, *x.shape[2:]))  # chunks without steps write nothing
-    by_step = torch.empty_like(reads)
     bwd._ssd_values_kernel[(chunks.count * call.blocks(),)](
-        x, B, C, _dense(D), z, y, grad, decays, chunks.segments, chunks.starts, chunks.counts, grad_kept,
-        grad_x, grad_z, reads, by_step, grad_D, *call.sizes,
+        x, B, C, _dense(D), z, y, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept,
+        grad_kept, grad_x, grad_z, *shares, grad_D, *call.sizes,
         *x.stride(), *B.stride(), *C.stride(), *_strides(z), *_strides(y), *grad.stride(), *grad_x.stride(),
         *_strides(grad_z), *_skip_strides(D), WIDE=_wide(x, z, y, grad, grad_x, grad_z), WIDE_B=_wide(B, C), **call.launch,
     )  # fmt: skip
-    return grad_x, grad_D, grad_z, by_step
+    return grad_x, grad_D, grad_z
 
 
 def _keys(
@@ -335,18 +340,16 @@ def _keys(
     decays: Tensor,
     kept: Tensor,
     grad_kept: Tensor,
-    reads: Tensor,
-    writes: Tensor,
     call: _Call,
 ) -> list[Tensor]:
-    """Gradients of B and C; reads and writes: see triton_backward."""
+    """Gradients of B and C."""
     chunks, (batch, length, groups, states) = call.chunks, B.shape
     blocks = call.blocks() // groups
     dtype = B.dtype if blocks == 1 and B.dtype == C.dtype else torch.float32
     sums = B.new_empty((2, blocks, batch, length, groups, kept.shape[3]), dtype=dtype)
-    bwd._ssd_keys_kernel[(chunks.count * call.blocks() * writes.shape[0],)](
+    bwd._ssd_keys_kernel[(chunks.count * call.blocks() * -(-states // call.config["BN"]),)](
         x, B, C, z, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept, grad_kept, sums[0], sums[1],
-        reads, writes, *call.sizes, batch * length, chunks.count,
+        *call.sizes, batch * length,
         *x.stride(), *B.stride(), *C.stride(), *_strides(z), *grad.stride(),
         WIDE=_wide(x, z, grad), WIDE_B=_wide(B, C), **call.launch,
     )  # fmt: skip
@@ -358,9 +361,7 @@ def _steps(
     dt: Tensor,
     A: Tensor,
     bias: Tensor | None,
-    reads: Tensor,
-    writes: Tensor,
-    by_step: Tensor,
+    shares: Tensor,
     call: _Call,
     softplus: bool,
     low: float,
@@ -369,11 +370,11 @@ def _steps(
     """Gradients of dt, A and dt_bias."""
     chunks, (length, row, heads, *_) = call.chunks, call.sizes
     grad_dt = torch.empty_like(dt)
-    sums = reads.new_zeros((2, chunks.count, heads))  # chunks without steps write nothing
+    sums = shares.new_zeros((2, chunks.count, heads))  # chunks without steps write nothing
     bwd._ssd_steps_kernel[(chunks.count * -(-heads // HEADS),)](
-        dt, _dense(A), _dense(bias), chunks.starts, chunks.counts, reads, writes, by_step, grad_dt, sums[0], sums[1],
-        length, row, chunks.count, heads, writes.shape[0], low, high, *dt.stride(), *grad_dt.stride(),
-        SOFTPLUS=softplus, BH=HEADS, T=call.config["T"], num_warps=4,
+        dt, _dense(A), _dense(bias), chunks.starts, chunks.counts, *shares, grad_dt, sums[0], sums[1],
+        length, row, heads, low, high, *dt.stride(), *grad_dt.stride(),
+        SOFTPLUS=softplus, BH=HEADS, T=call.config["T"], **SMALL,
     )  # fmt: skip
     return grad_dt, *sums.sum(1)
 

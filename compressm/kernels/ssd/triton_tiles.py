@@ -84,22 +84,25 @@ def segment_of(segments, row, L, start, count, T: tl.constexpr):
 
 
 @jit
-def decay_between(cumulated, segments, row, L, start, count, T: tl.constexpr, BACK: tl.constexpr, SELF: tl.constexpr):
+def decay_between(
+    decays, segments, row, L, start, count, T: tl.constexpr, BACK: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
     """What is left at step i of an input of step j, (T, T), zero for j > i and where another sequence begins between.
 
-    cumulated: log decays of the head, summed up.  BACK: transposed.  SELF: with j = i.
+    decays: of the head.  BACK: transposed.  DOT: type of the operands; in float32 a difference of two sums needs what they lost
+    by rounding.
     """
     t = tl.arange(0, T)
-    total = tl.load(cumulated + t)
+    total = tl.load(decays + t)
     later, earlier = t[:, None], t[None, :]
     gap = total[:, None] - total[None, :]
+    if DOT == tl.float32:
+        lost = tl.load(decays + 4 * T + t)
+        gap += lost[:, None] - lost[None, :]
     if BACK:
         later, earlier = t[None, :], t[:, None]
         gap = -gap
-    if SELF:
-        seen = later >= earlier
-    else:
-        seen = later > earlier
+    seen = later >= earlier
     if segments is not None:
         segment = segment_of(segments, row, L, start, count, T)
         seen = seen & (segment[:, None] == segment[None, :])
