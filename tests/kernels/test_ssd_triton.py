@@ -160,7 +160,7 @@ def test_plans_are_consistent(device):
                     assert {chosen.get(key) for key in ("T", "BP", "BN")} <= {16, 32, 64}
                     assert chosen.get("threads") % 64 == 0
     shapes = [{"x": (1, length, 24, 64), "B": (1, length, 1, 128)} for length in (64, 1 << 14, 1 << 17)]
-    assert [plan("ssd", shape, torch.float32, device, "triton").get("few") for shape in shapes] == [1, 6, 24]
+    assert [plan("ssd", shape, torch.float32, device, "triton").get("few") for shape in shapes] == [1, 12, 24]
 
 
 def test_calls_that_triton_cannot_run_say_why(device):

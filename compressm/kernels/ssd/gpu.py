@@ -27,15 +27,15 @@ _BUDGETS = {
     "ssd_values_bf16_N128": (Budget(255, 165, 160, 16), Budget(368, 200, 160, 13), Budget(255, 118, 40, 13)),
     "ssd_keys_bf16_N128": (Budget(255, 70, 340, 7), Budget(304, 112, 60, 3), Budget(255, 53, 40, 7)),
     "ssd_states_fp32_N128": (Budget(192, 130, 0, 7),) * 3,
-    "ssd_outputs_fp32_N128": (Budget(224, 140, 40, 6),) * 3,
-    "ssd_values_fp32_N128": (Budget(255, 335, 520, 18),) * 3,
-    "ssd_keys_fp32_N128": (Budget(255, 185, 480, 15),) * 3,
+    "ssd_outputs_fp32_N128": (Budget(224, 142, 40, 6),) * 3,
+    "ssd_values_fp32_N128": (Budget(255, 420, 1200, 18),) * 3,
+    "ssd_keys_fp32_N128": (Budget(255, 190, 480, 15),) * 3,
     "ssd_states_bf16_N16": (Budget(104, 18, 0, 4),) * 3,
     "ssd_outputs_bf16_N16": (Budget(160, 30, 0, 3),) * 3,
     "ssd_values_bf16_N16": (Budget(255, 88, 40, 13),) * 3,
     "ssd_keys_bf16_N16": (Budget(255, 44, 80, 5),) * 3,
-    "ssd_decays": (Budget(48, 135), Budget(24, 270), Budget(48, 135)),
-    "ssd_steps": (Budget(64, 210, 0, 3), Budget(32, 390, 0, 3), Budget(64, 210, 0, 3)),
+    "ssd_decays": (Budget(72, 170), Budget(32, 300), Budget(72, 170)),
+    "ssd_steps": (Budget(64, 215, 0, 3), Budget(32, 400, 0, 3), Budget(64, 215, 0, 3)),
 }
 
 
@@ -85,9 +85,10 @@ _STATES = {"states": True}
 
 
 def checks(dtype: torch.dtype) -> Iterator[Check]:
+    """In half precision not of few steps: the gradient of A is then a sum of few rounded numbers that may cancel."""
     for at, states in enumerate((12, 13, 40, 100, 128, 300)):
         for length in (1, 33, 257, 2000, 2048):
-            if dtype == torch.float32 or (at + length) % 3 == 0:
+            if dtype == torch.float32 or (length > 33 and (at + length) % 3 == 0):
                 channels, groups = (64, 1) if (at + length) % 2 else (20, 3)
                 yield Check(_sizes(2, length, 6, channels, states, groups), {"states": True, "gate": bool(at % 2)})
     yield Check(_sizes(1, BOUNDS[-1], 6, 64, 13), {**_STATES, "bounds": BOUNDS})
