@@ -46,29 +46,31 @@ def types_of(kernel: Any, dtype: str) -> dict[str, str]:
     return types | counts | {"low": "fp32", "high": "fp32"}
 
 
+def of_products(target: Any, dtype: str, states: int) -> Iterator[tuple[str, Any, Config, int]]:
+    """(name, kernel, constants and options, numbers of x a lane): the kernels that multiply, as planned for 24 heads of 64."""
+    settings = triton_launch._config(1024, 24, 1, 64, states, dtype == "bf16")
+    launch = _ABSENT | {"WIDE": True, "WIDE_B": True} | triton_launch.launch_options(settings, target.warp_size)
+    launch["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
+    elements = settings["T"] * settings["BP"] // settings["threads"]
+    yield "ssd_states", triton_forward._ssd_states_kernel, launch | {"REVERSE": False}, elements
+    yield "ssd_outputs", triton_forward._ssd_outputs_kernel, launch, elements
+    yield "ssd_values", triton_backward._ssd_values_kernel, launch, elements
+    yield "ssd_keys", triton_backward._ssd_keys_kernel, launch, elements
+
+
 def machine_code(target: Any) -> Iterator[MachineCode]:
     """For aligned widths; float32, and tiles for few states, are compiled for sm_90 only."""
     main = (target.backend, target.arch) == ("cuda", 90)
 
     def case(name: str, kernel: Any, dtype: str, config: Config, elements: int, loop: bool = True) -> MachineCode:
-        constants = _ABSENT | {"WIDE": True, "WIDE_B": True} | config
         cuda, hip, sm_90 = _BUDGETS[name]
         budget = by_target(target, cuda, hip, sm_90=sm_90)
-        return MachineCode(name, kernel, types_of(kernel, dtype), constants, budget, elements, loop)
+        return MachineCode(name, kernel, types_of(kernel, dtype), config, budget, elements, loop)
 
     for dtype, states in (("bf16", 128), ("fp32", 128), ("bf16", 16)) if main else (("bf16", 128),):
-        settings = triton_launch._config(1024, 24, 1, 64, states, dtype == "bf16")
-        launch = triton_launch.launch_options(settings, target.warp_size)
-        launch["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
-        elements = settings["T"] * settings["BP"] // settings["threads"]
-        for name, kernel, constants in (
-            ("states", triton_forward._ssd_states_kernel, {"REVERSE": False}),
-            ("outputs", triton_forward._ssd_outputs_kernel, {}),
-            ("values", triton_backward._ssd_values_kernel, {}),
-            ("keys", triton_backward._ssd_keys_kernel, {}),
-        ):
-            yield case(f"ssd_{name}_{dtype}_N{states}", kernel, dtype, launch | constants, elements)
-    constants = {"T": 64, "BH": triton_launch.HEADS, "SOFTPLUS": True, **triton_launch.SMALL}
+        for name, kernel, config, elements in of_products(target, dtype, states):
+            yield case(f"{name}_{dtype}_N{states}", kernel, dtype, config, elements)
+    constants = _ABSENT | {"T": 64, "BH": triton_launch.HEADS, "SOFTPLUS": True, **triton_launch.SMALL}
     elements = triton_launch.HEADS * 64 // (triton_launch.SMALL["num_warps"] * target.warp_size)
     yield case("ssd_decays", triton_forward._ssd_decays_kernel, "bf16", constants, elements, False)
     yield case("ssd_steps", triton_backward._ssd_steps_kernel, "bf16", constants, elements, False)
