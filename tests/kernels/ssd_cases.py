@@ -40,8 +40,8 @@ def random_inputs(
     return {name: None if name in without else tensor for name, tensor in inputs.items()}
 
 
-def evaluate(inputs, dtype, backend, *, call=ssd, **options):
-    """Outputs and the gradients of a random linear functional of (out, final states), by name.
+def evaluate(inputs, dtype, backend, *, device="cpu", call=ssd, **options):
+    """Outputs and the gradients of a random linear functional of (out, final states), all on the CPU, by name.
 
     x, dt, B, C and z get ``dtype``, unless it is None; parameters and states at least float32.
     """
@@ -49,15 +49,15 @@ def evaluate(inputs, dtype, backend, *, call=ssd, **options):
     for name, tensor in inputs.items():
         if tensor is not None and dtype is not None:
             tensor = tensor.to(torch.promote_types(dtype, torch.float32) if name in PARAMETERS else dtype)
-        leaves[name] = None if tensor is None else tensor.detach().requires_grad_()
+        leaves[name] = None if tensor is None else tensor.to(device).detach().requires_grad_()
     options = {"dt_softplus": True, "return_final_states": True, **options}
     out, last = call(**leaves, backend=backend, **options)
     draw = torch.Generator().manual_seed(7)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.dtype) for t in (out, last)]
+    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device, t.dtype) for t in (out, last)]
     present = {name: tensor for name, tensor in leaves.items() if tensor is not None}
     gradients = torch.autograd.grad((out, last), list(present.values()), weights, allow_unused=True, materialize_grads=True)
     results = {"out": out, "last": last, **dict(zip(present, gradients, strict=True))}
-    return {name: tensor.detach() for name, tensor in results.items()}
+    return {name: tensor.detach().cpu() for name, tensor in results.items()}
 
 
 def check(results, oracle, assert_close, dtype):

@@ -63,7 +63,7 @@ def ssd(
         dt_softplus: step = softplus(dt + dt_bias).
         dt_limit: the least and the largest step.
         return_final_states: also return the states behind the last step.
-        backend: ``"cpp"`` or ``"reference"``; None chooses.
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
 
     Returns:
         out (batch, L, H, P) in x's dtype, or (out, final states (batch, H, P, N) in float32).  States and accumulation are
@@ -103,8 +103,19 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-# Of (device type, the dtype that the tensors promote to): C++ on a CPU, else the reference.
-choose_backend = chooser("ssd", lambda device, dtype: (Candidate("reference", lambda: None),))
+def _candidates(device: str, dtype: torch.dtype) -> tuple[Candidate, ...]:
+    triton, in_torch = Candidate("triton", lambda: _triton_why_not(device, dtype)), Candidate("reference", lambda: None)
+    return (in_torch, triton) if device == "cpu" else (triton, in_torch)
+
+
+# Of (device type, the dtype that the tensors promote to): Triton on a GPU, else the reference.
+choose_backend = chooser("ssd", _candidates)
+
+
+def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
+    from compressm.kernels.ssd import triton_launch
+
+    return triton_launch.why_not(device, dtype)
 
 
 def stepwise(dtype: torch.dtype, backend: str | None) -> bool:
@@ -113,10 +124,15 @@ def stepwise(dtype: torch.dtype, backend: str | None) -> bool:
 
 
 def plan_for_shapes(
-    device: str, dtype: torch.dtype, length: int, channels: int, states: int, backend: str | None
+    device: str, dtype: torch.dtype, shape: tuple[int, ...], groups: int, states: int, backend: str | None
 ) -> KernelPlan:
-    """The plan that :func:`ssd` follows for ``length`` steps of heads of ``channels`` x ``states``."""
+    """The plan that :func:`ssd` follows for x of ``shape``, and B and C of ``groups`` x ``states``."""
     chosen = choose_backend(device, dtype, backend=backend)
+    if chosen == "triton":
+        from compressm.kernels.ssd import triton_launch
+
+        return triton_launch.plan(*shape, groups, states, dtype)
+    _, length, _, channels = shape
     if chosen == "reference" and stepwise(dtype, backend):
         return KernelPlan("ssd", "reference", "scan", (), "one step at a time")
     chunk = chunk_length(states, channels, length)
@@ -156,10 +172,10 @@ def ssd_op(
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """ssd on a backend: ``"cpp"``, which takes float32 alone, ``"reference"``, or ``"chunked"``, torch's own in chunks.
+    """ssd on a backend: ``"cpp"``, which takes float32 alone, ``"triton"``, ``"reference"``, or ``"chunked"``, torch's own.
 
     Args:
-        chunk: steps of a chunk; 0: as planned for the sizes.
+        chunk: steps of a chunk; 0: as planned for the sizes.  Triton's chunks are always those of its plan.
 
     Returns:
         out, contiguous, in x's dtype, and final states, at least float32.
@@ -167,6 +183,10 @@ def ssd_op(
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
     if backend == "cpp":
         return cpp.library().ssd(*tensors, dt_softplus, low, high, _chunk(x, B, chunk))
+    if backend == "triton":
+        from compressm.kernels.ssd import triton_launch
+
+        return triton_launch.forward(*tensors, dt_softplus, low, high)
     out, last = _in_torch(*tensors, dt_softplus, low, high, chunk, backend)
     return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
@@ -204,6 +224,10 @@ def ssd_backward_op(
     if backend == "cpp":
         chunk = _chunk(x, B, chunk)
         return cpp.library().ssd_backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high, chunk)
+    if backend == "triton":
+        from compressm.kernels.ssd import triton_launch
+
+        return triton_launch.backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high)
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
         return _in_torch(*leaves, *packing, dt_softplus, low, high, chunk, backend)

@@ -82,10 +82,10 @@ def cost(sizes: Mapping[str, int], word: int, backward: bool) -> Cost:
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str, backend: str | None) -> KernelPlan:
-    (batch, length, heads, channels), (rows, steps, groups, states) = shapes["x"], shapes["B"]
+    (batch, length, heads, _), (rows, steps, groups, states) = shapes["x"], shapes["B"]
     if (batch, length) != (rows, steps) or groups == 0 or heads % groups:
         raise bad_argument("shapes", got=dict(shapes), expected="x (batch, L, H, P) and B (batch, L, G, N), G dividing H")
-    return plan_for_shapes(device, dtype, length, channels, states, backend)
+    return plan_for_shapes(device, dtype, shapes["x"], groups, states, backend)
 
 
 def in_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
@@ -130,5 +130,6 @@ OPS = (
         rivals={"torch in chunks": in_chunks},
         compiled=in_compiled_chunks,
         measured=measured,
+        gpu="compressm.kernels.ssd.gpu",
     ),
 )

@@ -1,0 +1,401 @@
+"""Triton backend of the matrix-valued scan: what runs for which shapes, and the launches.
+
+A sequence is cut into chunks of T steps.  Within a chunk the output is a product of matrices (T, T), which the heads of a group
+share but for their decays; between chunks only states pass, one a chunk, which the backward computes once more.  N and P are
+run-time bounds of loops over tiles: no padding but to whole tiles, and no compilation for a new N.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from compressm.kernels.core import triton_language
+from compressm.kernels.core.custom_op import recomputed_gradients
+from compressm.kernels.core.plan import KernelPlan
+from compressm.kernels.ssd import reference
+from compressm.kernels.ssd import triton_backward as bwd
+from compressm.kernels.ssd import triton_forward as fwd
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ENOUGH_PROGRAMS = 512  # about four a multiprocessor of a large GPU
+HEADS = 8  # of a program of the kernels that only turn dt into decays and back
+SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # launch options of these
+Config = dict[str, int]  # T, BP, BN, few (heads of a program), threads, stages; maxnreg, most registers a lane, where set
+
+
+class Chunks(NamedTuple):
+    """Where the chunks of a call lie.
+
+    Attributes:
+        count: of all sequences; where they are packed, with room for an incomplete one at the end of each.
+        row: chunks of a batch row.
+        firsts, ends: (sequences,) int64, the first chunk of each sequence and the one behind its last; None: rows of the batch.
+        starts, counts: (count,) first step and number of steps of each; None: T by T.
+        segments: (batch, L) int32, how often another sequence has begun; None: never.
+    """
+
+    count: int
+    row: int
+    firsts: Tensor | None
+    ends: Tensor | None
+    starts: Tensor | None
+    counts: Tensor | None
+    segments: Tensor | None
+
+
+def why_not(device: str, dtype: torch.dtype) -> str | None:
+    """None if the Triton kernels run for tensors of this device type and dtype, else the reason."""
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32; float64 runs on the reference"
+    if dtype not in DTYPES:
+        return f"the Triton kernels take {', '.join(str(d) for d in DTYPES)}, not {dtype}"
+    return triton_language.why_not(device, fwd._ssd_outputs_kernel)
+
+
+def chunk_steps(states: int) -> int:
+    """T, so that the products within a chunk cost about as much as those with the states."""
+    return 32 if states <= 16 else 64
+
+
+def _config(chunks: int, heads: int, groups: int, width: int, states: int, half: bool) -> Config:
+    """half: operands of products are bfloat16; float32 takes two registers and three products where that takes one of each."""
+    own = heads // groups
+    few = own
+    while few > 1 and chunks * groups * -(-own // few) < ENOUGH_PROGRAMS:
+        few = -(-few // 2)
+    T, most = chunk_steps(states), 64 if half else 32
+    BP, BN = (min(most, max(16, 1 << (size - 1).bit_length())) for size in (width, states))
+    return {"T": T, "BP": BP, "BN": BN, "few": few, "threads": 4 * T, "stages": 2 if half else 1}
+
+
+def plan(batch: int, length: int, heads: int, width: int, groups: int, states: int, dtype: torch.dtype) -> KernelPlan:
+    """The plan for x (batch, length, heads, width) of ``dtype`` and N states of each of ``groups`` groups."""
+    chunks = batch * -(-length // chunk_steps(states))
+    config = _config(chunks, heads, groups, width, states, dtype == torch.bfloat16)
+    programs = chunks * groups * -(-heads // groups // config["few"])
+    reason = f"{programs} programs, which share products of B and C among {config['few']} heads"
+    return KernelPlan("ssd", "triton", "chunks", tuple(sorted(config.items())), reason)
+
+
+def _chunks(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Chunks:
+    batch, length = x.shape[:2]
+    segments, row = None, -(-length // T)
+    if seq_idx is not None:
+        segments = pad(seq_idx.diff(dim=1) != 0, (1, 0)).cumsum(1, dtype=torch.int32)
+    if cu_seqlens is None:
+        return Chunks(batch * row, row, None, None, None, None, segments)
+    sequences = cu_seqlens.shape[0] - 1
+    count = length // T + sequences
+    bounds = cu_seqlens.long().clamp(0, length)
+    begin, steps = bounds[:-1], bounds.diff().clamp_(min=0)
+    firsts = begin // T + torch.arange(sequences, device=x.device)
+    places = torch.arange(count, device=x.device)
+    owner = torch.searchsorted(firsts, places, right=True).sub_(1).clamp_(min=0)
+    before = (places - firsts[owner]) * T
+    counts = (steps[owner] - before).clamp_(0, T).int()
+    return Chunks(count, row, firsts, firsts + (steps + T - 1) // T, begin[owner] + before, counts, segments)
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, final states) as :func:`compressm.kernels.ssd` defines them; config: None for the plan's.
+
+    Tensors may differ in dtype.  Products of matrices have bfloat16 operands where x, B and C are bfloat16.
+    """
+    out = x.new_empty(x.shape)
+    last = x.new_empty((_sequences(x, cu_seqlens), *x.shape[2:], B.shape[3]), dtype=torch.float32)
+    if out.numel() == 0 or last.numel() == 0:
+        result, state = reference.ssd(
+            x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high
+        )
+        return out.copy_(result), last.copy_(state)
+    call = _call(x, B, C, seq_idx, cu_seqlens, config)
+    with triton_language.on_device(x):
+        decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high)
+        states = _states(x, None, B, decays, call, initial_states, last, False)
+        _outputs(x, B, C, D, z, decays, states, out, call)
+    return out, last
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_last: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+    config: Config | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_states); empty for an argument that was None.
+
+    All sums have a fixed order: the same bits every time.
+    """
+    states = B.shape[3]
+    sequences = _sequences(x, cu_seqlens)
+    if x.numel() == 0 or states * sequences == 0:
+        return recomputed_gradients(
+            lambda *tensors: reference.ssd(*tensors, seq_idx, cu_seqlens, dt_softplus, low, high),
+            (x, dt, A, B, C, D, z, dt_bias, initial_states),
+            (grad_out, grad_last),
+        )
+    if grad_out is None:
+        grad_out = x.new_zeros(()).expand(x.shape)
+    call = _call(x, B, C, seq_idx, cu_seqlens, config)
+    grad_start = x.new_empty((sequences, *x.shape[2:], states), dtype=torch.float32)
+    with triton_language.on_device(x):
+        decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high)
+        kept = _states(x, None, B, decays, call, initial_states, torch.empty_like(grad_start), False)
+        y = None
+        if z is not None:
+            y = x.new_empty(x.shape)
+            _outputs(x, B, C, D, None, decays, kept, y, call)
+        grad_kept = _states(grad_out, z, C, decays, call, grad_last, grad_start, True)
+        shares = decays.new_empty((4, *decays.shape[:2], decays.shape[3]))
+        grad_x, grad_D, grad_z = _values(grad_out, x, B, C, D, z, y, decays, kept, grad_kept, shares, call)
+        grad_B, grad_C = _keys(grad_out, x, B, C, z, decays, kept, grad_kept, call)
+        grad_dt, grad_A, grad_bias = _steps(dt, A, dt_bias, shares, call, dt_softplus, low, high)
+    return (
+        grad_x,
+        grad_dt,
+        grad_A.to(A.dtype),
+        grad_B,
+        grad_C,
+        x.new_empty((0,)) if D is None else grad_D.sum((0, 2) if D.dim() == 1 else 0).to(D.dtype),
+        x.new_empty((0,)) if z is None else grad_z,
+        x.new_empty((0,)) if dt_bias is None else grad_bias.to(dt_bias.dtype),
+        x.new_empty((0,)) if initial_states is None else torch.empty_like(initial_states).copy_(grad_start),
+    )
+
+
+class _Call(NamedTuple):
+    """What the launches of a call share.
+
+    Attributes:
+        sizes: L, chunks of a batch row, H, heads of a group, heads of a program, P, N and N padded.
+        dtype: of operands and of the states between chunks.
+        launch: constants and launch options of the kernels that multiply.
+    """
+
+    chunks: Chunks
+    config: Config
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    launch: dict
+
+    def blocks(self) -> int:
+        """Programs for each chunk, by groups and blocks of heads."""
+        _, _, heads, own, few, *_ = self.sizes
+        return heads // own * -(-own // few)
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _call(
+    x: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, config: Config | None
+) -> _Call:
+    _, length, heads, width = x.shape
+    groups, states = B.shape[2:]
+    chunks = _chunks(x, seq_idx, cu_seqlens, config["T"] if config else chunk_steps(states))
+    dtype = x.dtype if x.dtype == B.dtype == C.dtype else torch.float32
+    half = dtype == torch.bfloat16
+    config = config or _config(chunks.count, heads, groups, width, states, half)
+    sizes = (length, chunks.row, heads, heads // groups, config["few"], width, states, -(-states // 8) * 8)
+    launch = launch_options(config, triton_language.WARP) | {"PRECISION": _precision(x.is_cuda, dtype)}
+    return _Call(chunks, config, sizes, dtype if half else torch.float32, launch)
+
+
+def launch_options(config: Config, lanes: int) -> dict:
+    """Constants and options of the kernels that multiply, for warps of ``lanes``."""
+    own = {key: config[key] for key in ("T", "BP", "BN", "maxnreg") if key in config}
+    warps = max(1, config["threads"] // lanes)
+    return own | {"num_warps": warps, "num_stages": config["stages"], "enable_fp_fusion": True}
+
+
+def _precision(on_gpu: bool, dtype: torch.dtype) -> str:
+    """Of products for inputs of ``dtype``; float16 multiplies as tf32, which has its digits and does not overflow."""
+    if not on_gpu:
+        return "widened"
+    if torch.version.hip or dtype == torch.bfloat16:
+        return "ieee"
+    return "tf32" if dtype == torch.float16 else "tf32x3"
+
+
+def _decays(
+    dt: Tensor, A: Tensor, bias: Tensor | None, call: _Call, softplus: bool, low: float, high: float
+) -> Tensor:
+    chunks, T, heads = call.chunks, call.config["T"], dt.shape[2]
+    decays = dt.new_empty((chunks.count, heads, 5, T), dtype=torch.float32)
+    fwd._ssd_decays_kernel[(chunks.count * -(-heads // HEADS),)](
+        dt, _dense(A), _dense(bias), chunks.segments, chunks.starts, chunks.counts, decays,
+        *call.sizes[:3], low, high, *dt.stride(), SOFTPLUS=softplus, BH=HEADS, T=T, **SMALL,
+    )  # fmt: skip
+    return decays
+
+
+def _states(
+    x: Tensor,
+    z: Tensor | None,
+    B: Tensor,
+    decays: Tensor,
+    call: _Call,
+    initial: Tensor | None,
+    last: Tensor,
+    reverse: bool,
+) -> Tensor:
+    """States in front of the chunks, and ``last``; reverse: gradients of the states behind them, and of the first."""
+    chunks, (length, row, heads, own, _, width, states, padded) = call.chunks, call.sizes
+    kept = x.new_empty((chunks.count, heads, width, padded), dtype=call.dtype)
+    tiles = -(-width // call.config["BP"]) * -(-states // call.config["BN"])
+    fwd._ssd_states_kernel[(last.shape[0] * heads * tiles,)](
+        x, z, B, decays, chunks.firsts, chunks.ends, chunks.starts, chunks.counts, _dense(initial), kept, last,
+        length, row, heads, own, width, states, padded, *x.stride(), *_strides(z), *B.stride(),
+        REVERSE=reverse, WIDE=_wide(x, z), WIDE_B=_wide(B), **call.launch,
+    )  # fmt: skip
+    return kept
+
+
+def _outputs(
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    decays: Tensor,
+    states: Tensor,
+    out: Tensor,
+    call: _Call,
+) -> None:
+    chunks = call.chunks
+    fwd._ssd_outputs_kernel[(chunks.count * call.blocks(),)](
+        x, B, C, _dense(D), z, decays, chunks.segments, chunks.starts, chunks.counts, states, out, *call.sizes,
+        *x.stride(), *B.stride(), *C.stride(), *_strides(z), *out.stride(), *_skip_strides(D),
+        WIDE=_wide(x, z, out), WIDE_B=_wide(B, C), **call.launch,
+    )  # fmt: skip
+
+
+def _values(
+    grad: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    y: Tensor | None,
+    decays: Tensor,
+    kept: Tensor,
+    grad_kept: Tensor,
+    shares: Tensor,
+    call: _Call,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, D (chunks, H, P) and z; shares (4, chunks, H, T) of those of the step sizes are filled."""
+    chunks = call.chunks
+    grad_x, grad_z = torch.empty_like(x), None if z is None else torch.empty_like(z)
+    grad_D = None if D is None else decays.new_zeros((chunks.count, *x.shape[2:]))  # chunks without steps write nothing
+    bwd._ssd_values_kernel[(chunks.count * call.blocks(),)](
+        x, B, C, _dense(D), z, y, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept,
+        grad_kept, grad_x, grad_z, *shares, grad_D, *call.sizes,
+        *x.stride(), *B.stride(), *C.stride(), *_strides(z), *_strides(y), *grad.stride(), *grad_x.stride(),
+        *_strides(grad_z), *_skip_strides(D), WIDE=_wide(x, z, y, grad, grad_x, grad_z), WIDE_B=_wide(B, C), **call.launch,
+    )  # fmt: skip
+    return grad_x, grad_D, grad_z
+
+
+def _keys(
+    grad: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    decays: Tensor,
+    kept: Tensor,
+    grad_kept: Tensor,
+    call: _Call,
+) -> list[Tensor]:
+    """Gradients of B and C."""
+    chunks, (batch, length, groups, states) = call.chunks, B.shape
+    blocks = call.blocks() // groups
+    dtype = B.dtype if blocks == 1 and B.dtype == C.dtype else torch.float32
+    sums = B.new_empty((2, blocks, batch, length, groups, kept.shape[3]), dtype=dtype)
+    bwd._ssd_keys_kernel[(chunks.count * call.blocks() * -(-states // call.config["BN"]),)](
+        x, B, C, z, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept, grad_kept, sums[0], sums[1],
+        *call.sizes, batch * length,
+        *x.stride(), *B.stride(), *C.stride(), *_strides(z), *grad.stride(),
+        WIDE=_wide(x, z, grad), WIDE_B=_wide(B, C), **call.launch,
+    )  # fmt: skip
+    sums = sums[:, 0] if blocks == 1 else sums.sum(1)
+    return [torch.empty_like(like).copy_(t) for like, t in zip((B, C), sums[..., :states], strict=True)]
+
+
+def _steps(
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    shares: Tensor,
+    call: _Call,
+    softplus: bool,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of dt, A and dt_bias."""
+    chunks, (length, row, heads, *_) = call.chunks, call.sizes
+    grad_dt = torch.empty_like(dt)
+    sums = shares.new_zeros((2, chunks.count, heads))  # chunks without steps write nothing
+    bwd._ssd_steps_kernel[(chunks.count * -(-heads // HEADS),)](
+        dt, _dense(A), _dense(bias), chunks.starts, chunks.counts, *shares, grad_dt, sums[0], sums[1],
+        length, row, heads, low, high, *dt.stride(), *grad_dt.stride(),
+        SOFTPLUS=softplus, BH=HEADS, T=call.config["T"], **SMALL,
+    )  # fmt: skip
+    return grad_dt, *sums.sum(1)
+
+
+def _wide(*tensors: Tensor | None) -> bool:
+    """Whether all have neighbours along their last axis, in aligned runs of 8."""
+    return all(
+        t.data_ptr() % 16 == t.shape[-1] % 8 == 0 and t.stride(-1) == 1 and all(step % 8 == 0 for step in t.stride()[:-1])
+        for t in tensors
+        if t is not None and t.numel()
+    )
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if tensor is None else tensor.stride()
+
+
+def _skip_strides(D: Tensor | None) -> tuple[int, int]:
+    """Strides of D, made dense, for heads and for channels."""
+    return (1, 0) if D is None or D.dim() == 1 else (D.shape[1], 1)
