@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import custom_op, in_cpp, plain_call, recomputed_gradients, transformed
-from compressm.kernels.core.dispatch import Candidate, chooser
+from compressm.kernels.core.dispatch import chooser, cpp_or_reference
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.ssd import chunked, reference
 from compressm.kernels.ssd.arguments import check
@@ -104,7 +104,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 # Of (device type, the dtype that the tensors promote to): C++ on a CPU, else the reference.
-choose_backend = chooser("ssd", lambda device, dtype: (Candidate("reference", lambda: None),))
+choose_backend = chooser("ssd", cpp_or_reference)
 
 
 def stepwise(dtype: torch.dtype, backend: str | None) -> bool:
