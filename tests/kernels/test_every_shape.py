@@ -35,6 +35,11 @@ def scan(x, A, mix, dtype=None, **options):
     return K.selective_scan(x.mT, x.mT.abs(), A, steps, steps, z=x.mT, delta_softplus=True, **options).mT
 
 
+def heads(x, A, mix, **options):
+    steps, x = (x @ mix).unsqueeze(2), x.unflatten(-1, (2, H // 2))
+    return K.ssd(x, x[..., 0], A, steps, steps, z=x, dt_softplus=True, **options).flatten(2)
+
+
 def lti(x, decay, phase, B, C, **options):
     eigenvalues = torch.complex(-decay.exp(), phase)
     return K.lti_scan(x, eigenvalues, torch.complex(B, B), torch.complex(C, C), **options)
@@ -63,6 +68,8 @@ MODULES = {
         lambda x, A, B: K.selective_scan(x.mT, x.mT.abs(), A, B, B).mT, decay(), torch.randn(H, N)
     ),
     "selective_scan, reference": lambda: Op(partial(scan, backend="reference"), decay(), torch.randn(H, N)),
+    "ssd": lambda: Op(heads, -torch.rand(2) - 0.1, torch.randn(H, N)),
+    "ssd, reference": lambda: Op(partial(heads, backend="reference"), -torch.rand(2) - 0.1, torch.randn(H, N)),
     "lti_scan": lambda: Op(lti, torch.randn(N), torch.randn(N), torch.randn(N, H), torch.randn(H, N)),
     "lti_scan, reference": lambda: Op(
         partial(lti, backend="reference"), torch.randn(N), torch.randn(N), torch.randn(N, H), torch.randn(H, N)

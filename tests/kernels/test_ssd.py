@@ -253,7 +253,8 @@ def test_empty(sizes, backend, assert_close):
 def test_the_chunk_shrinks_with_the_states():
     lengths = [chunk_length(states, 64, 1024) for states in (1, 16, 32, 64, 128, 300)]
     assert lengths == sorted(lengths)
-    assert (lengths[0], lengths[-1]) == (LEAST, MOST)
+    assert lengths[0] == LEAST
+    assert lengths[1] < lengths[4] <= MOST
     assert chunk_length(128, 64, 5) == 5
     assert chunk_length(128, 64, 0) == 1
     shapes = {"x": (2, 1024, 8, 64), "B": (2, 1024, 1, 128)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import custom_op, in_cpp, plain_call, recomputed_gradients, transformed
-from compressm.kernels.core.dispatch import Candidate, chooser
+from compressm.kernels.core.dispatch import chooser, compiled_first
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.ssd import chunked, reference
 from compressm.kernels.ssd.arguments import check
@@ -103,13 +103,13 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _candidates(device: str, dtype: torch.dtype) -> tuple[Candidate, ...]:
-    triton, in_torch = Candidate("triton", lambda: _triton_why_not(device, dtype)), Candidate("reference", lambda: None)
-    return (in_torch, triton) if device == "cpu" else (triton, in_torch)
-
-
-# Of (device type, the dtype that the tensors promote to): Triton on a GPU, else the reference.
-choose_backend = chooser("ssd", _candidates)
+# Of (device type, the dtype that the tensors promote to): Triton on a GPU, C++ on a CPU, else the reference.
+choose_backend = chooser(
+    "ssd",
+    lambda device, dtype: compiled_first(
+        device, lambda: _triton_why_not(device, dtype), lambda: cpp.why_not_for(device, dtype)
+    ),
+)
 
 
 def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:

@@ -18,20 +18,18 @@ from compressm.kernels.ssd import triton_tiles as tiles
 @jit
 def _value_products(
     x, grad, z, x_t, x_p, grad_t, grad_p, z_t, z_p, count, P,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BACK: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Products (T, T) of the rows of the output's gradient and those of x; BACK: transposed."""
+    """Products (T, T) of the rows of x and those of the output's gradient."""
     total = tl.zeros([T, T], tl.float32)
     for p in range(0, P, BP):
         gate = None
         if z is not None:
-            gate = z + p * z_p
-        given = tiles.load_gated(grad + p * grad_p, grad_t, grad_p, gate, z_t, z_p, count, P - p, WIDE, T, BP).to(DOT)
-        value = tiles.load(x + p * x_p, x_t, x_p, count, P - p, WIDE, T, BP).to(DOT)
-        if BACK:
-            total = tiles.product(value, tl.trans(given), total, PRECISION)
-        else:
-            total = tiles.product(given, tl.trans(value), total, PRECISION)
+            gate = z + p * z_p.to(tl.int64)
+        source = grad + p * grad_p.to(tl.int64)
+        given = tiles.load_gated(source, grad_t, grad_p, gate, z_t, z_p, count, P - p, WIDE, T, BP).to(DOT)
+        value = tiles.load(x + p * x_p.to(tl.int64), x_t, x_p, count, P - p, WIDE, T, BP).to(DOT)
+        total = tiles.product(value, tl.trans(given), total, PRECISION)
     return total
 
 
@@ -60,9 +58,9 @@ def _between_chunks(
     for n in range(0, N, BN):
         state = tiles.load(states + n, padded, 1, rows_left, padded - n, True, BP, BN)
         grad_state = tiles.load(grad_states + n, padded, 1, rows_left, padded - n, True, BP, BN)
-        a = tiles.load(key + n * k_n, k_t, k_n, count, N - n, WIDE_B, T, BN).to(state.dtype)
+        a = tiles.load(key + n * k_n.to(tl.int64), k_t, k_n, count, N - n, WIDE_B, T, BN).to(state.dtype)
         written = tiles.product(a, tl.trans(grad_state), written, PRECISION)
-        a = tiles.load(query + n * q_n, q_t, q_n, count, N - n, WIDE_B, T, BN).to(state.dtype)
+        a = tiles.load(query + n * q_n.to(tl.int64), q_t, q_n, count, N - n, WIDE_B, T, BN).to(state.dtype)
         read = tiles.product(a, tl.trans(state), read, PRECISION)
         passed += state.to(tl.float32) * grad_state.to(tl.float32)
     return written, read, tl.sum(tl.sum(passed, 1), 0)
@@ -127,7 +125,7 @@ def _ssd_values_kernel(
             gates = z + row * z_b + start * z_t + head * z_h
         share = mixed * tiles.decay_between(gain, segments, row, L, start, count, T, True, DOT)
         weighed = _value_products(
-            values, grads, gates, x_t, x_p, grad_t, grad_p, z_t, z_p, count, P, WIDE, PRECISION, DOT, T, BP, True
+            values, grads, gates, x_t, x_p, grad_t, grad_p, z_t, z_p, count, P, WIDE, PRECISION, DOT, T, BP
         )
         within = _across(tl.where(t[:, None] < t[None, :], weighed * share * step[:, None], 0.0).to(DOT), PRECISION)
         tl.store(by_decay + place * T + t, within)
@@ -145,18 +143,18 @@ def _ssd_values_kernel(
                 WIDE_B, PRECISION, T, BP, BN,
             )  # fmt: skip
             passed += part
+            given = grads + p * grad_p.to(tl.int64)
             gate = None
             if z is not None:
-                gate = gates + p * z_p
-                source = y + row * y_b + start * y_t + head * y_h + p * y_p
-                target = grad_z + row * gz_b + start * gz_t + head * gz_h + p * gz_p
+                gate = gates + p * z_p.to(tl.int64)
+                source = y + row * y_b + start * y_t + head * y_h + p * y_p.to(tl.int64)
+                target = grad_z + row * gz_b + start * gz_t + head * gz_h + p * gz_p.to(tl.int64)
                 _store_gate_gradient(
-                    grads + p * grad_p, gate, source, target, grad_t, grad_p, z_t, z_p, y_t, y_p, gz_t, gz_p, count, P - p,
-                    WIDE, T, BP,
-                )  # fmt: skip
-            given = tiles.load_gated(grads + p * grad_p, grad_t, grad_p, gate, z_t, z_p, count, P - p, WIDE, T, BP)
+                    given, gate, source, target, grad_t, grad_p, z_t, z_p, y_t, y_p, gz_t, gz_p, count, P - p, WIDE, T, BP
+                )
+            given = tiles.load_gated(given, grad_t, grad_p, gate, z_t, z_p, count, P - p, WIDE, T, BP)
             read += front * tl.sum(given * entry, 1)
-            value = tiles.load(values + p * x_p, x_t, x_p, count, P - p, WIDE, T, BP).to(tl.float32)
+            value = tiles.load(values + p * x_p.to(tl.int64), x_t, x_p, count, P - p, WIDE, T, BP).to(tl.float32)
             drive *= behind[:, None]
             written += step * tl.sum(drive * value, 1)
             drive = tiles.product(share, given.to(DOT), drive, PRECISION)
@@ -166,7 +164,7 @@ def _ssd_values_kernel(
                 skip = p + tl.arange(0, BP)
                 drive += given * tl.load(D + head * D_h + skip * D_p, mask=skip < P, other=0.0)
                 tl.store(grad_D + place * P + skip, tl.sum(given * value, 0), mask=skip < P)
-            target = grad_x + row * gx_b + start * gx_t + head * gx_h + p * gx_p
+            target = grad_x + row * gx_b + start * gx_t + head * gx_h + p * gx_p.to(tl.int64)
             tiles.store(target, drive, gx_t, gx_p, count, P - p, WIDE)
         tl.store(by_step + place * T + t, to_step)
         tl.store(reads + place * T + t, read)
@@ -221,10 +219,11 @@ def _ssd_keys_kernel(
         for p in range(0, P, BP):
             gate = None
             if z is not None:
-                gate = z + row * z_b + start * z_t + head * z_h + p * z_p
-            source = grad_out + row * grad_b + start * grad_t + head * grad_h + p * grad_p
+                gate = z + row * z_b + start * z_t + head * z_h + p * z_p.to(tl.int64)
+            source = grad_out + row * grad_b + start * grad_t + head * grad_h + p * grad_p.to(tl.int64)
             given = tiles.load_gated(source, grad_t, grad_p, gate, z_t, z_p, count, P - p, WIDE, T, BP)
-            value = tiles.load(x + row * x_b + start * x_t + head * x_h + p * x_p, x_t, x_p, count, P - p, WIDE, T, BP)
+            source = x + row * x_b + start * x_t + head * x_h + p * x_p.to(tl.int64)
+            value = tiles.load(source, x_t, x_p, count, P - p, WIDE, T, BP)
             weighed = tiles.product(given.to(DOT), tl.trans(value.to(DOT)), weighed, PRECISION)
             there = (place * P + p) * padded + n
             state = tiles.load(states + there, padded, 1, P - p, padded - n, True, BP, BN)
@@ -233,12 +232,12 @@ def _ssd_keys_kernel(
             to_key = tiles.product((value.to(tl.float32) * written[:, None]).to(DOT), state, to_key, PRECISION)
         weighed *= tiles.decay_between(gain, segments, row, L, start, count, T, False, DOT)
         mixed += weighed * step[None, :]
-    key = tiles.load(B + row * B_b + start * B_t + group * B_g + n * B_n, B_t, B_n, count, N - n, WIDE_B, T, BN)
-    query = tiles.load(C + row * C_b + start * C_t + group * C_g + n * C_n, C_t, C_n, count, N - n, WIDE_B, T, BN)
+    key = tiles.load(B + row * B_b + start * B_t + group * B_g + n * B_n.to(tl.int64), B_t, B_n, count, N - n, WIDE_B, T, BN)
+    query = tiles.load(C + row * C_b + start * C_t + group * C_g + n * C_n.to(tl.int64), C_t, C_n, count, N - n, WIDE_B, T, BN)
     mixed = mixed.to(DOT)
     to_query = tiles.product(mixed, key.to(DOT), to_query, PRECISION)
     to_key = tiles.product(tl.trans(mixed), query.to(DOT), to_key, PRECISION)
-    target = ((block * all_steps + row * L + start) * groups + group) * padded + n
+    target = ((block.to(tl.int64) * all_steps + row * L + start) * groups + group) * padded + n
     tiles.store(grad_B + target, to_key, groups * padded, 1, count, padded - n, True)
     tiles.store(grad_C + target, to_query, groups * padded, 1, count, padded - n, True)
 

@@ -106,10 +106,10 @@ def _ssd_states_kernel(
     state = tl.zeros([BP, BN], tl.float32)
     if initial is not None:
         state = tiles.load(initial + edge, N, 1, P - p, N - n, False, BP, BN)
-    x += head * x_h + p * x_p
-    B += head // own * B_g + n * B_n
+    x += head * x_h + p * x_p.to(tl.int64)
+    B += head // own * B_g + n * B_n.to(tl.int64)
     if z is not None:
-        z += head * z_h + p * z_p
+        z += head * z_h + p * z_p.to(tl.int64)
     t = tl.arange(0, T)
     for turn in range(0, (end - first).to(tl.int32)):
         chunk = first + turn
@@ -141,8 +141,8 @@ def scores(
     """Products (T, T) of the rows of two tensors (T, N)."""
     total = tl.zeros([T, T], tl.float32)
     for n in range(0, N, BN):
-        a = tiles.load(left + n * l_n, l_t, l_n, count, N - n, WIDE_B, T, BN).to(DOT)
-        b = tiles.load(right + n * r_n, r_t, r_n, count, N - n, WIDE_B, T, BN).to(DOT)
+        a = tiles.load(left + n * l_n.to(tl.int64), l_t, l_n, count, N - n, WIDE_B, T, BN).to(DOT)
+        b = tiles.load(right + n * r_n.to(tl.int64), r_t, r_n, count, N - n, WIDE_B, T, BN).to(DOT)
         total = tiles.product(a, tl.trans(b), total, PRECISION)
     return total
 
@@ -155,7 +155,7 @@ def through_states(
     """Products (T, BP) of the rows of a tensor (T, N) and those of a head's states (BP, padded)."""
     total = tl.zeros([T, BP], tl.float32)
     for n in range(0, N, BN):
-        a = tiles.load(key + n * k_n, k_t, k_n, count, N - n, WIDE_B, T, BN).to(states.dtype.element_ty)
+        a = tiles.load(key + n * k_n.to(tl.int64), k_t, k_n, count, N - n, WIDE_B, T, BN).to(states.dtype.element_ty)
         b = tiles.load(states + n, padded, 1, rows_left, padded - n, True, BP, BN)
         total = tiles.product(a, tl.trans(b), total, PRECISION)
     return total
@@ -197,14 +197,14 @@ def _ssd_outputs_kernel(
         for p in range(0, P, BP):
             kept = states + ((chunk * heads + head) * P + p) * padded
             result = through_states(C, kept, C_t, C_n, count, P - p, N, padded, WIDE_B, PRECISION, T, BP, BN)
-            source = x + row * x_b + start * x_t + head * x_h + p * x_p
+            source = x + row * x_b + start * x_t + head * x_h + p * x_p.to(tl.int64)
             value = tiles.load(source, x_t, x_p, count, P - p, WIDE, T, BP)
             result = tiles.product(share, value.to(DOT), result * front[:, None], PRECISION)
             if D is not None:
                 skip = p + tl.arange(0, BP)
                 result += value.to(tl.float32) * tl.load(D + head * D_h + skip * D_p, mask=skip < P, other=0.0)
-            target = row * out_b + start * out_t + head * out_h + p * out_p
+            target = row * out_b + start * out_t + head * out_h + p * out_p.to(tl.int64)
             if z is not None:
-                source = z + row * z_b + start * z_t + head * z_h + p * z_p
+                source = z + row * z_b + start * z_t + head * z_h + p * z_p.to(tl.int64)
                 result *= tiles.silu(tiles.load(source, z_t, z_p, count, P - p, WIDE, T, BP).to(tl.float32))
             tiles.store(out + target, result, out_t, out_p, count, P - p, WIDE)

@@ -221,9 +221,7 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _call(
-    x: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, config: Config | None
-) -> _Call:
+def _call(x: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, config: Config | None) -> _Call:
     _, length, heads, width = x.shape
     groups, states = B.shape[2:]
     chunks = _chunks(x, seq_idx, cu_seqlens, config["T"] if config else chunk_steps(states))

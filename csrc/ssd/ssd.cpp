@@ -1,0 +1,246 @@
+// Mamba-2's scan on CPU: checks, tasks and the sums of partial gradients around the kernels of ssd.h.
+#include "ssd/ssd.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "chunked/chunks.h"
+#include "core/autograd.h"
+#include "core/ops.h"
+#include "core/partial_sums.h"
+
+namespace compressm {
+namespace {
+
+constexpr int64_t kRows = 16;  // of a state, that pass from chunk to chunk in one task
+
+void check(const Tensor& t, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape, name,
+              ": expected a float32 CPU tensor of shape ", shape, ", got ", t.sizes(), " of ", t.scalar_type());
+}
+
+// The tensor, or a copy whose last axis is contiguous where the rows of `dims` axes are read as they lie.
+Tensor readable(const Tensor& t, int64_t dims = 4) { return t.dim() < dims || t.stride(-1) == 1 ? t : t.contiguous(); }
+
+// The kernels read what they do not write through the same kind of view.
+SsdRows rows_of(const Tensor& t) {
+  return {const_cast<float*>(t.const_data_ptr<float>()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// The arguments of a scan, checked; holds the copies that the kernels point to.
+struct Scan {
+  int64_t batch, length, heads, channels, groups, states, pitch;
+  Tensor x, dt, A, B, C, D, z, bias, initial;
+  SsdInputs in{};
+  Chunks pieces;
+
+  Scan(const Tensor& given_x, const Tensor& given_dt, const Tensor& a, const Tensor& b, const Tensor& c,
+       const OptionalTensor& d, const OptionalTensor& gate, const OptionalTensor& dt_bias, const OptionalTensor& initial_states,
+       const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool softplus, double low, double high, int64_t chunk)
+      : batch(axis(given_x, 0)), length(axis(given_x, 1)), heads(axis(given_x, 2)), channels(axis(given_x, 3)),
+        groups(axis(b, 2)), states(axis(b, 3)), pieces(batch, length, chunk, seq_idx, cu_seqlens) {
+    TORCH_CHECK(groups > 0 && heads % groups == 0, "B: expected a number of groups that divides H, got ", groups);
+    check(given_x, "x", {batch, length, heads, channels});
+    check(given_dt, "dt", {batch, length, heads});
+    check(a, "A", {heads});
+    check(b, "B", {batch, length, groups, states});
+    check(c, "C", {batch, length, groups, states});
+    x = readable(given_x), dt = given_dt, A = a.contiguous(), B = readable(b), C = readable(c);
+    if (d) {
+      check(*d, "D", d->dim() == 2 ? at::IntArrayRef({heads, channels}) : at::IntArrayRef({heads}));
+      D = (d->dim() == 2 ? *d : d->unsqueeze(1).expand({heads, channels})).contiguous();
+    }
+    if (gate) check(*gate, "z", x.sizes()), z = readable(*gate);
+    if (dt_bias) check(*dt_bias, "dt_bias", {heads}), bias = dt_bias->contiguous();
+    if (initial_states) {
+      check(*initial_states, "initial_states", {pieces.states, heads, channels, states});
+      initial = initial_states->contiguous();
+    }
+    const int64_t width = ssd_kernels().width;
+    pitch = (channels + width - 1) / width * width;
+    in = {heads, channels, groups, states, std::min(chunk, std::max<int64_t>(length, 1)), softplus, static_cast<float>(low),
+          static_cast<float>(high), rows_of(x), rows_of(dt), rows_of(B), rows_of(C), gate ? rows_of(z) : SsdRows{},
+          A.const_data_ptr<float>(), pointer(D), pointer(bias)};
+  }
+
+  Tensor numbers(at::IntArrayRef shape) const { return at::empty(shape, A.options()); }
+  Tensor chunk_states() const { return numbers({pieces.count(), heads, states, pitch}); }
+
+ private:
+  static int64_t axis(const Tensor& t, int64_t i) {
+    TORCH_CHECK(t.dim() == 4, "expected x (batch, L, H, P) and B (batch, L, G, N)");
+    return t.size(i);
+  }
+  static const float* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+};
+
+// body(task, scratch) for all tasks in parallel.
+template <typename Body>
+void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor scratch = at::empty({scratch_floats}, at::kFloat);
+    for (int64_t task = begin; task < end; ++task) body(task, scratch.data_ptr<float>());
+  });
+}
+
+// body(chunk, group, scratch) for all chunks and groups in parallel.
+template <typename Body>
+void for_each_chunk(const Scan& scan, const Body& body) {
+  for_each_task(scan.pieces.count() * scan.groups, ssd_kernels().scratch(scan.in), [&](int64_t task, float* scratch) {
+    body(scan.pieces.chunks[task / scan.groups], task % scan.groups, scratch);
+  });
+}
+
+// From state (P, N) to `count` rows (count, pitch) from row n on, or back; a state of null is zero, or not asked for.
+void load_state(float* rows, const float* state, const Scan& scan, int64_t n, int64_t count) {
+  std::fill(rows, rows + count * scan.pitch, 0.0f);
+  if (state == nullptr) return;
+  for (int64_t p = 0; p < scan.channels; ++p) {
+    for (int64_t i = 0; i < count; ++i) rows[i * scan.pitch + p] = state[p * scan.states + n + i];
+  }
+}
+void store_state(float* state, const float* rows, const Scan& scan, int64_t n, int64_t count) {
+  if (state == nullptr) return;
+  for (int64_t p = 0; p < scan.channels; ++p) {
+    for (int64_t i = 0; i < count; ++i) state[p * scan.states + n + i] = rows[i * scan.pitch + p];
+  }
+}
+
+// Replaces what every chunk adds by the state that it meets, passing through all sequences forwards (from `first` to `last`,
+// (states, H, P, N)) or, with gradients, backwards (from those of the final to those of the initial states).
+void carry(const Scan& scan, const Tensor& added, const Tensor& left, const Tensor& first, const Tensor& last, bool forwards) {
+  const int64_t parts = (scan.states + kRows - 1) / kRows, per_head = scan.heads * parts;
+  const int64_t state_floats = scan.states * scan.pitch, chunk_floats = scan.heads * state_floats;
+  const auto of = [&](const Tensor& t, int64_t number, int64_t head) {
+    if (!t.defined() || number < 0) return static_cast<float*>(nullptr);
+    return const_cast<float*>(t.const_data_ptr<float>()) + (number * scan.heads + head) * scan.channels * scan.states;
+  };
+  const int64_t tasks = static_cast<int64_t>(scan.pieces.sequences.size()) * per_head;
+  for_each_task(tasks, kRows * scan.pitch, [&](int64_t task, float* state) {
+    const Sequence& sequence = scan.pieces.sequences[task / per_head];
+    const int64_t head = task / parts % scan.heads, n = task % parts * kRows, count = std::min(kRows, scan.states - n);
+    const int64_t begin = sequence.first + (forwards ? 0 : std::max<int64_t>(sequence.count - 1, 0));
+    const int64_t from = forwards ? sequence.initial : sequence.final, to = forwards ? sequence.final : sequence.initial;
+    load_state(state, of(first, from, head), scan, n, count);
+    ssd_kernels().carry(state, added.data_ptr<float>() + begin * chunk_floats + head * state_floats + n * scan.pitch,
+                        forwards ? chunk_floats : -chunk_floats, left.const_data_ptr<float>() + begin * scan.heads + head,
+                        forwards ? scan.heads : -scan.heads, sequence.count, count * scan.pitch);
+    store_state(of(last, to, head), state, scan, n, count);
+  });
+}
+
+std::tuple<Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+                               const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
+                               const OptionalTensor& initial_states, const OptionalTensor& seq_idx,
+                               const OptionalTensor& cu_seqlens, bool softplus, double low, double high, int64_t chunk) {
+  const Scan scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, softplus, low, high, chunk);
+  const Tensor out = scan.numbers(x.sizes()), last = scan.numbers({scan.pieces.states, scan.heads, scan.channels, scan.states});
+  const Tensor states = scan.chunk_states(), left = scan.numbers({scan.pieces.count(), scan.heads});
+  float *const data = states.data_ptr<float>(), *const left_data = left.data_ptr<float>();
+  const SsdRows rows = rows_of(out);
+  for_each_chunk(scan, [&](const Chunk& piece, int64_t group, float* scratch) {
+    ssd_kernels().write(scan.in, piece, group, data, left_data, scratch);
+  });
+  carry(scan, states, left, scan.initial, last, true);
+  for_each_chunk(scan, [&](const Chunk& piece, int64_t group, float* scratch) {
+    ssd_kernels().outputs(scan.in, piece, group, data, rows, scratch);
+  });
+  return {out, last};
+}
+
+// A tensor that the kernels can write to, laid out as `t` where that is possible; empty for None.
+Tensor like(const OptionalTensor& t) {
+  if (!t) return at::empty({0}, at::kFloat);
+  const Tensor found = at::empty_like(*t);
+  return readable(found).is_same(found) ? found : at::empty(t->sizes(), t->options());
+}
+
+// The gradient in the layout of torch's empty_like.
+Tensor as_like(const Tensor& grad, const OptionalTensor& t) {
+  if (!t) return grad;
+  const Tensor home = at::empty_like(*t);
+  return home.strides() == grad.strides() ? grad : home.copy_(grad);
+}
+
+struct ChunkGradients {
+  Tensor x, dt, B, C, z, A, D, bias;
+  SsdGradients pointers;
+
+  ChunkGradients(const Scan& scan, const Tensor& out, const Tensor& states, const Tensor& state_grads)
+      : x(like(scan.x)), dt(like(scan.dt)), B(like(scan.B)), C(like(scan.C)), z(like(optional(scan.z))),
+        A(scan.numbers({scan.pieces.count(), scan.heads})),
+        D(scan.numbers({scan.pieces.count(), scan.heads, scan.D.defined() ? scan.channels : 0})), bias(at::empty_like(A)) {
+    pointers = {rows_of(out), rows_of(x), rows_of(dt), rows_of(B), rows_of(C), scan.z.defined() ? rows_of(z) : SsdRows{},
+                states.const_data_ptr<float>(), state_grads.const_data_ptr<float>(), A.data_ptr<float>(), D.data_ptr<float>(),
+                bias.data_ptr<float>()};
+  }
+
+ private:
+  static OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+};
+
+// Of (x, dt, A, B, C, D, z, dt_bias, initial_states); empty for an argument that is None.
+using SsdGradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SsdGradientTensors ssd_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_last, const Tensor& x,
+                                const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                const OptionalTensor& z, const OptionalTensor& dt_bias, const OptionalTensor& initial_states,
+                                const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool softplus, double low,
+                                double high, int64_t chunk) {
+  const Scan scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, softplus, low, high, chunk);
+  const int64_t states_of = scan.pieces.states;
+  const Tensor out = grad_out ? readable(*grad_out) : at::zeros(x.sizes(), x.options());
+  check(out, "grad_out", x.sizes());
+  if (grad_last) check(*grad_last, "grad_last", {states_of, scan.heads, scan.channels, scan.states});
+  const Tensor states = scan.chunk_states(), state_grads = scan.chunk_states();
+  const Tensor left = scan.numbers({scan.pieces.count(), scan.heads});
+  const SsdRows out_rows = rows_of(out);
+  float *const state_data = states.data_ptr<float>(), *const grad_data = state_grads.data_ptr<float>();
+  float* const left_data = left.data_ptr<float>();
+  for_each_chunk(scan, [&](const Chunk& piece, int64_t group, float* scratch) {
+    ssd_kernels().write(scan.in, piece, group, state_data, left_data, scratch);
+    ssd_kernels().read(scan.in, out_rows, piece, group, grad_data, scratch);
+  });
+  carry(scan, states, left, scan.initial, {}, true);
+  Tensor initial = initial_states ? scan.numbers(initial_states->sizes()) : Tensor();
+  carry(scan, state_grads, left, grad_last ? grad_last->contiguous() : Tensor(), initial, false);
+  ChunkGradients grad(scan, out, states, state_grads);
+  for_each_chunk(scan, [&](const Chunk& piece, int64_t group, float* scratch) {
+    ssd_kernels().gradients(scan.in, grad.pointers, piece, group, scratch);
+  });
+  Tensor of_D = at::empty({0}, A.options()), of_bias = at::empty({0}, A.options());
+  if (D) {
+    const Tensor sums = sum_partials(grad.D).view({scan.heads, scan.channels});
+    of_D = D->dim() == 2 ? sums : sum_partials(sums.t().contiguous());
+  }
+  if (dt_bias) of_bias = sum_partials(grad.bias);
+  return {as_like(grad.x, x), as_like(grad.dt, dt), as_like(sum_partials(grad.A), A), as_like(grad.B, B), as_like(grad.C, C),
+          as_like(of_D, D), as_like(grad.z, z), as_like(of_bias, dt_bias),
+          as_like(initial_states ? initial : at::empty({0}, A.options()), initial_states)};
+}
+
+struct SsdOp {
+  static constexpr const char *name = "ssd", *passed = "";
+};
+
+TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
+  m.def("ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states,"
+        " Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low, float high, int chunk)"
+        " -> (Tensor out, Tensor last)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(ssd)));
+  m.def("ssd_backward(Tensor? grad_out, Tensor? grad_last, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
+        " Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low,"
+        " float high, int chunk) -> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,"
+        " Tensor grad_z, Tensor grad_dt_bias, Tensor grad_initial_states)",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(ssd_backward)));
+  register_gradient<SsdOp>(m);
+}
+
+}  // namespace
+}  // namespace compressm

@@ -1,0 +1,69 @@
+// Mamba-2's scan on CPU: S_t = exp(step_t A) S_{t-1} + step_t x_t B_t^T, out_t = (S_t C_t + D x_t) silu(z_t), per head.
+//
+// A sequence is cut into chunks.  Each chunk adds to its heads' states (`write`), the states pass from chunk to chunk
+// (`carry`), and each chunk reads the state in front of it and its own steps (`outputs`).  The backward does the same with
+// gradients, from the last chunk to the first, and computes the states anew.  Tasks are a chunk and a group of heads, which
+// share B and C: no two write to one place, so that the number of threads changes no bit of a result.
+//
+// States are (N, pitch) floats, pitch being P in whole vectors; what is beyond P is zero.  The kernels are compiled once per
+// instruction set (ssd_*.cpp include ssd_*.inc under different target pragmas); the set is the one that isa() names.
+#pragma once
+
+#include <cstdint>
+
+#include "chunked/chunk.h"
+#include "core/bfloat16.h"
+#include "core/isa.h"
+
+namespace compressm {
+
+// A (batch, time, head or group, ...) tensor of floats and the strides of the first three axes; a fourth is contiguous.
+struct SsdRows {
+  float* data = nullptr;
+  std::int64_t batch = 0, time = 0, head = 0;
+  float* at(const Chunk& chunk, std::int64_t h) const { return data + chunk.row * batch + chunk.start * time + h * head; }
+};
+
+struct SsdInputs {
+  std::int64_t heads, channels, groups, states, chunk;  // chunk: most steps of one
+  bool softplus;
+  float low, high;  // limits of a step
+  SsdRows x, dt, B, C, z;
+  const float *A, *D, *bias;  // (heads), (heads, channels) or null, (heads) or null; contiguous
+};
+
+struct SsdGradients {
+  SsdRows out;                        // given
+  SsdRows x, dt, B, C, z;             // written
+  const float *states, *state_grads;  // (chunks, heads, N, pitch): the states in front of the chunks, dL/d those behind them
+  float *A, *D, *bias;                // (chunks, heads), (chunks, heads, channels), (chunks, heads): each chunk's share
+};
+
+struct SsdKernels {
+  std::int64_t width;
+
+  // Floats of scratch that any of the following needs; aligned to 64 bytes.
+  std::int64_t (*scratch)(const SsdInputs& in);
+
+  // What the chunk adds to the states of the group's heads, and (chunks, heads) what is left of those in front of it.
+  void (*write)(const SsdInputs& in, const Chunk& chunk, std::int64_t group, float* states, float* left, float* scratch);
+
+  // Walks over `chunks` chunks, `pitch` floats from one to the next (negative: backwards), of `floats` numbers of a state: what
+  // a chunk adds is replaced by the state in front of it, and `state` passes from the first to behind the last.
+  void (*carry)(float* state, float* added, std::int64_t pitch, const float* left, std::int64_t left_pitch,
+                std::int64_t chunks, std::int64_t floats);
+
+  void (*outputs)(const SsdInputs& in, const Chunk& chunk, std::int64_t group, const float* states, const SsdRows& out,
+                  float* scratch);
+
+  // What the chunk's outputs add to the gradients of the states in front of it.
+  void (*read)(const SsdInputs& in, const SsdRows& grad_out, const Chunk& chunk, std::int64_t group, float* state_grads,
+               float* scratch);
+
+  // All gradients of the chunk's inputs.
+  void (*gradients)(const SsdInputs& in, const SsdGradients& grad, const Chunk& chunk, std::int64_t group, float* scratch);
+};
+
+COMPRESSM_KERNELS(SsdKernels, ssd_kernels)
+
+}  // namespace compressm
