@@ -1,7 +1,7 @@
 // Sequences cut into chunks of steps, for ops whose states pass from chunk to chunk.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>

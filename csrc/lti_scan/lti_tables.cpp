@@ -1,4 +1,4 @@
-// The tables of the tau-blocked LTI scan (compressm/kernels/_lti_scan_block.py has the formulas) and their adjoint.
+// The tables of the tau-blocked LTI scan (compressm/kernels/lti_scan/block.py has the formulas) and their adjoint.
 //
 // All complex numbers are planar.  response[j] = [Re(C lam^j), -Im(C lam^j)] is (H_out, 2n) for j = 0 .. tau; its first
 // block is w_out, the others are the blocked w_out.

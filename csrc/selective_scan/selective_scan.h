@@ -13,7 +13,7 @@
 
 namespace compressm {
 
-constexpr std::int64_t kScanTile = 32;   // steps between two saved states; STEPS in _selective_scan_cpu.py
+constexpr std::int64_t kScanTile = 32;   // steps between two saved states; STEPS in selective_scan/cpu.py
 constexpr std::int64_t kScanBlocks = 4;  // blocks of channels that share one reading of B and C
 
 // A (batch, channel, time) tensor and its strides; data is null where the argument was None.

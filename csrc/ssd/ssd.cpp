@@ -1,8 +1,11 @@
 // Mamba-2's scan on CPU: checks, tasks and the sums of partial gradients around the kernels of ssd.h.
 #include "ssd/ssd.h"
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -11,7 +14,7 @@
 
 #include "chunked/chunks.h"
 #include "core/autograd.h"
-#include "core/ops.h"
+#include "core/tensor.h"
 #include "core/partial_sums.h"
 
 namespace compressm {
@@ -225,10 +228,6 @@ SsdGradientTensors ssd_backward(const OptionalTensor& grad_out, const OptionalTe
           as_like(initial_states ? initial : at::empty({0}, A.options()), initial_states)};
 }
 
-struct SsdOp {
-  static constexpr const char *name = "ssd", *passed = "";
-};
-
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states,"
         " Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low, float high, int chunk)"
@@ -239,7 +238,7 @@ TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
         " float high, int chunk) -> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,"
         " Tensor grad_z, Tensor grad_dt_bias, Tensor grad_initial_states)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(ssd_backward)));
-  register_gradient<SsdOp>(m);
+  register_gradient(m, "ssd");
 }
 
 }  // namespace
