@@ -31,8 +31,8 @@ _EXPORTS = {
     "inspect": "compressm.compression",
     "save": "compressm.compression",
     "load": "compressm.compression",
-    "save_sharded": "compressm.compression.sharded_checkpoint",
-    "load_sharded": "compressm.compression.sharded_checkpoint",
+    "save_sharded": "compressm.compression.saving.sharded",
+    "load_sharded": "compressm.compression.saving.sharded",
     "resize_to": "compressm.integrations.resizing",
     "register_adapter": "compressm.adapters",
     "CompressmError": "compressm.errors",
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
         load,
         save,
     )
-    from compressm.compression.sharded_checkpoint import load_sharded, save_sharded
+    from compressm.compression.saving.sharded import load_sharded, save_sharded
     from compressm.control import DiagonalSystem, balance
     from compressm.errors import CompressmError
     from compressm.integrations.resizing import resize_to

@@ -8,7 +8,7 @@ from torch import optim
 import compressm
 from compressm.adapters import find_layers
 from compressm.compression import register_optimizer_state
-from compressm.compression.planning import Calibration, analyse, make_plan
+from compressm.compression.planning.plans import Calibration, analyse, make_plan
 
 
 class Lion(torch.optim.Optimizer):

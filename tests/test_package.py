@@ -18,6 +18,13 @@ FLOORS = {
     "_version": 0, "errors": 0, "config": 0, "kernels": 1, "layers": 2, "control": 2, "adapters": 3, "compression": 4,
     "experiments": 5, "integrations": 5, "benchmarking": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
+INNER = {
+    "compression": {
+        "common": 0, "surgery": 1, "distributed": 2, "planning": 3, "guard": 4, "compressor": 5, "saving": 6
+    },
+    "kernels": {"core": 0, "fused_cpu": 2, "registry": 3},
+}  # fmt: skip
+OPS_FLOOR = 1  # of every other folder in kernels/; ops may build on each other
 
 
 def room(module: str) -> str | None:
@@ -45,6 +52,25 @@ def test_rooms_import_only_from_lower_floors():
                 seen += 1
                 downward = FLOORS[other] < FLOORS[own] or (own, other) == ("config", "errors")
                 assert downward, f"{path.relative_to(ROOT)} imports {module}"
+    assert seen > 20
+
+
+@pytest.mark.parametrize("package", INNER)
+def test_inner_rooms_import_only_from_lower_floors(package):
+    folders = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    floors = dict.fromkeys(folders, OPS_FLOOR) | INNER[package] if package == "kernels" else INNER[package]
+    assert folders <= floors.keys()
+    seen = 0
+    for path in (ROOT / package).rglob("*.py"):
+        own = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for module in imports(path):
+            if module.startswith(f"compressm.{package}."):
+                other = module.split(".")[2]
+                seen += other != own
+                assert other in floors, f"{path.relative_to(ROOT)} imports {module}, by way of its own package"
+                assert floors[other] <= floors[own], f"{path.relative_to(ROOT)} imports {module}"
     assert seen > 20
 
 

@@ -16,9 +16,9 @@ from compressm.benchmarking.problems import Answers, Contender, Op, Problem
 from compressm.benchmarking.reduction_problems import NOT_COUNTED, REDUCTION, TAU, trained_stack
 from compressm.benchmarking.results import Pass
 from compressm.benchmarking.timing import Timed
-from compressm.compression.planning import compressible_layers
-from compressm.compression.snapshot import Parts, Snapshot
-from compressm.compression.surgery import reshape
+from compressm.compression.common.models import compressible_layers
+from compressm.compression.guard.snapshot import Parts, Snapshot
+from compressm.compression.surgery.edits import reshape
 
 IN_MEMORY, ON_DISK = 1 << 62, 0  # bytes above which a snapshot goes to disk
 DISK = "compressm, on disk"

@@ -13,7 +13,7 @@ from compressm.benchmarking.op_problems import _ring
 from compressm.benchmarking.problems import Answers, Contender, Op, Problem
 from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
-from compressm.compression.policies import energy_order
+from compressm.compression.planning.policies import energy_order
 from compressm.control.balancing import balance
 from compressm.kernels import gramians
 from compressm.layers import LRU

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compressm.compression._files import write_atomically
+from compressm.compression.common.files import write_atomically
 from compressm.errors import DataError
 
 FORMAT = 1

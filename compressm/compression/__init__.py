@@ -1,18 +1,18 @@
 """Shrinking models: how many states, when, measured on what, carried out atomically, and saved."""
 
-from compressm.compression.budget import Budget
-from compressm.compression.calibration import CalibrationWarning
-from compressm.compression.checkpoint import load, save
-from compressm.compression.compressor import Compressor
-from compressm.compression.inspection import Inspection, inspect
-from compressm.compression.moments import UnknownStateWarning
-from compressm.compression.oneshot import compress
-from compressm.compression.optimizer_state import attach_masters, register_optimizer_state
-from compressm.compression.policies import Energy, ErrorBound, FixedRank, LayerPolicy, Policy, Shrink
-from compressm.compression.report import GuardReport, LayerReduction, ReductionPlan, ReductionReport
-from compressm.compression.rollback import Rollback
-from compressm.compression.schedules import At, Every, Once, Schedule, ScheduleWarning, Warmup, WhenStable
-from compressm.compression.stale import StaleCopyWarning
+from compressm.compression.compressor.compressor import Compressor
+from compressm.compression.compressor.oneshot import compress
+from compressm.compression.guard.rollback import Rollback
+from compressm.compression.planning.budget import Budget
+from compressm.compression.planning.calibration import CalibrationWarning
+from compressm.compression.planning.inspection import Inspection, inspect
+from compressm.compression.planning.policies import Energy, ErrorBound, FixedRank, LayerPolicy, Policy, Shrink
+from compressm.compression.planning.report import GuardReport, LayerReduction, ReductionPlan, ReductionReport
+from compressm.compression.planning.schedules import At, Every, Once, Schedule, ScheduleWarning, Warmup, WhenStable
+from compressm.compression.saving.checkpoint import load, save
+from compressm.compression.surgery.moments import UnknownStateWarning
+from compressm.compression.surgery.optimizer_state import attach_masters, register_optimizer_state
+from compressm.compression.surgery.stale import StaleCopyWarning
 
 __all__ = [
     "At",

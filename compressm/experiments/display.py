@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from compressm.compression.report import LayerReduction, describe
+from compressm.compression.planning.report import LayerReduction, describe
 from compressm.experiments.tasks.metrics import Metric
 
 LINE_SECONDS = 15.0  # between plain lines about one run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.compression import load
-from compressm.compression.checkpoint import read
+from compressm.compression.saving.checkpoint import read
 from compressm.errors import CheckpointError
 from compressm.experiments.methods import METHODS
 from compressm.experiments.settings import read_settings

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 import compressm
-from compressm.compression._files import write_atomically
+from compressm.compression.common.files import write_atomically
 from compressm.errors import CheckpointError, ConfigError
 from compressm.experiments.freed_memory import freed_memory_kept
 from compressm.experiments.methods import METHODS

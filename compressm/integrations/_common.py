@@ -11,7 +11,7 @@ from torch import nn
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import plain_parameters
 from compressm.compression import Schedule
-from compressm.compression.planning import compressible_layers
+from compressm.compression.common.models import compressible_layers
 from compressm.errors import bad_argument
 
 SIZE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size")  # what configs call the number of states of all layers

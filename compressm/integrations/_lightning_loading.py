@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from compressm.adapters import find_layers
-from compressm.compression.audit import full_name
+from compressm.compression.surgery.audit import full_name
 from compressm.integrations._common import tell_configs
 from compressm.integrations.resizing import take_ranks
 

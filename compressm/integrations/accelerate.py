@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from compressm.compression import Compressor
-from compressm.compression.optimizer_state import unwrapped
-from compressm.compression.planning import plain_model
+from compressm.compression.common.models import plain_model
+from compressm.compression.surgery.optimizer_state import unwrapped
 from compressm.errors import needs_extra
 from compressm.integrations._common import sized_configs, tell_configs
 from compressm.integrations.resizing import resize_on_load

@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 import compressm
 from compressm.adapters import find_layers
 from compressm.compression import Compressor, Policy
-from compressm.compression.audit import Ema
-from compressm.compression.planning import plain_model
+from compressm.compression.common.models import plain_model
+from compressm.compression.surgery.audit import Ema
 from compressm.errors import ModelError, bad_argument, needs_extra
 from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs, tell_configs
 from compressm.integrations._lightning_loading import teach_load_from_checkpoint

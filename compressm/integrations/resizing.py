@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter, find_layers
-from compressm.compression.audit import check_optimizers, full_name
-from compressm.compression.execution import as_optimizers
-from compressm.compression.planning import compressible_layers, plain_model
-from compressm.compression.surgery import reshape
+from compressm.compression.common.models import compressible_layers, plain_model
+from compressm.compression.surgery.audit import as_optimizers, check_optimizers, full_name
+from compressm.compression.surgery.edits import reshape
 from compressm.errors import bad_argument
 from compressm.integrations._common import tell_configs
 

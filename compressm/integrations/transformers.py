@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 import compressm
 from compressm.compression import Compressor, Policy, StaleCopyWarning
-from compressm.compression.codec import encode
-from compressm.compression.optimizer_state import unwrapped
+from compressm.compression.common.codec import encode
+from compressm.compression.surgery.optimizer_state import unwrapped
 from compressm.errors import ModelError, bad_argument, needs_extra
 from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, size_field, sized_configs
 from compressm.integrations.resizing import resize_on_load

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 import compressm
 from compressm.adapters import LRUAdapter
-from compressm.compression.calibration import collect
+from compressm.compression.planning.calibration import collect
 from compressm.control import DiagonalSystem, balance
 from compressm.errors import ModelError, NumericalError
 from compressm.layers import LRU

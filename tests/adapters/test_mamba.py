@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import compressm
 from compressm.adapters import MambaAdapter, find_layers
 from compressm.adapters.mamba import white_moments
-from compressm.compression.calibration import collect
+from compressm.compression.planning.calibration import collect
 from compressm.control import refitted_subset
 from compressm.errors import ModelError, NumericalError
 from compressm.kernels import selective_scan

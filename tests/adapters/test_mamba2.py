@@ -11,7 +11,7 @@ from torch import nn
 
 import compressm
 from compressm.adapters import Mamba2Adapter, find_layers
-from compressm.compression.calibration import collect
+from compressm.compression.planning.calibration import collect
 from compressm.errors import ArgumentError, DataError, ModelError, NumericalError
 from compressm.integrations.mamba_ssm import stand_in_for_the_extension
 from compressm.layers import Mamba2

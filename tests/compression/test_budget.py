@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import compressm
 from compressm import Budget
 from compressm.compression import Policy
-from compressm.compression.policies import LayerSpectrum
+from compressm.compression.planning.policies import LayerSpectrum
 from compressm.errors import ArgumentError, NumericalError
 from compressm.layers import LRU, Mamba
 

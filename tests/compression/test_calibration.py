@@ -13,8 +13,8 @@ from torch import nn
 
 import compressm
 from compressm.adapters import find_layers, lti
-from compressm.compression import _batches
-from compressm.compression.calibration import CalibrationWarning, collect
+from compressm.compression.planning.batches import take
+from compressm.compression.planning.calibration import CalibrationWarning, collect
 from compressm.errors import ArgumentError, DataError, NumericalError
 from compressm.layers import LRU
 
@@ -199,7 +199,7 @@ def test_kinds_of_batches_agree(training):
 
 def test_the_last_batch_is_cut_and_keeps_its_type():
     x, y = torch.zeros(4, 3), torch.arange(4)
-    taken = _batches.take([Pair(x, y), Pair(x, (y, {"z": y}))], 6)
+    taken = take([Pair(x, y), Pair(x, (y, {"z": y}))], 6)
     assert [count for _, count in taken] == [4, 2]
     batch = taken[1][0]
     assert isinstance(batch, Pair)

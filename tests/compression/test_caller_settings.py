@@ -10,8 +10,8 @@ from torch import nn
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.compression._undisturbed import exact, ordinary
-from compressm.compression.calibration import collect
+from compressm.compression.common.undisturbed import exact, ordinary
+from compressm.compression.planning.calibration import collect
 from compressm.layers import LRU, Mamba
 
 LAYERS = {"LRU": lambda: LRU(8, 16), "Mamba": lambda: Mamba(8, d_state=16)}

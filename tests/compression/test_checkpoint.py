@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import compressm
-from compressm.compression import checkpoint
+from compressm.compression.saving import checkpoint
 from compressm.errors import ArgumentError, CheckpointError, OptimizerError
 
 ROOT = Path(compressm.__file__).parents[1]

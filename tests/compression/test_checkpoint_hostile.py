@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import compressm
-from compressm.compression import checkpoint
+from compressm.compression.saving import checkpoint
 from compressm.errors import CheckpointError, CompressmError
 from compressm.layers import LRU
 

@@ -13,7 +13,7 @@ from fuzz import checkpoint_kills
 from torch import nn
 
 import compressm
-from compressm.compression import _files
+from compressm.compression.common import files
 from compressm.errors import CheckpointError
 from compressm.layers import LRU
 
@@ -55,7 +55,7 @@ def test_leftovers_of_dead_writers_go_and_living_ones_stay(model, tmp_path):
     others = [tmp_path / ".b.0123456789abcdef.tmp", tmp_path / ".a.notes", tmp_path / "a.tmp"]
     for other in others:
         other.write_bytes(b"not ours")
-    with _files._temporary(path) as (descriptor, living):
+    with files._temporary(path) as (descriptor, living):
         os.write(descriptor, b"half")
         compressm.save(path, model)
         assert not dead.exists()

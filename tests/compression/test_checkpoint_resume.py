@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import compressm
-from compressm.compression import checkpoint
+from compressm.compression.saving import checkpoint
 from compressm.errors import CheckpointError
 from compressm.layers import LRU, Mamba
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import compressm
 from compressm.adapters import find_layers
 from compressm.compression import CalibrationWarning
-from compressm.compression.calibration import collect
+from compressm.compression.planning.calibration import collect
 from compressm.layers import LRU, Mamba
 
 

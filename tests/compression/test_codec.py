@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressm.compression.codec import MARKERS, decode, encode, to_storable
+from compressm.compression.common.codec import MARKERS, decode, encode, to_storable
 from compressm.errors import CheckpointError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8]

@@ -217,9 +217,9 @@ def test_an_attempt_that_changed_nothing_leaves_its_share_to_the_next(training):
     compressor = compressor_of(run, compressm.Energy(tau=0.3), compressm.At([1, 2]))
     first = compressor._keep()
     assert first == pytest.approx(dict.fromkeys(compressor.ranks, 0.7**0.5))
-    compressor._attempts = 1
+    compressor._progress.attempts = 1
     assert compressor._keep() == pytest.approx(dict.fromkeys(compressor.ranks, 0.7))
-    compressor._kept["lrus.0"] = 0.6
+    compressor._progress.kept["lrus.0"] = 0.6
     assert compressor._keep()["lrus.0"] == 1.0
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import compressm
-from compressm.compression._described import described
+from compressm.compression.common.described import described
 from compressm.errors import ArgumentError
 
 

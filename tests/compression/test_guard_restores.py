@@ -142,9 +142,9 @@ def test_wider_moments_and_foreign_parameters_come_back(training):
     optimizer = torch.optim.SGD([{"params": run.model.parameters()}, {"params": [scale], "lr": 0.5}], lr=0.1)
     for p in run.model.parameters():
         optimizer.state[p]["master"] = p.detach().float() + 1e-5
-    snapshot = compressm.compression.snapshot.Snapshot
-    parts = compressm.compression.snapshot.Parts(
-        run.model, compressm.compression.planning.compressible_layers(run.model), (optimizer,)
+    snapshot = compressm.compression.guard.snapshot.Snapshot
+    parts = compressm.compression.guard.snapshot.Parts(
+        run.model, compressm.compression.common.models.compressible_layers(run.model), (optimizer,)
     )
     taken = snapshot.take(parts, {"step": 1}, 8 << 30, None)
     masters = [optimizer.state[p]["master"].clone() for p in run.model.parameters()]

@@ -9,7 +9,7 @@ import torch
 
 import compressm
 from compressm.adapters import LRUAdapter
-from compressm.compression.inspection import TAUS
+from compressm.compression.planning.inspection import TAUS
 from compressm.errors import ModelError, NumericalError
 
 

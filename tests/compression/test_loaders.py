@@ -22,8 +22,8 @@ from torch.utils.data import (
 )
 
 import compressm
-from compressm.compression._batches import take
-from compressm.compression._loaders import at_rest
+from compressm.compression.planning.batches import take
+from compressm.compression.planning.loaders import at_rest
 from compressm.errors import DataError
 from compressm.layers import LRU
 

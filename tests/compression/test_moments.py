@@ -11,9 +11,9 @@ from optimizer_kinds import build, edits_of
 from torch import optim
 
 from compressm.adapters import find_layers
-from compressm.compression.moments import new_states
-from compressm.compression.planning import Calibration, analyse
-from compressm.compression.surgery import apply_edits
+from compressm.compression.planning.plans import Calibration, analyse
+from compressm.compression.surgery.edits import apply_edits
+from compressm.compression.surgery.moments import new_states
 from compressm.control import SelectiveReduction
 
 

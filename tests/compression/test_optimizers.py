@@ -16,8 +16,8 @@ from torch import optim as O
 
 import compressm
 from compressm.compression import UnknownStateWarning, register_optimizer_state
-from compressm.compression.audit import audit, check_optimizers, trained_names
-from compressm.compression.optimizer_state import state_kinds
+from compressm.compression.surgery.audit import audit, check_optimizers, trained_names
+from compressm.compression.surgery.optimizer_state import state_kinds
 from compressm.errors import ArgumentError, OptimizerError
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressm.compression import Budget, Energy, ErrorBound, FixedRank, Policy, Shrink
-from compressm.compression.policies import HalfWay, Layer, LayerSpectrum, ask, energy_order
+from compressm.compression.planning.policies import HalfWay, Layer, LayerSpectrum, ask, energy_order
 from compressm.errors import ArgumentError, NumericalError
 
 values = st.lists(st.floats(0, 1e6, allow_nan=False), min_size=1, max_size=40).filter(lambda v: max(v) > 1e-3)

@@ -105,8 +105,8 @@ class External:
 def reduced_in_float32(model, masters):
     """What the same cut makes of the masters: the model's edit, applied to copies in higher precision."""
     layers = compressm.adapters.find_layers(model)
-    planned = compressm.compression.planning.make_plan(
-        compressm.compression.planning.analyse(model, layers, "real", compressm.compression.planning.Calibration()),
+    planned = compressm.compression.planning.plans.make_plan(
+        compressm.compression.planning.plans.analyse(model, layers, "real", compressm.compression.planning.plans.Calibration()),
         compressm.FixedRank(5),
     )
     expected = {}

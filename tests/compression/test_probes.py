@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.adapters import find_layers
-from compressm.compression._probes import output_tensors, probes
-from compressm.compression.calibration import collect
+from compressm.compression.planning.calibration import collect
+from compressm.compression.planning.probes import output_tensors, probes
 from compressm.errors import ArgumentError
 from compressm.layers import LRU
 

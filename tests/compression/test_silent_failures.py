@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import compressm
-from compressm.compression import StaleCopyWarning, stale
-from compressm.compression.audit import audit, signature
+from compressm.compression import StaleCopyWarning
+from compressm.compression.surgery import stale
+from compressm.compression.surgery.audit import audit, signature
 from compressm.errors import ArgumentError, ModelError, OptimizerError
 
 

@@ -13,8 +13,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compressm.adapters import find_layers
 from compressm.adapters.lru import NAMES
 from compressm.compression import FixedRank, UnknownStateWarning, compress
-from compressm.compression.planning import Calibration, analyse, make_plan
-from compressm.compression.surgery import apply_edits, reshape
+from compressm.compression.planning.plans import Calibration, analyse, make_plan
+from compressm.compression.surgery.edits import apply_edits, reshape
+from compressm.compression.surgery.references import References
 from compressm.errors import ArgumentError, ModelError, OptimizerError
 
 OPTIMIZERS = {
@@ -338,12 +339,14 @@ def test_a_layer_used_twice_is_cut_once(training):
 def test_reshape_and_back(training, snapshot):
     run = training()
     before = snapshot(run.model, run.optimizer)
-    undo = reshape(run.model, find_layers(run.model), {"lrus.0": 2, "lrus.1": 6}, [run.optimizer])
+    layers = find_layers(run.model)
+    references = References(layers, [run.optimizer], None)
+    reshape(run.model, layers, {"lrus.0": 2, "lrus.1": 6}, [run.optimizer])
     assert [lru.d_state for lru in run.model.lrus] == [2, 6]
     assert not run.model.lrus[0].B_re.any()
     assert run.model.lrus[0].B_re not in run.optimizer.state
     assert run.model.lrus[1].B_re in run.optimizer.state
-    undo()
+    references.restore()
     before.check()
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import compressm
-from compressm.compression import schedules
-from compressm.compression.calibration import collect
+from compressm.compression.planning import schedules
+from compressm.compression.planning.calibration import collect
 from compressm.control import balance
 from compressm.errors import ArgumentError
 
@@ -192,7 +192,7 @@ def test_resumes_between_two_checks(training):
         assert [i for i, report in enumerate(found) if report] == [7, 8]
         assert compressor.guard.stopped
         assert compressor.ranks == {"lrus.0": 8}
-        assert compressor._memory["quiet"] == 2
+        assert compressor._progress.memory["quiet"] == 2
 
 
 def test_no_second_look_after_the_reduction(training, monkeypatch):
@@ -200,7 +200,7 @@ def test_no_second_look_after_the_reduction(training, monkeypatch):
     schedule = compressm.WhenStable(100, check=0.05, force=0.5)
     x = run.batch()[0]
     looks = []
-    monkeypatch.setattr(compressm.compression.planning, "collect", lambda *a, **k: looks.append(1) or collect(*a, **k))
+    monkeypatch.setattr(compressm.compression.planning.plans, "collect", lambda *a, **k: looks.append(1) or collect(*a, **k))
     compressor = compressm.Compressor(
         run.model, run.optimizer, policy=compressm.FixedRank(4), schedule=schedule, calibration=[x]
     )

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import compressm
-from compressm.compression._fsdp import sharded_parameters
-from compressm.compression.sharded_checkpoint import load_sharded, save_sharded
+from compressm.compression.distributed.fsdp import sharded_parameters
+from compressm.compression.saving.sharded import load_sharded, save_sharded
 from compressm.errors import ArgumentError, CheckpointError, DataError, DistributedError, ModelError, NumericalError
 from distributed import cases, launch
 
@@ -261,16 +261,16 @@ def what_cannot_be_sharded_again_is_refused(folder):
 
 @check
 def a_changed_torch_is_noticed(folder):
-    from compressm.compression import _fsdp
+    from compressm.compression.distributed import fsdp
 
     model = by_layer(cases.make("lru"))
-    known = _fsdp.KNOWN
-    _fsdp.KNOWN = (*known, "an_attribute_of_tomorrow")
+    known = fsdp.KNOWN
+    fsdp.KNOWN = (*known, "an_attribute_of_tomorrow")
     try:
         with pytest.raises(ModelError, match=r"keeps fully_shard's parameters in another way.*an_attribute_of_tomorrow"):
             compressm.Compressor(model, None, **cases.arguments())
     finally:
-        _fsdp.KNOWN = known
+        fsdp.KNOWN = known
 
 
 @check

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from compressm.compression.sharded_checkpoint import load_sharded
+from compressm.compression.saving.sharded import load_sharded
 from compressm.errors import CheckpointError
 from distributed import cases, launch
 
@@ -30,7 +30,7 @@ def fsdp(fsdp_folder):
     return launch.run("fsdp_checks.py", fsdp_folder)
 
 
-@pytest.mark.parametrize("name", launch.names("ddp_checks.py"))
+@pytest.mark.parametrize("name", [*launch.names("ddp_checks.py"), *launch.names("ddp_agreement_checks.py")])
 def test_ddp(ddp, name):
     assert not ddp[name], ddp[name]
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 from rich.console import Console
 
-from compressm.compression.report import LayerReduction, ReductionReport
+from compressm.compression.planning.report import LayerReduction, ReductionReport
 from compressm.experiments.reports.html import write_html
 from compressm.experiments.reports.summary import summary_table
 

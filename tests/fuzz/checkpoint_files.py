@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from compressm.compression import checkpoint
+from compressm.compression.saving import checkpoint
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 NAMES = ["../../etc/passwd", "/etc/passwd", "model/../x", "C:\\x", "a\0b", "", "model", "x" * 3000, "é\u2028", "__proto__", "0"]

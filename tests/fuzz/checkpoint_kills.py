@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import compressm
-from compressm.compression import checkpoint
+from compressm.compression.saving import checkpoint
 from compressm.layers import LRU
 
 STEPS, REDUCTIONS = 30, (5, 10, 15, 20)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fuzz.checkpoint_files import MUTATIONS, WITHOUT_CHECKSUM, Parts
 
 import compressm
-from compressm.compression import _random_states
+from compressm.compression.common import random_states
 from compressm.layers import LRU, Mamba
 
 SECONDS = 5  # of processor time: on a busy machine the clock runs on
@@ -94,7 +94,7 @@ class Run:
             [[id(p) for p in group["params"]] for group in self.optimizer.param_groups],
             _plain(state),
             _plain(self.compressor.state_dict()),
-            _plain(_random_states.capture(self.model)),
+            _plain(random_states.capture(self.model)),
         ]
 
 
@@ -255,7 +255,8 @@ def main() -> int:
 def _guided(campaign: Campaign, options: argparse.Namespace) -> int:
     import atheris
 
-    for module in ("checkpoint", "codec", "manifest", "optimizer_state", "report", "_types", "_random_states"):
+    files = ("saving.checkpoint", "saving.manifest", "common.codec", "common.types", "common.random_states", "planning.report")
+    for module in (*files, "surgery.packed_optimizer"):
         loaded = sys.modules[f"compressm.compression.{module}"]
         for item in list(vars(loaded).values()):
             if callable(item) and getattr(item, "__module__", "") == loaded.__name__ and hasattr(item, "__code__"):

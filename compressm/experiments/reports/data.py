@@ -61,7 +61,7 @@ class Evaluation(Quality):
 
 
 class LayerCut(_Record):
-    """One layer of a reduction; the fields of :class:`compressm.compression.report.LayerReduction`."""
+    """One layer of a reduction; the fields of :class:`compressm.compression.planning.report.LayerReduction`."""
 
     name: str
     rank_before: int

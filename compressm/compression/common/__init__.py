@@ -1,0 +1,1 @@
+"""What every room of compression uses and none owns."""

@@ -1,0 +1,391 @@
+"""The Compressor, which shrinks a model while it trains."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from compressm.adapters import check_known
+from compressm.compression.common.described import described
+from compressm.compression.common.models import compressible_layers
+from compressm.compression.common.undisturbed import ordinary
+from compressm.compression.compressor.cadence import Cadence
+from compressm.compression.compressor.progress import STATE_FORMAT, Progress, check_progress, check_state
+from compressm.compression.compressor.recipes import check_kind, check_policy, choose_recipe, execute, finish, log
+from compressm.compression.distributed.wrapped import team_of
+from compressm.compression.guard.probation import Guard, Probation
+from compressm.compression.guard.rollback import Rollback
+from compressm.compression.guard.snapshot import Parts, check_registrable
+from compressm.compression.planning.batches import replayable
+from compressm.compression.planning.calibration import Forward, rehearse
+from compressm.compression.planning.plans import Calibration, Candidate, Demands, Planned, analyse, in_view, make_plan, raised
+from compressm.compression.planning.policies import Policy
+from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
+from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
+from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_ema, check_optimizers
+from compressm.compression.surgery.moments import check_moments
+from compressm.errors import CompressmError, bad_argument
+
+
+class Compressor:
+    """Shrinks the state-space layers of a model during training; call :meth:`step` after every ``optimizer.step()``.
+
+    The optimizer object survives: parameters are replaced inside its groups, its moments are carried through the change of
+    basis, schedulers keep working.  ``with Compressor(...) as compressor`` complains at the end about scheduled reductions
+    that never came::
+
+        with compressm.Compressor(
+            model,
+            optimizer,
+            policy=compressm.Energy(tau=0.02),
+            schedule=compressm.Once(total_steps, at=0.2),
+            calibration=batches,
+            guard=compressm.Rollback(evaluate, tolerance=0.005),
+        ) as compressor:
+            compressor.register(scheduler=scheduler)
+            while compressor.step_count < total_steps:
+                loss = ...
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                report = compressor.step()
+
+    Args:
+        model: a plain module, or one wrapped in DistributedDataParallel (call :meth:`rewrap` after every step) or sharded by
+            ``fully_shard``, with a Compressor on every process; a ``torch.compile`` wrapper is looked through.
+        optimizer: the one that trains it, or a sequence of several; None if nothing trains.
+        policy: how many states stay (Energy, FixedRank, Shrink, Budget, ErrorBound).
+        schedule: when (Once, Warmup, Every, At, WhenStable), in optimizer steps.
+        calibration: iterable of batches for data Gramians (each a tensor, a tuple with the input first, or a dict of keyword
+            arguments; a DataLoader is fine, the one of training as well), on several processes each its own part; one sequence
+            is tried at once, so at least one batch must be there; None: data-free Gramians.
+        recipe: None or ``"default"``: real 2N-state spectrum, one tau budget for all attempts, transported moments.
+            ``"paper"``: CompreSSM as its authors run it: complex spectrum, data-free, the full tau at every attempt, sliced
+            moments; selective layers by the time-invariant mean of every channel, over ``calibration`` if there is one.
+            Use it with ``Warmup(total_steps)``.
+        forward: ``forward(model, batch) -> output`` for calibrating models that are called differently.
+        ema: averaged copy that follows: ``AveragedModel``, another module of the same structure, or a dict of names to tensors.
+        moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
+        multiple_of: ranks are rounded up to a multiple of this (tensor-core sizes), a Budget's so that it is met; those of
+            FixedRank are taken as they are.  None: 16 for Mamba-2 layers of other libraries, whose kernels are no faster in
+            between, and 1 for all others; a FixedRank that those kernels cannot run is refused.
+        uniform: all layers keep as many states as the one that needs most, for servers that expect one state size; a Budget
+            is met all the same.
+        sequences: at most so many calibration sequences, over all processes.
+        guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
+
+    Raises:
+        ArgumentError, ModelError, OptimizerError, DistributedError: see the messages; nothing has changed.
+        DataError, NumericalError: the model cannot be measured on ``calibration``; nothing has changed.
+
+    Warns:
+        CalibrationWarning: the model's output depends on no layer's output by autograd, so that half is not measured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerArgument,
+        *,
+        policy: Policy,
+        schedule: Schedule,
+        calibration: Iterable[Any] | None = None,
+        recipe: str | None = None,
+        forward: Forward | None = None,
+        ema: Ema | None = None,
+        moments: str | None = None,
+        multiple_of: int | None = None,
+        uniform: bool = False,
+        sequences: int = 64,
+        guard: Rollback | None = None,
+    ) -> None:
+        self.optimizers = as_optimizers(optimizer)
+        self.team = team_of(model, self.optimizers)
+        self.model = self.team.model
+        self.layers = compressible_layers(self.model)
+        check_known(self.layers)
+        self.schedule = check_kind(schedule, Schedule, "schedule")
+        self.recipe = choose_recipe(recipe, calibration, self.layers)
+        self.demands = Demands(multiple_of, uniform)
+        self.moments = moments if moments is not None else self.recipe.moments
+        self.ema = ema
+        check_moments(self.moments)
+        self.calibration = Calibration(replayable(calibration), forward, sequences, self.team)
+        self.team.check(self.layers, ema)
+        self.policy = check_policy(policy, self.layers, self.demands, self.recipe, calibration)
+        if self.optimizers:
+            check_optimizers(self.layers, self.model, self.optimizers)
+        if ema is not None:
+            check_ema(ema, self.model, self.layers)
+        self.history: list[ReductionReport | GuardReport] = []
+        if guard is not None:
+            check_kind(guard, Rollback, "guard")
+        self.guard = None if guard is None else Guard(guard, self.schedule, self.team, self.optimizers)
+        self.registered: dict[str, Any] = {}
+        self.team.same("arguments of the Compressor", self._arguments())
+        self._progress = Progress(kept=dict.fromkeys(self.layers, 1.0))
+        self._waiting = False  # an attempt came due that has not been made
+        if (batches := self.calibration.batches) is not None:
+            rehearse(self.model, self.layers, batches, forward=forward, sequences=sequences, team=self.team)
+        self._cadence = Cadence(self.schedule, self.optimizers) if self.optimizers else None
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """States per layer now, by module name."""
+        return {name: adapter.rank(module) for name, (module, adapter) in self.layers.items()}
+
+    @property
+    def step_count(self) -> int:
+        """How often :meth:`step` has been called, over all resumed runs; a rollback sets it back."""
+        return self._progress.step
+
+    @property
+    def due(self) -> bool:
+        """Whether the next :meth:`step` attempts a reduction (which an adaptive schedule may think better of) or judges one."""
+        guard, step = self.guard, self._progress.step + 1
+        if guard is not None and guard.probation is not None:
+            return step >= guard.probation.until
+        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._progress.reduced):
+            return False
+        return self._waiting or self.schedule.due(step)
+
+    def register(self, **objects: Any) -> None:
+        """Name objects that a rollback sets back along with the model: schedulers, scalers, samplers, counters.
+
+        Args:
+            objects: each with ``state_dict`` and ``load_state_dict``, or a ``torch.Generator``, or a dict (of counters, say),
+                whose content is restored in place.
+
+        Raises:
+            ArgumentError: an object of another kind.
+        """
+        for name, item in objects.items():
+            check_registrable(name, item)
+        self.registered.update(objects)
+
+    def plan(self) -> ReductionPlan:
+        """What an attempt would do now.  Changes nothing.
+
+        Raises:
+            NumericalError, DataError: the model or the calibration data do not allow an answer.
+        """
+        return self._plan().plan
+
+    def step(self) -> ReductionReport | GuardReport | None:
+        """Count one optimizer step; reduce if the schedule says so, validate if the guard's recovery window ends.
+
+        Returns:
+            what was done: a ReductionReport after an attempt, a GuardReport where the guard refused it or, later, accepted it
+            or rolled it back; None if nothing was due.
+
+        Raises:
+            CompressmError: the reduction is not possible; model, optimizer and EMA are unchanged.  Or a registered object did
+                not take its state back in a rollback; everything else did.
+        """
+        self.team.ready()
+        due = self.due
+        self._progress.step += 1
+        if self._cadence is not None:
+            self._cadence.call()
+        guard = self.guard
+        probation = None if guard is None else guard.probation
+        if probation is not None:
+            self._waiting |= self.schedule.due(self._progress.step)
+        if not due:
+            return None
+        with ordinary():
+            return self._consider() if guard is None or probation is None else self._validate(guard, probation)
+
+    def _consider(self) -> ReductionReport | GuardReport | None:
+        """Attempt a reduction, if an adaptive schedule agrees."""
+        started, waiting = time.perf_counter(), self._waiting
+        self._waiting = False
+        candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
+        planned = self._choose(candidates)
+        if self.schedule.adaptive:
+            spectra, kept = in_view(candidates, planned)
+            rate = max((float(g["lr"]) for optimizer in self.optimizers for g in optimizer.param_groups), default=1.0)
+            look = Look(self._progress.step, spectra, kept, rate, self._progress.attempts)
+            due, self._progress.memory = self.team.decide(self.schedule.decide(look, self._progress.memory))
+            if not due and not waiting:
+                return None
+        return self._attempt(candidates, planned, started)
+
+    def _attempt(self, candidates: Mapping[str, Candidate], planned: Planned, started: float) -> ReductionReport | GuardReport:
+        words = ""
+        if self.guard is None or not planned.plan.changed:
+            self._execute(planned)
+        else:
+            outcome = self.guard.attempt(
+                self._parts(),
+                planned,
+                progress=asdict(self._progress),
+                execute=self._execute,
+                gentler=lambda plan: raised(candidates, plan, demands=self.demands, team=self.team),
+            )
+            if isinstance(outcome, GuardReport):
+                self._progress.attempts += 1
+                return self._record(outcome)
+            planned, words = outcome
+        number, total = self._progress.attempts + 1, self.schedule.attempts
+        reason = f"attempt {number} of {total}" if number <= total else f"attempt {number}"
+        reason = "; ".join(filter(None, [f"{reason}, {self._policy_now}, recipe {self.recipe.name}", words]))
+        report = finish(planned, self._progress.step, reason, started)
+        self._progress.add(report)
+        self.history.append(report)
+        return report
+
+    def _validate(self, guard: Guard, probation: Probation) -> GuardReport:
+        def resume(progress: Mapping[str, Any]) -> None:
+            self._progress = Progress.of(progress)
+            self._progress.attempts += 1
+            self._waiting = not guard.stopped and self.schedule.after(self._progress.step) is None
+
+        more = partial(self.schedule.after, probation.began)
+        report, failed = guard.validate(self._parts(), self._progress.step, more, resume)
+        self._record(report)
+        if failed:
+            what, error = next(iter(failed.items()))
+            raise CompressmError(
+                f"guard: {what} did not take back its state of step {report.resumed_at} ({type(error).__name__}: {error}), "
+                "expected what state_dict() had returned to be welcome. Everything else is back, step_count included: see "
+                "compressor.history[-1]; set this one back by hand"
+            ) from error
+        return report
+
+    def _record(self, report: GuardReport) -> GuardReport:
+        log.info("%s", report)
+        self.history.append(report)
+        return report
+
+    def rewrap(self) -> nn.Module:
+        """The model to train on: call it after every :meth:`step` of a DistributedDataParallel model.
+
+        Returns:
+            the same wrapper as before, or after a reduction a new DistributedDataParallel with the old one's options around
+            the same module; the old one raises when it is called.  Other models come back as they are.
+        """
+        with ordinary():
+            return self.team.rewrap()
+
+    def close(self) -> None:
+        """Say goodbye at the end of training.
+
+        Raises:
+            CompressmError: :meth:`step` was never called.
+
+        Warns:
+            ScheduleWarning: training ended before some scheduled reductions.
+        """
+        if self._cadence is not None:
+            self._cadence.close()
+            self._cadence = None
+        if self._progress.step == 0:
+            raise CompressmError(
+                f"Compressor.step() was never called, expected one call after every optimizer.step() "
+                f"(first reduction due at step {self.schedule.steps[0]}). The model has not been compressed"
+            )
+        if self.guard is not None:
+            self.guard.warn_unvalidated(self._progress.step)
+        now = self.step_count
+        missed = [now + 1] * self._waiting + [step for step in self.schedule.steps if step > now]
+        if (self.guard is not None and self.guard.stopped) or (self.schedule.adaptive and self._progress.reduced):
+            return
+        if missed:
+            warnings.warn(
+                f"training ended at step {now}, before the reductions scheduled at {missed}; shorten the schedule "
+                "(its total_steps) or train longer",
+                ScheduleWarning,
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Compressor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for resuming in mid-schedule: JSON-ready, but for the tensors that a guard has put aside while a reduction is
+        on probation (:func:`compressm.save` takes them as well)."""
+        return {
+            "format": STATE_FORMAT,
+            "recipe": self.recipe.name,
+            "policy": repr(self.policy),
+            "schedule": repr(self.schedule),
+            **asdict(self._progress),
+            "waiting": self._waiting,
+            "guard": None if self.guard is None else self.guard.state_dict(),
+            "ranks": self.ranks,
+            "history": [report.to_dict() for report in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; the model must have the ranks it had then.
+
+        Raises:
+            ArgumentError: of another format, recipe or model; nothing has changed.
+        """
+        self.check_state_dict(state)
+        if dict(state["ranks"]) != self.ranks:
+            remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
+            raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
+        history = [report_from_dict(report) for report in state["history"]]
+        if self.guard is not None:
+            self.guard.load(state.get("guard"), self._parts())
+        self._progress = Progress.of(state)
+        self._waiting = bool(state.get("waiting", False))
+        self.history = history
+        if self._cadence is not None:
+            self._cadence.restart(self._progress.step)
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ArgumentError unless ``state`` fits this compressor's recipe and layers (ranks may differ)."""
+        check_state(state, self.recipe.name, self.layers)
+        if (saved := state.get("guard")) is None:
+            return
+        if self.guard is not None:
+            if (progress := self.guard.check(saved, self._parts())) is not None:
+                check_progress(progress, self.layers)
+        elif saved["probation"] is not None:
+            remedy = "Pass guard=Rollback(...), as in the saved run"
+            raise bad_argument("guard", got=None, expected="a Rollback to validate the last reduction", remedy=remedy)
+
+    def _plan(self) -> Planned:
+        return self._choose(analyse(self.model, self.layers, self.recipe.convention, self.calibration))
+
+    def _choose(self, candidates: Mapping[str, Candidate]) -> Planned:
+        return make_plan(candidates, self._policy_now, keep=self._keep(), demands=self.demands, team=self.team)
+
+    def _execute(self, planned: Planned) -> None:
+        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments, team=self.team)
+
+    @property
+    def _policy_now(self) -> Policy:
+        """The policy, gentler with every rollback."""
+        policy = self.policy
+        for _ in range(0 if self.guard is None else self.guard.failures):
+            policy = policy.gentler()
+        return policy
+
+    def _parts(self) -> Parts:
+        return Parts(self.model, self.layers, self.optimizers, self.ema, self.registered)
+
+    def _arguments(self) -> list[Any]:
+        """What must be the same on all processes that train the model together, JSON-ready."""
+        named = [described(self.policy), described(self.schedule), described(self.demands)]
+        chosen = [*named, self.recipe.name, self.moments, self.ema is None, self.ranks]
+        return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
+
+    def _keep(self) -> dict[str, float] | None:
+        """Per layer, the fraction the next attempt must keep, where attempts share a budget."""
+        budget = self._policy_now.budget if self.recipe.shared_budget else None
+        return None if budget is None else self._progress.shares(budget, self.schedule.attempts)

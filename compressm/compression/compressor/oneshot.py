@@ -1,0 +1,58 @@
+"""The one-shot reduction, for models that are done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from compressm.adapters import check_known
+from compressm.compression.common.models import compressible_layers, plain_model
+from compressm.compression.common.undisturbed import ordinary
+from compressm.compression.compressor.recipes import check_policy, choose_recipe, execute, finish
+from compressm.compression.planning.plans import Calibration, Demands, analyse, make_plan
+from compressm.compression.planning.policies import Policy
+from compressm.compression.planning.report import ReductionReport
+from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_optimizers, check_swappable
+from compressm.compression.surgery.moments import check_moments
+
+
+def compress(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    optimizer: OptimizerArgument = None,
+    calibration: Iterable[Any] | None = None,
+    recipe: str | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    ema: Ema | None = None,
+    moments: str | None = None,
+    multiple_of: int | None = None,
+    uniform: bool = False,
+    sequences: int = 64,
+) -> ReductionReport:
+    """Reduce a model once, in place, for example after training.
+
+    Arguments and errors as for :class:`Compressor`.  Use data Gramians (``calibration``) where there will be no training
+    afterwards: they are what makes the cut itself harmless.
+    """
+    plain = plain_model(model)
+    layers = compressible_layers(plain)
+    check_known(layers)
+    optimizers = as_optimizers(optimizer)
+    chosen = choose_recipe(recipe, calibration, layers)
+    moments = moments if moments is not None else chosen.moments
+    check_swappable(plain, {name: (module, adapter.parameters(module)) for name, (module, adapter) in layers.items()})
+    demands = Demands(multiple_of, uniform)
+    check_policy(policy, layers, demands, chosen, calibration)
+    check_moments(moments)
+    if optimizers:
+        check_optimizers(layers, plain, optimizers)
+    started = time.perf_counter()
+    with ordinary():
+        candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
+        planned = make_plan(candidates, policy, demands=demands)
+        execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
+    return finish(planned, 0, f"one-shot, {policy}, recipe {chosen.name}", started)

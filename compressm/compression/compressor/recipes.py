@@ -1,0 +1,127 @@
+"""What Compressor and compress share: recipes, and carrying a plan out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from compressm.compression.common.models import Layers
+from compressm.compression.distributed.team import Team
+from compressm.compression.planning.plans import Demands, Planned, describe_edits, with_new_kernels
+from compressm.compression.planning.policies import Policy
+from compressm.compression.planning.report import ReductionReport, describe
+from compressm.compression.surgery.audit import Ema, Optimizers
+from compressm.compression.surgery.edits import apply_edits
+from compressm.errors import ArgumentError, bad_argument
+
+log = logging.getLogger("compressm")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named bundle of choices.
+
+    Attributes:
+        name: as passed to the Compressor.
+        convention: whose spectrum, ``"real"`` or ``"complex"``.
+        moments: default treatment of optimizer state.
+        shared_budget: attempts share one tau, so that the product of the kept fractions is 1 - tau.
+        data: whether data Gramians are used.
+    """
+
+    name: str
+    convention: str
+    moments: str
+    shared_budget: bool
+    data: bool
+
+
+RECIPES = {
+    "default": Recipe("default", "real", "transport", shared_budget=True, data=True),
+    "paper": Recipe("paper", "complex", "slice", shared_budget=False, data=False),
+}
+
+
+def execute(
+    model: nn.Module,
+    planned: Planned,
+    *,
+    optimizers: Optimizers,
+    ema: Ema | None,
+    moments: str,
+    team: Team | None = None,
+) -> None:
+    """Carry a plan out: describe every edit, then apply all of them or none, on all processes of the team."""
+
+    def apply(names: Sequence[str]) -> None:
+        part = replace(planned, reductions={name: planned.reductions[name] for name in names})
+        edits = describe_edits(part)
+        if edits:
+            apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
+
+    changing = {name: planned.layers[name] for name in planned.reductions}
+    (Team(model) if team is None else team).carry_out(apply, changing, optimizers, ema)
+
+
+def finish(planned: Planned, step: int, reason: str, started: float) -> ReductionReport:
+    """The report of a plan that was carried out; logs how ranks and kernels changed."""
+    layers = with_new_kernels(planned)
+    kept = sum(not layer.changed for layer in layers)
+    if kept:
+        reason += f"; {kept} of {len(layers)} layers left alone (too little to gain)"
+    report = ReductionReport(step, time.perf_counter() - started, reason, layers)
+    log.info("%s", report.summary)
+    for layer in layers:
+        log.info("%s", describe(layer))
+    return report
+
+
+def choose_recipe(name: str | None, calibration: Any, layers: Layers) -> Recipe:
+    """The recipe of that name (None: the default).
+
+    Raises:
+        ArgumentError: unknown, not for these layers, or calibration for one that takes none.
+    """
+    recipe = RECIPES.get(name or "default")
+    if recipe is None:
+        raise bad_argument("recipe", got=repr(name), expected=f"one of {', '.join(RECIPES)}")
+    for layer, (module, adapter) in layers.items():
+        if recipe.convention not in adapter.conventions:
+            got = f"{name!r} for layer {layer!r} ({type(module).__name__})"
+            raise bad_argument("recipe", got=got, expected="'default', as this one has no method for such layers")
+    if calibration is not None and not recipe.data and not any(adapter.paper_uses_data for _, adapter in layers.values()):
+        raise ArgumentError(
+            f"calibration: recipe {recipe.name!r} is data-free for these layers, expected None. Drop calibration or the recipe"
+        )
+    return recipe
+
+
+def check_policy(policy: Any, layers: Layers, demands: Demands, recipe: Recipe, calibration: Any) -> Policy:
+    """The policy, if it can be carried out on these layers.
+
+    Raises:
+        ArgumentError: it is none, or cannot.
+    """
+    known = {}
+    for name, (module, adapter) in layers.items():
+        bounded = adapter.bounded(recipe.convention, calibration is not None)
+        known[name] = demands.of(name, module, adapter, bounded=bounded)
+    check_kind(policy, Policy, "policy").check_layers(known)
+    return policy
+
+
+def check_kind(value: Any, kind: type, name: str) -> Any:
+    """The value, if it is an instance of a policy, schedule or guard class; ArgumentError otherwise."""
+    if not isinstance(value, kind):
+        got = value.__name__ + " (the class)" if isinstance(value, type) else repr(value)
+        expected = {
+            "policy": "an Energy, FixedRank, Shrink, Budget or ErrorBound",
+            "schedule": "a Once, Warmup, Every, At or WhenStable",
+        }
+        raise bad_argument(name, got=got, expected=f"{expected.get(name, 'a Rollback')} instance")
+    return value

@@ -1,0 +1,1 @@
+"""Watching reductions, and undoing those that cost too much."""

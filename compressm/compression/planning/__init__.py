@@ -1,0 +1,1 @@
+"""What would happen: measuring, spectra, policies, schedules, plans and reports.  Changes nothing."""

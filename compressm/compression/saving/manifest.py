@@ -1,0 +1,387 @@
+"""What a checkpoint says, apart from any file: packing a run into a manifest and tensors, and putting it back.
+
+The manifest is a JSON tree that names every tensor exactly once:
+
+    format      of this layout, an int
+    compressm   version that wrote it
+    ranks       states by name of the state-space layer
+    dtypes      of their parameters, by the same names
+    model       state_dict name to tensor
+    optimizers  one entry per optimizer: groups and state by parameter name
+    compressor  ``Compressor.state_dict()``: recipe, step, history of reductions, ...; or null
+    rng         states of the random generators, or null
+    extra       the caller's own tree
+
+:func:`check` compares everything with the targets before anything changes, and :class:`Restoration` changes all or nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm._version import __version__
+from compressm.adapters import Adapter
+from compressm.adapters.base import own_parameter
+from compressm.compression.common import random_states
+from compressm.compression.common.codec import decode, encode
+from compressm.compression.common.models import Layers, compressible_layers
+from compressm.compression.compressor.compressor import Compressor
+from compressm.compression.surgery.audit import Optimizers, full_name
+from compressm.compression.surgery.edits import reshape
+from compressm.compression.surgery.packed_optimizer import (
+    check_optimizer_state,
+    extremes,
+    keep_optimizer,
+    load_optimizer_state,
+    pack_optimizer,
+)
+from compressm.compression.surgery.references import References, Undo, put_list, put_mapping, take_back
+from compressm.errors import CheckpointError
+
+FORMAT = 1
+KEYS = frozenset({"format", "compressm", "ranks", "dtypes", "model", "optimizers", "compressor", "rng", "extra"})
+MAX_RANK = 1 << 20
+
+
+class PartialLoadWarning(UserWarning):
+    """``load(strict=False)`` has left something out."""
+
+
+def pack(
+    model: nn.Module,
+    optimizers: Optimizers = (),
+    compressor: Compressor | None = None,
+    extra: Any = None,
+    *,
+    rng: bool = False,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest of a run and the tensors it names; these are the run's own, not copies.
+
+    Raises:
+        CheckpointError, OptimizerError: something cannot be stored.
+    """
+    layers = compressible_layers(model)
+    tensors: dict[str, Tensor] = {}
+    manifest = {
+        "format": FORMAT,
+        "compressm": __version__,
+        "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
+        "dtypes": {name: _dtype(module, adapter) for name, (module, adapter) in layers.items()},
+        "model": encode(persistent(model), "model", tensors),
+        "optimizers": encode([pack_optimizer(o, model) for o in optimizers], "optimizers", tensors),
+        "compressor": encode(None if compressor is None else compressor.state_dict(), "compressor", tensors),
+        "rng": encode(random_states.capture(model) if rng else None, "rng", tensors),
+        "extra": encode(extra, "extra", tensors),
+    }
+    return manifest, tensors
+
+
+def check_numbers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a diverged run: NaN in the model's or the optimizers' tensors, or infinite parameters (buffers may be infinite).
+
+    Args:
+        model: the model that was packed.
+        tensors: from :func:`pack`, or copies of them.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    parameters = {f"model/{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in tensors.items():
+        if name.startswith(("model/", "optimizers/")):
+            _check_number(name, value, finite=name in parameters)
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """A checkpoint that fits its targets; nothing has changed yet.
+
+    Attributes:
+        model, layers, optimizers, compressor: the targets.
+        ranks: of those layers that the checkpoint has.
+        state: the model's tensors by state_dict name.
+        ready: per optimizer, what its ``load_state_dict`` takes.
+        progress: the compressor's state.
+        rng: states of the random generators, or None to leave them.
+        extra: the caller's own tree.
+    """
+
+    model: nn.Module
+    layers: Layers
+    optimizers: Optimizers
+    compressor: Compressor | None
+    ranks: Mapping[str, int]
+    state: Mapping[str, Tensor]
+    ready: Sequence[dict[str, Any]]
+    progress: Mapping[str, Any] | None
+    rng: Mapping[str, Any] | None
+    extra: Any
+
+    def apply(self) -> Any:
+        """Reshape and fill the model, then optimizers, random generators and compressor; returns ``extra``.
+
+        Whatever interrupts it, Ctrl-C included, everything is put back.  Until it ends, the values that are replaced are kept
+        in CPU memory.
+
+        Raises:
+            CheckpointError: a tensor does not fit, or an optimizer refuses its state; nothing has changed.
+        """
+        changing = {name: self.layers[name] for name in self.ranks}
+        done: list[Undo] = [References(changing, self.optimizers, None).restore]
+        try:
+            reshape(self.model, self.layers, self.ranks, self.optimizers)
+            own = persistent(self.model)
+            for name, saved in self.state.items():
+                _check_shape(name, saved, own[name])
+            before = {name: own[name].to("cpu", copy=True) for name in self.state}
+            done.append(partial(_fill, own, before))
+            _fill(own, self.state)
+            for optimizer, ready in zip(self.optimizers, self.ready, strict=True):
+                done += keep_optimizer(optimizer)
+                load_optimizer_state(optimizer, self.model, ready, {name: saved.dtype for name, saved in self.state.items()})
+            if self.rng is not None:
+                done.append(partial(random_states.restore, random_states.capture(self.model), self.model))
+                random_states.restore(self.rng, self.model)
+            if self.compressor is not None:
+                assert self.progress is not None  # checked when it was read
+                done += _kept(self.compressor)
+                self.compressor.load_state_dict(self.progress)
+        except BaseException:
+            take_back(done)
+            raise
+        return self.extra
+
+
+def check(
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizers: Optimizers = (),
+    compressor: Compressor | None = None,
+    *,
+    strict: bool = True,
+    rng: bool = False,
+) -> Restoration:
+    """Compare a checkpoint with its targets.  Changes nothing, and trusts nothing that it reads.
+
+    Args:
+        manifest: JSON tree.
+        tensors: those that it names, and no others.
+        model: may have other ranks.
+        optimizers: as many as were saved; none: their state is left.
+        compressor: None: its state is left.
+        strict: the model's tensors must be exactly those of the checkpoint; else what both have is taken, with a warning.
+        rng: restore the random generators as well.
+
+    Raises:
+        CheckpointError: malformed, or of another model or optimizer.
+        ArgumentError: the compressor has another recipe or other layers.
+        OptimizerError: an optimizer holds parameters that are not the model's.
+    """
+    layers = compressible_layers(model)
+    if manifest.keys() != KEYS:
+        raise CheckpointError(f"manifest: has {sorted(manifest)!s:.200}, expected {sorted(KEYS)}")
+    left = dict(tensors)
+    state = _section(manifest, "model", left, dict)
+    saved = _section(manifest, "optimizers", left, list)
+    progress = _section(manifest, "compressor", left, dict | None)
+    generators = _section(manifest, "rng", left, dict | None)
+    extra = decode(manifest["extra"], left)
+    if left:
+        raise CheckpointError(f"holds tensors that its manifest does not name: {_listed(left)}")
+    ranks = saved_ranks(manifest, layers, strict=strict)
+    reshaped = {full_name(name, key) for name, rank in ranks.items() for key in _reshaped(*layers[name], rank)}
+    state = _check_model(model, state, reshaped, strict)
+    _check_room(layers, ranks, state)
+    if optimizers and len(saved) != len(optimizers):
+        raise CheckpointError(f"holds the state of {len(saved)} optimizers, expected {len(optimizers)}")
+    shapes = {**dict(model.named_parameters()), **state}
+    ready = [check_optimizer_state(o, model, s, shapes) for o, s in zip(optimizers, saved, strict=False)]
+    if compressor is not None:
+        check_progress(compressor, progress, manifest["ranks"])
+    if rng and generators is None:
+        raise CheckpointError("holds no states of random generators. Save with rng=True, or load without")
+    if rng:
+        random_states.check(generators, model)
+    return Restoration(model, layers, optimizers, compressor, ranks, state, ready, progress, generators if rng else None, extra)
+
+
+def saved_ranks(manifest: Mapping[str, Any], layers: Layers, *, strict: bool = True) -> dict[str, int]:
+    """The checked ranks of those layers that the checkpoint has; with ``strict`` these must be all, and no others.
+
+    Raises:
+        CheckpointError: they are not, or a rank is no positive integer.
+    """
+    ranks = manifest.get("ranks")
+    if not isinstance(ranks, dict):
+        raise CheckpointError(f"manifest: ranks are a {type(ranks).__name__}, expected a dict")
+    if strict and ranks.keys() != layers.keys():
+        hint = _closest(layers.keys() - ranks.keys(), ranks.keys() - layers.keys())
+        raise CheckpointError(f"state-space layers {_listed(ranks)}, expected {_listed(layers)}, as the model has{hint}")
+    for name, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+            raise CheckpointError(f"manifest: rank {rank!r:.80} of layer {name!r:.80}, expected a positive integer")
+    return {name: rank for name, rank in ranks.items() if name in layers}
+
+
+def check_progress(compressor: Compressor, progress: Mapping[str, Any] | None, ranks: Mapping[str, int]) -> None:
+    """Raise CheckpointError or ArgumentError unless a saved state fits the compressor, and the ranks saved beside it."""
+    if progress is None:
+        raise CheckpointError("holds no compressor state. Load it without compressor=, or save with one")
+    compressor.check_state_dict(progress)
+    if dict(progress["ranks"]) != ranks:
+        raise CheckpointError(
+            f"its compressor state has ranks {progress['ranks']!s:.200} and its model {ranks!s:.200}, expected the same. "
+            "Save a model together with its own compressor"
+        )
+
+
+def persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by state_dict name.
+
+    Raises:
+        CheckpointError: a module has extra state (``get_extra_state``), which would be lost.
+    """
+    state = model.state_dict()
+    foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise CheckpointError(f"model: extra state {foreign[:4]} is no tensor and cannot be stored. Pass it as extra=")
+    return dict(state)
+
+
+def _dtype(module: nn.Module, adapter: Adapter) -> str:
+    return str(own_parameter(module, adapter.parameters(module)[0]).dtype).removeprefix("torch.")
+
+
+def _section(manifest: Mapping[str, Any], name: str, tensors: dict[str, Tensor], kind: Any) -> Any:
+    value = decode(manifest[name], tensors)
+    if not isinstance(value, kind):
+        raise CheckpointError(f"manifest: {name} is a {type(value).__name__}, expected another type")
+    return value
+
+
+def _reshaped(module: nn.Module, adapter: Adapter, rank: int) -> tuple[str, ...]:
+    """Names, relative to a layer, of its parameters if that rank is another than now."""
+    return () if adapter.rank(module) == rank else adapter.parameters(module)
+
+
+def _check_model(model: nn.Module, state: dict[str, Any], reshaped: set[str], strict: bool) -> dict[str, Tensor]:
+    """Names, kinds and values of the model's tensors, and shapes of those that will not be reshaped; returns those to fill."""
+    own = persistent(model)
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unexpected:
+        lists = f"missing {_listed(missing)}, unexpected {_listed(unexpected)}{_closest(missing, unexpected)}"
+        if strict:
+            raise CheckpointError(f"does not fit the model: {lists}. Build it as it was saved, or load with strict=False")
+        warnings.warn(f"the checkpoint fits the model in part: {lists}", PartialLoadWarning, stacklevel=4)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    places: dict[tuple, str] = {}
+    result = {name: state[name] for name in own if name in state}
+    for name, saved in result.items():
+        if own[name].is_meta:
+            raise CheckpointError(f"{name} is on the meta device, expected memory to load into. Use model.to_empty(device=...)")
+        _check_kind(name, saved, own[name])
+        if name not in reshaped:
+            _check_shape(name, saved, own[name])
+        _check_number(name, saved, finite=name in parameters)
+        twin = places.setdefault((own[name].data_ptr(), own[name].shape, own[name].stride()), name)
+        if twin != name and own[name].numel() and not torch.equal(saved, state[twin]):
+            raise CheckpointError(f"{name} and {twin} are one tensor in the model, but differ in the checkpoint")
+    return result
+
+
+def _check_kind(name: str, saved: Any, own: Tensor) -> None:
+    """Floating-point tensors may change their precision, others nothing."""
+    fits = isinstance(saved, Tensor) and saved.is_complex() == own.is_complex() and saved.dim() == own.dim()
+    if not fits or (saved.dtype != own.dtype and saved.is_floating_point() != own.is_floating_point()):
+        raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own)}")
+    if saved.dtype == own.dtype:
+        return
+    if not (own.is_floating_point() or own.is_complex()):
+        raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own)}")
+    if all(map(math.isfinite, extremes(saved))) and not all(map(math.isfinite, extremes(saved.to(own.dtype)))):
+        raise CheckpointError(f"{name} holds {saved.dtype} values that are too large for the model's {own.dtype}")
+
+
+def _check_number(name: str, value: Tensor, *, finite: bool) -> None:
+    lowest, highest = extremes(value)
+    if math.isnan(lowest) or (finite and not (math.isfinite(lowest) and math.isfinite(highest))):
+        what = "NaN" if math.isnan(lowest) else "infinity"
+        raise CheckpointError(f"{name} holds {what}: training has diverged. Go back to an earlier checkpoint")
+
+
+def _check_room(layers: Layers, ranks: Mapping[str, int], state: Mapping[str, Tensor]) -> None:
+    """Layers that will be reshaped must have all their tensors, and those must be about as large as the rank says.
+
+    Blank tensors are made before their exact shapes can be compared; a false rank must not exhaust the memory.
+    """
+    for name, rank in ranks.items():
+        module, adapter = layers[name]
+        now = adapter.rank(module)
+        if rank == now:
+            continue
+        probe = 2 if now == 1 else 1
+        for key, small in adapter.blank(module, probe).items():
+            full = full_name(name, key)
+            if full not in state:
+                raise CheckpointError(f"{full} is missing, expected the tensors of {rank} states of layer {name!r}")
+            slopes = [(b - a) / (now - probe) for a, b in zip(small.shape, own_parameter(module, key).shape, strict=True)]
+            needed = math.prod(a + slope * (rank - probe) for a, slope in zip(small.shape, slopes, strict=True))
+            if needed > 2 * state[full].numel() + 4096:
+                got = tuple(state[full].shape)
+                raise CheckpointError(f"{full} has shape {got}, expected {rank} states, as the ranks say of layer {name!r}")
+
+
+def _check_shape(name: str, saved: Tensor, own: Tensor) -> None:
+    if saved.shape != own.shape:
+        raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own)}")
+
+
+@torch.no_grad()
+def _fill(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        own[name].copy_(value)
+
+
+def _kept(compressor: Compressor) -> list[Undo]:
+    """What puts a compressor with its guard and its cadence back as they are, changes inside of their lists included."""
+    undo: list[Undo] = []
+    for part in (compressor, compressor.guard, compressor._cadence):
+        if part is not None:
+            undo.append(partial(put_mapping, vars(part), dict(vars(part))))
+            undo += [partial(put_list, value, list(value)) for value in vars(part).values() if type(value) is list]
+            undo += [partial(put_mapping, value, dict(value)) for value in vars(part).values() if type(value) is dict]
+    return undo
+
+
+def _kind(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """The first names in order, for messages."""
+    listed = sorted(map(str, names))
+    return str([name[:80] for name in listed[:6]]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
+
+
+def _closest(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """A hint where names differ by a prefix or by little."""
+    candidates = [name for name in sorted(unexpected)[:1000] if len(name) <= 200]
+    for name in sorted(missing)[:3]:
+        for other in candidates:
+            longer, shorter = (other, name) if len(other) > len(name) else (name, other)
+            if longer.endswith(f".{shorter}"):
+                where, prefix = ("checkpoint's" if longer == other else "model's"), longer.removesuffix(shorter)
+                return f" (the {where} names begin with {prefix!r}: was the model wrapped, or is it a part?)"
+        if found := difflib.get_close_matches(name[:200], candidates, 1):
+            return f" (is {found[0]!r} what is {name!r} here?)"
+    return ""

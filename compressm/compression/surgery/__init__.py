@@ -1,0 +1,1 @@
+"""The one room that mutates: parameters, optimizer state and averages change together, or not at all."""
