@@ -291,6 +291,7 @@ def mixer(name, **options):
             parameter.normal_()
         layer.A_log.sub_(2.0)
     if name.startswith("falcon"):
+        layer.ssm_in_multiplier = 0.6
         multipliers = torch.tensor([0.5, 2.0, 0.7, 1.3, 0.9])
         sizes = torch.tensor([16, 16, 32, 32, 4])
         layer.register_buffer("mup_vector", multipliers.repeat_interleave(sizes)[None, None], persistent=False)
@@ -325,18 +326,28 @@ def test_what_is_read_is_what_the_mixer_does(name, monkeypatch):
     scan, seen = library.mamba2_chunk_scan, {}
 
     def spy(x, dt, A, B, C, **options):
-        seen.update(B=B, C=C)
+        seen.update(x=x, dt=nn.functional.softplus(dt + options["dt_bias"]), A=A, B=B, C=C)
         return scan(x, dt, A, B, C, **options)
 
     monkeypatch.setattr(library, "mamba2_chunk_scan", spy)
     mask = torch.ones(2, 9)
     mask[1, :3] = 0
-    moments = collect(layer, {"": (layer, ADAPTER)}, [hidden], forward=lambda model, batch: model(batch, attention_mask=mask))[
-        ""
-    ]
+
+    def forward(model, batch):
+        return model(batch, attention_mask=mask)
+
+    moments = collect(layer, {"": (layer, ADAPTER)}, [hidden], forward=forward, rows_per_state=None)[""]
     for letter, moment in (("B", moments.P), ("C", moments.Q)):
         rows = seen[letter][mask.bool()].double()
         torch.testing.assert_close(moment, torch.einsum("tgn,tgm->gnm", rows, rows) / 15, rtol=1e-5, atol=1e-5)
+    S, Z = torch.zeros(2, 4, 16, 4), torch.zeros(2, 16, 16)
+    for t in range(9):
+        keys, queries = (seen[letter][:, t].repeat_interleave(2, 1)[..., None] for letter in ("B", "C"))
+        decay = torch.exp(seen["dt"][:, t] * seen["A"])[..., None, None]
+        S = decay * S + keys * (seen["dt"][:, t, :, None] * seen["x"][:, t])[:, :, None]
+        z = (queries * S).unflatten(1, (2, 2))[mask[:, t].bool()]
+        Z += torch.einsum("bghnp,bghmp->gnm", z, z) / 15
+    torch.testing.assert_close(moments.Z, Z.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_ranks_that_kernels_cannot_run_are_refused():
