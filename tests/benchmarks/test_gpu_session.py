@@ -7,12 +7,14 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from compressm.kernels import OPS
+from compressm.kernels.core.gpu import Check
 from compressm.kernels.selective_scan.triton_launch import checkpoint_shape
 
 ROOT = Path(__file__).parents[2]
@@ -72,49 +74,43 @@ def test_smoke(tmp_path, gpu, monkeypatch, capsys):
 
 
 def test_wrong_kernels_are_failures(gpu, monkeypatch):
-    from gpu import checks, problems
+    from gpu import checks
 
-    def wrong(*sizes, **options):
-        problem = problems.diagonal_scan(*sizes, **options)
+    op = OPS["diagonal_scan"]
 
-        def call(inputs, backend):
-            outputs = problem.call(inputs, backend)
-            return outputs if backend == "reference" else {"h": outputs["h"] * 1.001}
+    def wrong(x, *rest, backend=None, **options):
+        h = op.function(x, *rest, backend=backend, **options)
+        return h if backend == "reference" else h * 1.001
 
-        return problems.Problem(problem.inputs, call)
-
-    monkeypatch.setattr(problems, "wrong", wrong, raising=False)
-    row = checks.run("diagonal_scan", ("wrong", (1, 5, 3), {}), "float32", "cpu")
+    monkeypatch.setitem(OPS, "diagonal_scan", replace(op, function=wrong))
+    row = checks.run("diagonal_scan", Check({"batch": 1, "length": 5, "states": 3}), "float32", "cpu")
     assert not row["ok"]
     assert row["worst"] == pytest.approx(1e-3, rel=0.1)
-    row = checks.run("diagonal_scan", ("wrong", (1, 5), {}), "float32", "cpu")
+    row = checks.run("diagonal_scan", Check({"batch": 1, "length": 5}), "float32", "cpu")
     assert not row["ok"]
-    assert "TypeError" in row["error"]
+    assert "KeyError" in row["error"]
 
 
 def test_every_full_case_can_be_made(gpu):
     """Shapes and options of the real run, on tensors without memory."""
     from gpu import checks, problems
 
-    with torch.device("meta"):
-        for op in checks.FULL:
-            for dtype in checks.DTYPES if op != "gramians" else ("float32",):
-                for maker, sizes, options in checks.cases(op, dtype, False):
-                    if options.get("bounds"):
-                        continue
-                    arguments = (*sizes, "meta") if maker == "gramians" else (*sizes, checks.DTYPES[dtype], "meta")
-                    problem = getattr(problems, maker)(*arguments, **options)
-                    assert all(t.is_meta for t in problem.inputs.values())
-        elements = []
-        for _, (maker, sizes, options) in checks.LARGE:
-            arguments = (*sizes, "meta") if maker == "gramians" else (*sizes, torch.bfloat16, "meta")
-            problem = getattr(problems, maker)(*arguments, **options)
-            elements.append(max(t.numel() for t in problem.inputs.values()))
-    assert sum(count > 2**31 for count in elements) == 7
-    (batch, channels, length, states) = checks.LARGE[3][1][1]
+    large = {}
+    for name, op in checks.ops().items():
+        for dtype in op.dtypes if len(op.dtypes) == 1 else (torch.float32, torch.bfloat16):
+            for check in (*op.gpu_cases().checks(dtype), *op.gpu_cases().SMALL):
+                assert all(t.is_meta for t in problems.problem(op, check, dtype, "meta").inputs.values())
+        for check in op.gpu_cases().LARGE:
+            inputs = problems.problem(op, check, torch.bfloat16, "meta").inputs
+            large.setdefault(name, []).append((check.sizes, max(t.numel() for t in inputs.values())))
+    found = {name: sum(count > 2**31 for _, count in cases) for name, cases in large.items()}
+    expected = {"selective_scan": 3, "diagonal_scan": 2, "causal_conv1d": 1, "selective_state_update": 1}
+    assert found.items() >= expected.items(), large
+    sizes, _ = large["selective_scan"][3]
+    batch, channels, length, states = (sizes[name] for name in ("batch", "channels", "length", "states"))
     assert math.prod(checkpoint_shape(batch, channels, length, states, False, batch)) > 2**31
-    (count, states, _) = checks.LARGE[-1][1][1]
-    assert 8 * count * states**2 > 2**31  # float64 numbers of four complex matrices
+    sizes, _ = large["gramians"][0]
+    assert 8 * sizes["batch"] * sizes["states"] ** 2 > 2**31  # float64 numbers of four complex matrices
 
 
 def test_counters_of_the_profiler(gpu):
