@@ -6,6 +6,7 @@ from compressm.benchmarking.cases import OPS, Case, case
 
 SMALL = {
     "batch": 2, "length": 37, "channels": 16, "states": 7, "width": 4, "layers": 2, "rank": 3, "blocks": 1,
+    "heads": 4, "groups": 2,
 }  # fmt: skip
 
 
