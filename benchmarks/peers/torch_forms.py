@@ -19,9 +19,9 @@ def built_in(name: str) -> Make:
     return make
 
 
-SCANS = ("lti_scan", "selective_scan", "lru", "mamba")
+LOOPS = [*(op for op, record in OPS.items() if not record.rivals), "lru", "mamba"]
 PEERS = [
-    Peer(REFERENCE, "torch", "torch", dict.fromkeys((*SCANS, "selective_state_update"), built_in(REFERENCE))),
+    Peer(REFERENCE, "torch", "torch", dict.fromkeys(LOOPS, built_in(REFERENCE))),
     Peer(
         COMPILED, "torch", "torch",
         dict.fromkeys((op for op, record in OPS.items() if record.compiled), built_in(COMPILED)),  # more would take minutes
