@@ -48,7 +48,7 @@ class Case:
 
     @property
     def level(self) -> Level:
-        """Of the op."""
+        """What kind of thing the op is: op, layer, step or reduction."""
         return OPS[self.op].level
 
     @property

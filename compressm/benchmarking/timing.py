@@ -149,7 +149,7 @@ def _time(timed: Timed, repeats: int, synchronize: Callable[[], None]) -> float:
 
 
 def summary(samples: list[float]) -> Milliseconds:
-    """Of samples in seconds."""
+    """The statistics of samples that were taken in seconds."""
     ordered = sorted(1e3 * sample for sample in samples)
     last = len(ordered) - 1
     low, high = ordered[round(0.2 * last)], ordered[round(0.8 * last)]

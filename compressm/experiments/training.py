@@ -207,7 +207,7 @@ class TrainingRun:
         return nullcontext() if self.settings.autocast is None else torch.autocast(self.task.device.type, torch.bfloat16)
 
     def _seed(self, seed: int) -> None:
-        """Of the generators that the step may draw from."""
+        """Seed the generators that the step may draw from."""
         if self.task.device.type == "cpu":
             torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a traceback for every absent accelerator
         else:

@@ -285,7 +285,7 @@ class Mamba2(nn.Module):
 
     @property
     def _state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the two states of one sequence."""
+        """The sizes of the two states of one sequence."""
         return (sum(layout(self).convolved), self.d_conv), (self.nheads, self.headdim, self.d_state)
 
     def _cached_states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of the scan."""
+        """Channels that go through the scan."""
         return self.heads * self.headdim
 
     @property

@@ -1,4 +1,4 @@
-"""What a Compressor says of itself to be resumed, and whether it is what one has said."""
+"""The progress of a Compressor, as saved in its ``state_dict``, and the checks of one that is loaded."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Model(Part, ABC):
     notes: ClassVar[tuple[str, ...]] = ()
 
     def full_states(self) -> list[int]:
-        """Of every block at full size."""
+        """The number of states of every block at full size."""
         return [self.settings.d_state] * self.settings.blocks
 
     @abstractmethod

@@ -39,7 +39,7 @@ def selective_scan(
 
     Args:
         u: (batch, D, L), float32, bfloat16 or float16 (float64 on the reference); any strides, so that a transposed
-            (batch, L, D) tensor is read as it lies.
+            (batch, L, D) tensor is read without a copy.
         delta: (batch, D, L), step sizes before bias and softplus.
         A: (D, N) real, not positive.
         B: (batch, G, N, L), (batch, N, L) for one group, or (D, N) where it is constant; channel d reads group d // (D / G).
