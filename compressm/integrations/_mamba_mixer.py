@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from compressm.errors import ModelError
+from compressm.integrations._mamba2_mixer import MIXERS, accelerated
 from compressm.kernels import KernelPlan, plan, selective_scan, selective_state_update
 from compressm.layers.mamba_mixer import SILU, convolve, convolve_step, decay, mix, project, select, working_dtype
 
@@ -80,13 +81,14 @@ def _without_padding(x: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
-    """Run every Mamba mixer of a transformers model on compressm's kernels; in place.
+    """Run every Mamba mixer of a transformers model, Mamba-1 and Mamba-2, on compressm's kernels; in place.
 
     Outputs, cache and state_dict are the library's; they differ where a cache is continued by several tokens at once, as
-    there the library forgets the scan's state.
+    there the library forgets the scan's state, and where a Mamba-2 has a ``time_step_limit``, which the library does not apply
+    in decoding.
 
     Args:
-        model: such as ``MambaForCausalLM``, before or after reductions.
+        model: such as ``MambaForCausalLM``, or a hybrid, whose other layers are left alone; before or after reductions.
         mode: False goes back to the library's own forward.
 
     Returns:
@@ -96,23 +98,38 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
         ModelError: no Mamba mixer, one with another activation than SiLU, or one whose forward has been replaced; nothing has
             changed.
     """
-    old, new = (MambaMixer, AcceleratedMambaMixer) if mode else (AcceleratedMambaMixer, MambaMixer)
-    mixers = {name: module for name, module in model.named_modules() if isinstance(module, MambaMixer)}
+    mixers = {name: module for name, module in model.named_modules() if _own_class(module) is not None}
     if not mixers:
-        raise ModelError(f"model: {type(model).__name__} has no MambaMixer, expected transformers' Mamba-1 model")
+        expected = "transformers' Mamba-1 or Mamba-2 model"
+        raise ModelError(f"model: {type(model).__name__} has no MambaMixer or Mamba2Mixer, expected {expected}")
     if mode:
         for name, mixer in mixers.items():
             _check(name, mixer)
     for mixer in mixers.values():
-        if type(mixer) is old:
+        own: Any = _own_class(mixer)
+        if type(mixer) is not (new := _accelerated(own) if mode else own):
             mixer.__class__ = new
             vars(mixer).pop("_last_call", None)
     return model
 
 
-def _check(name: str, mixer: MambaMixer) -> None:
-    if type(mixer) not in (MambaMixer, AcceleratedMambaMixer):
-        raise ModelError(f"layer {name!r}: {type(mixer).__qualname__} overrides MambaMixer, expected transformers' own class")
+def _own_class(module: nn.Module) -> type[nn.Module] | None:
+    """The library's class of a mixer; None of another module."""
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
+    kinds = dict(zip(names, type(module).__mro__, strict=True))
+    return next((kind for name, kind in kinds.items() if kind is MambaMixer or name in MIXERS), None)
+
+
+def _accelerated(own: Any) -> type[nn.Module]:
+    return AcceleratedMambaMixer if own is MambaMixer else accelerated(own)
+
+
+def _check(name: str, mixer: Any) -> None:
+    own: Any = _own_class(mixer)
+    if type(mixer) not in (own, _accelerated(own)):
+        raise ModelError(
+            f"layer {name!r}: {type(mixer).__qualname__} overrides {own.__name__}, expected transformers' own class"
+        )
     if mixer.activation not in SILU:  # the scan's gate is one
         raise ModelError(f"layer {name!r}: activation {mixer.activation!r}, expected 'silu'. Leave this model as it is")
     if "forward" in vars(mixer) or any(hasattr(module, "_hf_hook") for module in mixer.modules()):

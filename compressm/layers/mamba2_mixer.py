@@ -88,7 +88,7 @@ def mix(
         cache[0].copy_(F.pad(xBC.mT.detach(), (width, 0))[..., xBC.shape[1] :])
     x, B, C = scan_inputs(mixer, convolve(mixer, xBC.mT, cu_seqlens).mT, sizes)
     result: Any = ssd(
-        x, dt, decay(mixer), B, C, mixer.chunk_size, mixer.D.view(sizes.heads, -1).squeeze(-1), _gate(mixer, z, sizes),
+        x, dt, decay(mixer), B, C, mixer.chunk_size, mixer.D.view(sizes.heads, -1).squeeze(-1), gate(mixer, z, sizes),
         mixer.dt_bias, dt_softplus=True, dt_limit=mixer.dt_limit, cu_seqlens=cu_seqlens,
         return_final_states=cache is not None,
     )  # fmt: skip
@@ -102,43 +102,58 @@ def step(mixer: Mixer, hidden_states: Tensor, conv_state: Tensor, ssm_state: Ten
     """One token (B, 1, d_model) -> (B, 1, d_model); conv_state (B, channels, width), ssm_state (B, H, P, N) in place."""
     sizes = layout(mixer)
     z0, x0, z, xBC, dt = _split(mixer, mixer.in_proj(hidden_states[:, 0]), sizes)
-    x, B, C = scan_inputs(mixer, convolve_step(mixer, xBC, conv_state), sizes)
-    bias: Tensor | None = mixer.dt_bias
-    softplus = tuple(mixer.dt_limit) == NO_LIMIT
-    if not softplus:
-        dt, bias = F.softplus(dt.to(decay(mixer).dtype) + mixer.dt_bias).clamp(*mixer.dt_limit), None
-    A = decay(mixer)[:, None, None].expand(ssm_state.shape[1:])
-    D = mixer.D.view(sizes.heads, -1).expand(sizes.heads, sizes.headdim)
-    bias = None if bias is None else bias[:, None].expand_as(D)
-    y = selective_state_update(
-        ssm_state, x, dt[..., None].expand_as(x), A, B, C, D, _gate(mixer, z, sizes), bias, dt_softplus=softplus
-    )
+    inputs = scan_inputs(mixer, convolve_step(mixer, xBC, conv_state), sizes)
+    y = scan_step(mixer, inputs, dt, gate(mixer, z, sizes), ssm_state)
     return _finish(mixer, y.flatten(-2), z0, x0, z).unsqueeze(1)
+
+
+def scan_step(mixer: Mixer, inputs: ScanInputs, dt: Tensor, z: Tensor | None, state: Tensor) -> Tensor:
+    """One step of the scan, (B, H, P), of inputs (B, ...), dt (B, H) and the scan's own gate z; state (B, H, P, N) in place."""
+    heads, headdim = state.shape[1:3]
+    bias: Tensor | None = mixer.dt_bias
+    softplus = limits(mixer) == NO_LIMIT
+    if not softplus:
+        dt, bias = F.softplus(dt.to(decay(mixer).dtype) + mixer.dt_bias).clamp(*limits(mixer)), None
+    A = decay(mixer)[:, None, None].expand(state.shape[1:])
+    D = mixer.D.view(heads, -1).expand(heads, headdim)
+    bias = None if bias is None else bias[:, None].expand_as(D)
+    dt = dt[..., None].expand_as(inputs.x)
+    return selective_state_update(state, inputs.x, dt, A, inputs.B, inputs.C, D, z, bias, dt_softplus=softplus)
 
 
 def read(mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[ScanInputs, Tensor]:
     """What a mixer's scan takes of hidden states (B, L, d_model), and its step sizes (B, L, H) as the projection leaves them.
 
+    mask: (B, L), zero where a token is padding, whose x, B and C are zero; None: no padding.
+    """
+    _, xBC, dt = project(mixer, hidden_states, mask)
+    return scan_inputs(mixer, without_padding(convolve(mixer, xBC.mT).mT, mask), layout(mixer)), dt
+
+
+def project(mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate z (B, L, H P), what is convolved (B, L, channels) and step sizes (B, L, H) of hidden states (B, L, d_model).
+
     Args:
         mixer: transformers' FalconH1Mixer has multipliers in front of its projection (``ssm_in_multiplier``) and behind it
             (``mup_vector``), of which any mixer may have either.
-        mask: (B, L), zero where a token is padding, whose x, B and C are zero; None: no padding.
+        mask: as for :func:`read`.
     """
-    sizes = layout(mixer)
-    padding = None if mask is None else mask[..., None].to(hidden_states.dtype)
-    hidden_states = hidden_states if padding is None else hidden_states * padding
-    projected = mixer.in_proj(hidden_states * getattr(mixer, "ssm_in_multiplier", 1))
+    projected = mixer.in_proj(without_padding(hidden_states, mask) * getattr(mixer, "ssm_in_multiplier", 1))
     if getattr(mixer, "mup_vector", None) is not None:
         projected = projected * mixer.mup_vector
-    xBC, dt = _split(mixer, projected, sizes)[3:]
-    out = convolve(mixer, xBC.mT).mT
-    return scan_inputs(mixer, out if padding is None else out * padding, sizes), dt
+    z, xBC, dt = _split(mixer, projected, layout(mixer))[2:]
+    return z, xBC, dt
+
+
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (B, L, channels), zero where mask (B, L) is; None: no padding."""
+    return x if mask is None else (x * mask[..., None]).to(x.dtype)
 
 
 def limits(mixer: Mixer) -> tuple[float, float]:
     """The range that a mixer's step sizes are cut to."""
     low, high = mixer.dt_limit if hasattr(mixer, "dt_limit") else mixer.time_step_limit
-    return low, high
+    return float(low), float(high)
 
 
 def scan_inputs(mixer: Mixer, xBC: Tensor, sizes: Layout) -> ScanInputs:
@@ -159,14 +174,19 @@ def _split(mixer: Mixer, projected: Tensor, sizes: Layout) -> tuple[Tensor, ...]
     return projected.split(sizes.projected(projected.shape[-1]), dim=-1)
 
 
-def _gate(mixer: Mixer, z: Tensor, sizes: Layout) -> Tensor | None:
-    """The gate of the scan itself, where no norm has it."""
-    return None if mixer.rmsnorm else z.unflatten(-1, (sizes.heads, sizes.headdim))
+def normed(mixer: Mixer) -> bool:
+    """Whether a norm behind the scan has the gate; else the scan has it."""
+    return getattr(mixer, "rmsnorm", getattr(mixer, "mamba_rms_norm", True))
+
+
+def gate(mixer: Mixer, z: Tensor, sizes: Layout) -> Tensor | None:
+    """The gate of the scan itself, (..., H, P); None where a norm has it."""
+    return None if normed(mixer) else z.unflatten(-1, (sizes.heads, sizes.headdim))
 
 
 def _finish(mixer: Mixer, y: Tensor, z0: Tensor, x0: Tensor, z: Tensor) -> Tensor:
     """Norm, gated MLP and projection behind the scan's output y (..., H P)."""
-    y = mixer.norm(y, z) if mixer.rmsnorm else y
+    y = mixer.norm(y, z) if normed(mixer) else y
     if z0.shape[-1]:
         y = torch.cat([F.silu(z0) * x0, y], dim=-1)
     return mixer.out_proj(y)

@@ -1,0 +1,101 @@
+"""transformers' Mamba-2 mixers on compressm's kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressm.kernels import KernelPlan, causal_conv1d, plan, ssd
+from compressm.layers.mamba2_mixer import gate, layout, limits, normed, project, scan_inputs, scan_step, without_padding
+from compressm.layers.mamba_mixer import convolve, convolve_step, decay, working_dtype
+
+# Their forwards are near-copies of one another.
+MIXERS = frozenset(
+    f"transformers.models.{model}.modeling_{model}.{mixer}"
+    for model, mixer in {
+        "mamba2": "Mamba2Mixer",
+        "bamba": "BambaMixer",
+        "falcon_h1": "FalconH1Mixer",
+        "granitemoehybrid": "GraniteMoeHybridMambaLayer",
+        "nemotron_h": "NemotronHMamba2Mixer",
+        "zamba2": "Zamba2MambaMixer",
+    }.items()
+)
+
+
+class AcceleratedMamba2Mixer(nn.Module):
+    """In front of a mixer's class: convolution, scan and decode step are ours, parameters and cache the library's."""
+
+    def forward(self, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Run over a sequence, or over its continuation.
+
+        Args:
+            hidden_states: (B, L, hidden_size).
+            cache: the model's cache; without earlier tokens in it the sequence is a prompt.
+            attention_mask: (B, L), zero where a token is padding; None: no padding.
+            kwargs: ``seq_idx`` (B, L) numbers the sequences that are packed into a row; others do not matter.
+
+        Returns:
+            (B, L, hidden_size).
+        """
+        mixer: Any = self
+        sizes, (batch, length, _) = layout(mixer), hidden_states.shape
+        if not torch.compiler.is_compiling() and (self.training or "_last_call" not in vars(self)):
+            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, length)
+        conv_state = state = None
+        if cache is not None:
+            conv_state, state = cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
+        seq_idx = kwargs.get("seq_idx")
+        z, xBC, dt = project(mixer, hidden_states, attention_mask)
+        xBC = self._convolve(xBC, cache, conv_state, seq_idx)
+        inputs = scan_inputs(mixer, without_padding(xBC, attention_mask), sizes)
+        y: Any
+        if state is not None and length == 1:
+            one = type(inputs)(*(part[:, 0] for part in inputs))
+            y = scan_step(mixer, one, dt[:, 0], gate(mixer, z[:, 0], sizes), state)[:, None]
+        else:
+            y = ssd(
+                inputs.x, dt, decay(mixer), inputs.B, inputs.C, None, mixer.D, gate(mixer, z, sizes), mixer.dt_bias, state,
+                seq_idx, dt_softplus=True, dt_limit=limits(mixer), return_final_states=cache is not None,
+            )  # fmt: skip
+            if cache is not None:
+                y, last = y
+                cache.update_recurrent_state(last, layer_idx=mixer.layer_idx)
+        y = y.flatten(-2)
+        return mixer.out_proj((mixer.norm(y, z) if normed(mixer) else y).to(hidden_states.dtype))
+
+    def _convolve(self, xBC: Tensor, cache: Any, conv_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+        """silu(causal convolution) of (B, L, channels) behind what the cache remembers."""
+        mixer: Any = self
+        length = xBC.shape[1]
+        if conv_state is not None and length == 1 and not cache.is_recording_past(mixer.layer_idx):
+            return convolve_step(mixer, xBC[:, 0], conv_state)[:, None]
+        if seq_idx is not None:
+            return convolve(mixer, xBC.mT, convolution=functools.partial(causal_conv1d, seq_idx=seq_idx)).mT
+        if cache is not None:
+            x = cache.update_conv_state(xBC.mT, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
+            return convolve(mixer, x)[..., -length:].mT
+        return convolve(mixer, xBC.mT).mT
+
+    @property
+    def kernel_plan(self) -> KernelPlan | None:
+        """The kernel that runs the scan at the present number of states; None before the first call.
+
+        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
+        """
+        if "_last_call" not in vars(self):
+            return None
+        (device, dtype, batch, length), sizes = self._last_call, layout(self)
+        shapes = {
+            "x": (batch, length, sizes.heads, sizes.headdim), "B": (batch, length, sizes.groups, sizes.features)
+        }  # fmt: skip
+        return plan("ssd", shapes, dtype, device)
+
+
+@functools.cache
+def accelerated(mixer: type[nn.Module]) -> type[nn.Module]:
+    """The class that runs a mixer's class on our kernels."""
+    return type(f"Accelerated{mixer.__name__}", (AcceleratedMamba2Mixer, mixer), {})
