@@ -33,11 +33,11 @@ def causal_conv1d(
         steps = torch.arange(length, device=x.device)
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), steps.to(cu_seqlens.dtype), right=True)
         seq_idx = sequence[None]
-    taps, out = weight.to(work)[..., None], 0.0
+    taps, out = weight.to(work)[..., None], torch.zeros((), dtype=work, device=x.device)
     for k in range(width):
         seen, back = inputs[..., k : k + length], width - 1 - k
         if seq_idx is not None and back > 0:
-            front = 0.0
+            front: Tensor | float = 0.0
             if cu_seqlens is not None and initial_states is not None:
                 place = (steps - cu_seqlens[sequence] + k).clamp(max=width - 2)
                 front = initial_states.mT[sequence, place].mT.to(work)
@@ -55,6 +55,8 @@ def causal_conv1d(
 def final_states(x: Tensor, initial_states: Tensor | None, cu_seqlens: Tensor | None, count: int) -> Tensor:
     """The last ``count`` inputs of every sequence, (sequences, D, count) in x's dtype, with zeros or its state in front."""
     length, channels = x.shape[-1], x.shape[1]
+    first: Tensor | int
+    last: Tensor | int
     if cu_seqlens is None:
         first, last, sequences = 0, length, x.shape[0]
     else:
@@ -92,7 +94,7 @@ def causal_conv1d_update(
     work = torch.promote_types(x.dtype, torch.float32)
     inputs = torch.cat([window.to(work), x.to(work)], -1)
     taps = weight.to(work)[..., None]
-    out = sum(taps[:, k] * inputs[..., k : k + steps] for k in range(width))
+    out = torch.stack([taps[:, k] * inputs[..., k : k + steps] for k in range(width)]).sum(0)
     if bias is not None:
         out = out + bias.to(work)[:, None]
     return (silu(out) if activation else out).to(x.dtype), state

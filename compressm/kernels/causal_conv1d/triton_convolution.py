@@ -4,6 +4,7 @@ The neighbouring steps that a lane needs come through the cache.  The backward c
 tap instead of keeping it.  Programs have their own partial gradients of weight and bias, added in a fixed order.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import torch

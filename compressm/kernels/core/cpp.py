@@ -90,10 +90,8 @@ def why_not() -> str | None:
     if root is None:
         return "the C++ sources (csrc/) are not part of this installation"
     compiler = _compiler()
-    if compiler is None:
-        reason = "no C++ compiler found (neither $CXX nor c++ is one)"
-    else:
-        reason = _load(root, compiler)
+    missing = "no C++ compiler found (neither $CXX nor c++ is one)"
+    reason = missing if compiler is None else _load(root, compiler)
     if reason is not None:
         warnings.warn(
             f"compressm: the C++ CPU kernels are not available: {reason}. Plain torch runs instead, several times slower. "

@@ -125,7 +125,7 @@ def transformed() -> bool:
 
 def recomputed_gradients(
     function: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+) -> Any:
     """The backward of an op that keeps nothing but its arguments: runs ``function`` again and differentiates it.
 
     Made for the kernel of an op, in which torch records no graph otherwise.

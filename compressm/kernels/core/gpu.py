@@ -102,7 +102,7 @@ class Tunable:
     kernel: Any
     code: str
     configs: tuple[Config, ...]
-    shapes: dict[str, Shape]
+    shapes: Mapping[str, Shape]
     small: Callable[[Config], Shape]
     build: Callable[[Shape, Config | None, str], Call]
     planned: Callable[[Shape], Config]

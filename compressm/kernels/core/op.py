@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,12 +51,6 @@ class Sample:
     axes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-class Draw(Protocol):
-    """Makes random arguments for the sizes of an op; further keywords ask for its variants."""
-
-    def __call__(self, sizes: Mapping[str, int], dtype: torch.dtype, device: torch.device, **variant: Any) -> Sample: ...
-
-
 Plan = Callable[[Mapping[str, tuple[int, ...]], torch.dtype, str, "str | None"], KernelPlan]
 Function = Callable[[dict[str, Tensor]], Tensor]
 
@@ -86,7 +80,7 @@ class Op:
         function: takes the tensors and options of a sample, and ``backend=``, whose ``"reference"`` runs in any precision.
         sizes: names of a problem's sizes, with the defaults of ``compressm bench``.
         small: awkward sizes, which tests try.
-        draw: random arguments.
+        draw: random arguments of (sizes, dtype, device), and keywords for variants.
         cost: of (sizes, bytes of an input's element, whether gradients are computed as well).
         plan: of (shapes by name, dtype, device type, backend or None), the shapes as in ``shapes``.
         shapes: the arguments whose shapes the plan depends on, with their axes, e.g. ``{"x": "(batch, D, L)"}``.
@@ -106,7 +100,7 @@ class Op:
     function: Callable[..., Any]
     sizes: Mapping[str, int]
     small: tuple[Mapping[str, int], ...]
-    draw: Draw
+    draw: Callable[..., Sample]
     cost: Callable[[Mapping[str, int], int, bool], Cost]
     plan: Plan
     shapes: Mapping[str, str]

@@ -50,7 +50,7 @@ def diagonal_scan(
             expected = f"shape {(x.shape[2] // 2,)} on {x.device}"
             raise bad_argument(name, got=f"shape {tuple(tensor.shape)} on {tensor.device}", expected=expected)
     if initial_state is not None and initial_state.shape != (x.shape[0], x.shape[2]):
-        raise bad_argument("initial_state", got=tuple(initial_state.shape), expected=(x.shape[0], x.shape[2]))
+        raise bad_argument("initial_state", got=tuple(initial_state.shape), expected=f"{(x.shape[0], x.shape[2])}")
     chosen = choose_backend(x.device.type, x.dtype, backend=backend)
     if chosen == "reference":
         return reference.diagonal_scan(x, log_decay, phase, initial_state, reverse)

@@ -4,6 +4,7 @@ A program walks one stretch of one sequence for BN states.  The stretch is the w
 fill a GPU; else sequences are split, and the states in front of the stretches come from a scan over the stretches' ends.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import torch

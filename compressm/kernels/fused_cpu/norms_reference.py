@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compressm.kernels.core.dtypes import cast
+
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
     """Output in x's dtype: a layer norm, or an RMS norm unless ``centred``."""
     work = torch.promote_types(x.dtype, weight.dtype)
-    x_work, weight, bias = (None if t is None else t.to(work) for t in (x, weight, bias))
+    wide, weight, bias = cast(x, work), cast(weight, work), cast(bias, work)
     shape = x.shape[-1:]
-    out = F.layer_norm(x_work, shape, weight, bias, eps) if centred else F.rms_norm(x_work, shape, weight, eps)
-    return out.to(x.dtype)
+    out = F.layer_norm(wide, shape, weight, bias, eps) if centred else F.rms_norm(wide, shape, weight, eps)
+    return cast(out, x.dtype)

@@ -45,7 +45,7 @@ def _system(shape: Shape, device: str) -> dict[str, torch.Tensor]:
 
 
 def launch(shape: Shape, config: Config | None, device: str) -> Call:
-    system = tuple(_system(shape, device).values())
+    system: Any = tuple(_system(shape, device).values())
     return lambda: triton_gramians.gramian_quads([system], config or triton_gramians.CONFIG)[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def gramians(log_lam: Tensor, B: Tensor, C: Tensor, *, backend: str | None = Non
     """
     check_system(log_lam, B, C)
     batch = torch.broadcast_shapes(log_lam.shape[:-1], B.shape[:-2], C.shape[:-2])
-    whole = tuple(t.expand(*batch, *t.shape[t.dim() - k :]) for t, k in ((log_lam, 1), (B, 2), (C, 2)))
-    return gramians_many([whole], backend=backend)[0]
+    log_lam, B, C = (t.expand(*batch, *t.shape[t.dim() - k :]) for t, k in ((log_lam, 1), (B, 2), (C, 2)))
+    return gramians_many([(log_lam, B, C)], backend=backend)[0]
 
 
 def gramians_many(systems: Sequence[System], *, backend: str | None = None) -> list[Gramians]:
@@ -61,7 +61,7 @@ def gramians_many(systems: Sequence[System], *, backend: str | None = None) -> l
     """
     if not systems:
         return []
-    prepared = []
+    prepared: list[Any] = []
     for system in systems:
         check_system(*system)
         if system[0].device != systems[0][0].device:
@@ -93,7 +93,8 @@ def cpp_quotients(log_lam: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor
     for lam, b, c in systems:
         decay, phase = lam.real.contiguous(), lam.imag.contiguous()
         quads.append((*_quotients(decay, phase, b.real, b.imag), *_quotients(decay, -phase, c.real.mT, -c.imag.mT)))
-    return tuple(torch.stack(part).view(*batch, n, n) for part in zip(*quads, strict=True))
+    P, S, Q, S_Q = (torch.stack(part).view(*batch, n, n) for part in zip(*quads, strict=True))
+    return P, S, Q, S_Q
 
 
 def _quotients(decay: Tensor, phase: Tensor, re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 One program computes one tile of the upper triangle and writes it twice: P and Q are Hermitian, S and S_Q symmetric.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from collections.abc import Sequence

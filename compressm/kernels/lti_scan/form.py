@@ -25,12 +25,12 @@ STORE_BYTES = 1 << 30  # keep all states for the backward up to this size, else 
 TILE_BYTES = 3 << 19  # states of one tile; a core's L2 cache and a share of L3
 
 
-def _product(rates: Rates, rows: int, inner: int, columns: int) -> float:
+def _product(rates: Rates, rows: float, inner: int, columns: int) -> float:
     """Seconds of one (rows, inner) x (inner, columns) product: the slower of arithmetic and traffic."""
     return max(2 * rows * inner * columns / rates.flops, 4 * rows * (inner + columns) / rates.bytes)
 
 
-def _seconds(rates: Rates, rows: int, H: int, H_out: int, N: int, tau: int) -> float:
+def _seconds(rates: Rates, rows: float, H: int, H_out: int, N: int, tau: int) -> float:
     """Modelled seconds of the forward with blocks of tau steps (tau = 1: the plain scan)."""
     blocks = rows / tau
     time = _product(rates, blocks, tau * H, 2 * N) + _product(rates, blocks, 2 * N, tau * H_out)

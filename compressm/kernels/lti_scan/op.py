@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -207,7 +207,7 @@ def lti_scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (u, log_decay, phase, w_in, w_out, D, initial_state); empty for an argument that was None."""
 
-    def run(u: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *operands, start = rest
         return _planned(u, Operands(*operands), start, backend, stepwise)
 

@@ -95,7 +95,7 @@ LARGE = (
 
 
 @functools.lru_cache(maxsize=1)
-def inputs(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+def inputs(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """Arguments of the launches, (batch, D, L, N), up to delta_softplus."""
     torch.manual_seed(0)
     p = draw(_sizes(*shape), dtype, torch.device(device), channels_last=False).tensors

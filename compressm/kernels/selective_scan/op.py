@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels.core.custom_op import custom_op, in_cpp, plain_call, recomputed_gradients, transformed
 from compressm.kernels.core.dispatch import chooser, compiled_first
+from compressm.kernels.core.dtypes import cast, common_dtype
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.selective_scan import cpu, reference
 
@@ -67,9 +69,9 @@ def selective_scan(
     B, C = (t.unsqueeze(1) if t.dim() == 3 else t for t in (B, C))
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     constant = B.dim() == 2 or C.dim() == 2
-    io = _common_dtype(u, delta, B, C, z)
+    io = common_dtype(u, delta, B, C, z)
     chosen = choose_backend(u.device.type, io, constant, backend=backend)
-    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    arguments: Any = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     if chosen == "reference" and (plain_call(*arguments) or transformed()):
         out, last = reference.selective_scan(*arguments, delta_softplus)
     elif chosen == "reference":
@@ -79,27 +81,14 @@ def selective_scan(
             io, mixing = cpu.dtype_of_rows(u, delta, z), torch.float32
         else:
             mixing = io
-        u_io, delta, z, B, C = *(_cast(t, io) for t in (u, delta, z)), *(_cast(t, mixing) for t in (B, C))
-        A, D, delta_bias, initial_state = (_cast(t, torch.float32) for t in (A, D, delta_bias, initial_state))
+        u_io, delta, z, B, C = *(cast(t, io) for t in (u, delta, z)), *(cast(t, mixing) for t in (B, C))
+        A, D, delta_bias, initial_state = (cast(t, torch.float32) for t in (A, D, delta_bias, initial_state))
         out, last, *_ = selective_scan_op(
             u_io, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus,
             torch.is_grad_enabled() or torch.jit.is_tracing(), chosen,
         )  # fmt: skip
-        out = _cast(out, u.dtype)
+        out = cast(out, u.dtype)
     return (out, last) if return_last_state else out
-
-
-def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that inputs of different precision promote to."""
-    common = None
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype != common:
-            common = tensor.dtype if common is None else torch.promote_types(common, tensor.dtype)
-    return common
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 # Of (device type, the dtype that the tensors promote to, whether B or C has no time axis): Triton on a GPU, C++ on a CPU, else
@@ -279,26 +268,26 @@ def _check(
         expected = f"a real tensor (D, N) with D = {channels} as in u"
         raise bad_argument("A", got=f"{tuple(A.shape)} of {A.dtype}", expected=expected)
     states = A.shape[1]
-    groups = None
-    for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() == 4 and groups is None:
-            groups = tensor.shape[1]
+    groups: int | None = None
+    for name, mixing in (("B", B), ("C", C)):
+        if mixing.dim() == 4 and groups is None:
+            groups = mixing.shape[1]
             if groups == 0 or channels % groups:
                 raise bad_argument(name, got=f"{groups} groups", expected=f"a number of groups that divides D = {channels}")
-        shape = (batch, groups, states, length) if tensor.dim() == 4 else (channels, states)
-        if tensor.shape != shape:
+        if mixing.shape != ((batch, groups, states, length) if mixing.dim() == 4 else (channels, states)):
             expected = f"(batch, N, L), (batch, G, N, L) or (D, N) with batch {batch}, D {channels}, N {states}, L {length}"
             if groups is not None:
                 expected += f", G {groups}"
-            raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=expected)
+            raise bad_argument(name, got=f"shape {tuple(mixing.shape)}", expected=expected)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    for name, tensor, shape in (
+    wanted: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
         ("delta", delta, (batch, channels, length)),
         ("D", D, (channels,)),
         ("z", z, (batch, channels, length)),
         ("delta_bias", delta_bias, (channels,)),
         ("initial_state", initial_state, (sequences, channels, states)),
-    ):
+    )
+    for name, tensor, shape in wanted:
         if tensor is not None and tensor.shape != shape:
             raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"shape {shape}")
     device = u.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def draw(
     else:
         step = torch.exp(torch.empty(channels, device=device).uniform_(math.log(1e-3), math.log(1e-1)))
         tensors |= {"D": torch.randn(channels, device=device), "z": wide(), "delta_bias": step.expm1().log()}
-    options = {"delta_softplus": not bare, "return_last_state": states}
+    options: dict[str, Any] = {"delta_softplus": not bare, "return_last_state": states}
     if bounds is not None:
         options["cu_seqlens"] = torch.tensor(bounds, device=device, dtype=torch.int32)
     if states:

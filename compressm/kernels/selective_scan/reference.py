@@ -50,8 +50,9 @@ def selective_scan(
         start = u.new_zeros((len(bounds) - 1, *A.shape), dtype=work) if initial_state is None else initial_state.to(work)
         parts = []
         for sequence, (first, stop) in enumerate(itertools.pairwise(bounds)):
-            piece = [t if t.dim() == 2 else t[..., first:stop] for t in (B, C)]
-            parts.append(_scan(x[..., first:stop], dt[..., first:stop], A, *piece, start[sequence : sequence + 1]))
+            B_own, C_own = (t if t.dim() == 2 else t[..., first:stop] for t in (B, C))
+            own = start[sequence : sequence + 1]
+            parts.append(_scan(x[..., first:stop], dt[..., first:stop], A, B_own, C_own, own))
         y, last = torch.cat([part[0] for part in parts], -1), torch.cat([part[1] for part in parts])
     if D is not None:
         y = y + D.to(work)[:, None] * x

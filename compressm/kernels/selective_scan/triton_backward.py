@@ -4,6 +4,7 @@ With g_t the gradient of h_t, p_t = a_t g_t is what step t hands to the step in 
 factors of the forward, in the other direction.  One exponential per state and step serves both.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from compressm.kernels.core.triton_language import jit, tl

@@ -1,5 +1,6 @@
 """Forward kernel of the selective scan: per state a short scan over a tile of steps, the carries through memory."""
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from compressm.kernels.core.triton_language import jit, tl

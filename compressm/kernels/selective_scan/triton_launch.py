@@ -4,6 +4,7 @@ A program walks one sequence for R BD channels of one group, T steps at a time, 
 N is a run-time loop bound: no padding, and no compilation for a new N.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import torch

@@ -8,6 +8,7 @@ How a (batch, D, L) tensor lies in memory is a constant of the kernel: ``TIME``,
 aligned; ``CHANNEL``, the same of channels; ``ANY``.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from compressm.kernels.core.triton_language import jit, tl

@@ -47,7 +47,7 @@ def update(shape: Shape, config: Config | None, device: str) -> Call:
     p = draw(_sizes(*shape), torch.bfloat16, torch.device(device)).tensors
     one_head = {"state": 1, "x": 1, "dt": 1, "z": 1, "A": 0, "D": 0, "dt_bias": 0}
     p = {name: t.unsqueeze(one_head[name]) if name in one_head else t for name, t in p.items()}
-    given = [p[name] for name in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    given: Any = [p[name] for name in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     launch = None
     if config is not None:
         planned = triton_update.config(shape[2])

@@ -71,7 +71,7 @@ def selective_state_update(
     if not headed:  # groups of channels are heads
         split = (B.shape[1], state.shape[1] // B.shape[1])
         state, A = state.unflatten(1, split), A.unflatten(0, split)
-        x, dt, z = (None if t is None else t.unflatten(1, split) for t in (x, dt, z))
+        x, dt, z = x.unflatten(1, split), dt.unflatten(1, split), None if z is None else z.unflatten(1, split)
         D, dt_bias = (None if t is None else t.unflatten(0, split) for t in (D, dt_bias))
     double = torch.float64 in (state.dtype, x.dtype)
     chosen = choose_backend(x.device.type, torch.float64 if double else x.dtype, differentiate, backend=backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import custom_op, in_cpp, plain_call, recomputed_gradients, transformed
 from compressm.kernels.core.dispatch import chooser, compiled_first
+from compressm.kernels.core.dtypes import cast, common_dtype
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.ssd import chunked, reference
 from compressm.kernels.ssd.arguments import check
@@ -75,32 +77,19 @@ def ssd(
             tensors only: on a GPU looking would wait for it).
         BackendError: the named backend cannot run.
     """
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    tensors: Any = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     low, high = check(*tensors, seq_idx, cu_seqlens, chunk_size, dt_limit)
-    chosen = choose_backend(x.device.type, _common_dtype(x, dt, B, C, z), backend=backend)
+    chosen = choose_backend(x.device.type, common_dtype(x, dt, B, C, z), backend=backend)
     form = "chunked" if chosen == "reference" and not stepwise(x.dtype, backend) else chosen
     settings = (dt_softplus, low, high, 0 if chunk_size is None else chunk_size, form)
     if chosen == "cpp":
-        tensors = tuple(_cast(t, torch.float32) for t in tensors)
+        tensors = tuple(cast(t, torch.float32) for t in tensors)
     if chosen == "reference" and (plain_call(*tensors, seq_idx, cu_seqlens) or transformed()):
         out, last = _in_torch(*tensors, seq_idx, cu_seqlens, *settings)
     else:
         out, last = ssd_op(*tensors, seq_idx, cu_seqlens, *settings)
-    out = _cast(out, x.dtype)
+    out = cast(out, x.dtype)
     return (out, last) if return_final_states else out
-
-
-def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that inputs of different precision promote to."""
-    common = None
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype != common:
-            common = tensor.dtype if common is None else torch.promote_types(common, tensor.dtype)
-    return common
-
-
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 # Of (device type, the dtype that the tensors promote to): Triton on a GPU, C++ on a CPU, else the reference.
@@ -124,7 +113,7 @@ def stepwise(dtype: torch.dtype, backend: str | None) -> bool:
 
 
 def plan_for_shapes(
-    device: str, dtype: torch.dtype, shape: tuple[int, ...], groups: int, states: int, backend: str | None
+    device: str, dtype: torch.dtype, shape: Any, groups: int, states: int, backend: str | None
 ) -> KernelPlan:
     """The plan that :func:`ssd` follows for x of ``shape``, and B and C of ``groups`` x ``states``."""
     chosen = choose_backend(device, dtype, backend=backend)
@@ -227,7 +216,8 @@ def ssd_backward_op(
     if backend == "triton":
         from compressm.kernels.ssd import triton_launch
 
-        return triton_launch.backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high)
+        gradients: Any = triton_launch.backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high)
+        return gradients
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
         return _in_torch(*leaves, *packing, dt_softplus, low, high, chunk, backend)

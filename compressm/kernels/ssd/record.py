@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def draw(
         "D": normal(heads),
         "dt_bias": step.expm1().log(),
     }
-    options = {"dt_softplus": True, "return_final_states": states}
+    options: dict[str, Any] = {"dt_softplus": True, "return_final_states": states}
     if gate:
         tensors["z"] = normal(batch, length, heads, channels).to(dtype)
     if bounds is not None:

@@ -7,6 +7,7 @@ front of the chunk, a sum over the steps from the last one back (``reads``); of 
 (``writes``).
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from compressm.kernels.core.triton_language import jit, tl

@@ -5,6 +5,7 @@ from the front of the chunk to the step, that from the step to the end of the ch
 between, and what the cumulated log decays lost by rounding.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from compressm.kernels.core.triton_language import jit, tl

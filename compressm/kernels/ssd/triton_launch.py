@@ -5,6 +5,7 @@ share but for their decays; between chunks only states pass, one a chunk, which 
 run-time bounds of loops over tiles: no padding but to whole tiles, and no compilation for a new N.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from typing import NamedTuple

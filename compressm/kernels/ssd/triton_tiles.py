@@ -5,6 +5,7 @@ head.  ``WIDE`` says of such tensors that columns are neighbours and every run o
 multiples of 8.  Chunks that no step falls into exist where sequences are packed; programs leave them alone.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 from compressm.kernels.core.triton_language import jit, tl
