@@ -13,8 +13,9 @@ BENCH := $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns
 demo: $(PACKAGE)
 	$(BIN)/compressm train digits --out runs/digits
 
+# A file of tests runs in one process, of which there is one per core, with one thread each.
 test: $(TESTS)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(TESTS)
 	$(BIN)/ruff check .
