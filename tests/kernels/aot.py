@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time for every target and reports, as JSON, what the machine code looks like.
 
-It runs in a process of its own (``python aot.py``), because Triton compiles nothing in a process that interprets.
+It runs in a process of its own (``python aot.py [TARGET ...]``), because Triton compiles nothing in a process that interprets.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -162,7 +163,7 @@ def specialized(kernel: Any) -> list[str]:
 if __name__ == "__main__":
     kernels = {case.kernel for case in cases(TARGETS["sm_90"])}
     print(json.dumps({
-        "rows": [row for name in TARGETS for row in report(name)],
+        "rows": [row for name in sys.argv[1:] or TARGETS for row in report(name)],
         "specialized": sorted({name for kernel in kernels for name in specialized(kernel)}),
         "why_not": [triton_scan.why_not("cpu", triton_scan.DTYPES[0]), triton_gramians.why_not("cpu")],
     }))  # fmt: skip
