@@ -6,7 +6,7 @@ from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, Reduced
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
 from compressm.adapters.mamba import MambaAdapter
-from compressm.adapters.mamba2 import Mamba2Adapter
+from compressm.adapters.mamba2 import TRANSFORMERS, Mamba2Adapter
 from compressm.adapters.registry import check_known, find_layers, register_adapter, supported_layers
 
 register_adapter("compressm.layers.lru.LRU", LRUAdapter())
@@ -20,12 +20,7 @@ register_adapter("compressm.layers.mamba2.Mamba2", Mamba2Adapter())
 for _name in (
     "mamba_ssm.modules.mamba2.Mamba2",
     "mamba_ssm.modules.mamba2_simple.Mamba2Simple",
-    "transformers.models.bamba.modeling_bamba.BambaMixer",
-    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer",
-    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer",
-    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer",
-    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer",
-    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer",
+    *TRANSFORMERS,
 ):
     register_adapter(_name, Mamba2Adapter(foreign=True))
 

@@ -36,6 +36,14 @@ from compressm.control import MatrixMoments, MatrixReduction, pair_spectrum, pro
 from compressm.errors import ModelError, NumericalError, bad_argument
 from compressm.layers.mamba2_mixer import Layout, layout
 
+TRANSFORMERS = (  # classes whose forwards are near-copies of one another
+    "transformers.models.bamba.modeling_bamba.BambaMixer",
+    "transformers.models.falcon_h1.modeling_falcon_h1.FalconH1Mixer",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer",
+    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer",
+    "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer",
+    "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer",
+)
 MAPS = ("B_map", "C_map")
 SCAN = ("dt_bias", "A_log")
 SELECTED = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "init_states")  # of the strict form, if present

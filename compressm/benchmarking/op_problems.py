@@ -29,9 +29,7 @@ def problem(record: Record, sizes: Mapping[str, int], passes: Pass, dtype: torch
         return _advancing(record, sample, sizes, passes, dtype, device)
     inputs = leaves(sample.tensors, passes)
 
-    def call(p: dict[str, Tensor], backend: str | None = None) -> Tensor:
-        return record.run(p, sample.options, backend)[record.returns[0]]
-
+    call = functools.partial(_first_output, record, sample)
     reference = functools.partial(call, backend="reference")
     with torch.no_grad():
         weight = torch.randn_like(call(inputs)) if passes != "forward" else None
@@ -50,6 +48,10 @@ def problem(record: Record, sizes: Mapping[str, int], passes: Pass, dtype: torch
     return found
 
 
+def _first_output(record: Record, sample: Sample, tensors: dict[str, Tensor], backend: str | None = None) -> Tensor:
+    return record.run(tensors, sample.options, backend)[record.returns[0]]
+
+
 def _compiled(record: Record, reference: Function, sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
     return torch.compile(reference, dynamic=False) if record.compiled is None else record.compiled(sizes, dtype)
 
@@ -59,9 +61,7 @@ def _advancing(
 ) -> Problem:
     """Of an op that advances a tensor in place: every answer starts from the same copy of it."""
 
-    def call(p: dict[str, Tensor], backend: str | None = None) -> Tensor:
-        return record.run(p, sample.options, backend)[record.returns[0]]
-
+    call = functools.partial(_first_output, record, sample)
     reference = functools.partial(call, backend="reference")
     wide = {name: t.double() for name, t in sample.tensors.items()}
     oracle = {"out": reference(wide), **{name: wide[name] for name in record.writes}}

@@ -8,22 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.kernels import KernelPlan, causal_conv1d, plan, ssd
+from compressm.kernels import KernelPlan, plan, ssd
 from compressm.layers.mamba2_mixer import gate, layout, limits, normed, project, scan_inputs, scan_step, without_padding
 from compressm.layers.mamba_mixer import convolve, convolve_step, decay, working_dtype
-
-# Their forwards are near-copies of one another.
-MIXERS = frozenset(
-    f"transformers.models.{model}.modeling_{model}.{mixer}"
-    for model, mixer in {
-        "mamba2": "Mamba2Mixer",
-        "bamba": "BambaMixer",
-        "falcon_h1": "FalconH1Mixer",
-        "granitemoehybrid": "GraniteMoeHybridMambaLayer",
-        "nemotron_h": "NemotronHMamba2Mixer",
-        "zamba2": "Zamba2MambaMixer",
-    }.items()
-)
 
 
 class AcceleratedMamba2Mixer(nn.Module):
@@ -73,12 +60,12 @@ class AcceleratedMamba2Mixer(nn.Module):
         length = xBC.shape[1]
         if conv_state is not None and length == 1 and not cache.is_recording_past(mixer.layer_idx):
             return convolve_step(mixer, xBC[:, 0], conv_state)[:, None]
-        if seq_idx is not None:
-            return convolve(mixer, xBC.mT, convolution=functools.partial(causal_conv1d, seq_idx=seq_idx)).mT
+        x = xBC.mT
         if cache is not None:
-            x = cache.update_conv_state(xBC.mT, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
-            return convolve(mixer, x)[..., -length:].mT
-        return convolve(mixer, xBC.mT).mT
+            x = cache.update_conv_state(x, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
+        if seq_idx is not None:
+            x = x[..., -length:]
+        return convolve(mixer, x, seq_idx=seq_idx)[..., -length:].mT
 
     @property
     def kernel_plan(self) -> KernelPlan | None:

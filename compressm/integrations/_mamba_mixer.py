@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
+from compressm.adapters.mamba2 import TRANSFORMERS
 from compressm.errors import ModelError
-from compressm.integrations._mamba2_mixer import MIXERS, accelerated
+from compressm.integrations._mamba2_mixer import accelerated
 from compressm.kernels import KernelPlan, plan, selective_scan, selective_state_update
+from compressm.layers.mamba2_mixer import without_padding
 from compressm.layers.mamba_mixer import SILU, convolve, convolve_step, decay, mix, project, select, working_dtype
 
 
@@ -36,8 +38,8 @@ class AcceleratedMambaMixer(MambaMixer):
         conv_state = state = None
         if cache is not None:
             conv_state, state = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
-        x, z = project(self, _without_padding(hidden_states, attention_mask))
-        x = _without_padding(self._convolve(x, cache, conv_state).mT, attention_mask)
+        x, z = project(self, without_padding(hidden_states, attention_mask))
+        x = without_padding(self._convolve(x, cache, conv_state).mT, attention_mask)
         dt, B, C, dt_bias = select(self, x)
         y: Any
         if state is not None and length == 1:
@@ -73,11 +75,6 @@ class AcceleratedMambaMixer(MambaMixer):
             return None
         device, dtype, *shape = self._last_call
         return plan("selective_scan", {"u": tuple(shape), "A": tuple(self.A_log.shape)}, dtype, device)
-
-
-def _without_padding(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """x (B, L, channels), zero at padded steps."""
-    return x if attention_mask is None else (x * attention_mask[:, :, None]).to(x.dtype)
 
 
 def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
@@ -117,7 +114,7 @@ def _own_class(module: nn.Module) -> type[nn.Module] | None:
     """The library's class of a mixer; None of another module."""
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
     kinds = dict(zip(names, type(module).__mro__, strict=True))
-    return next((kind for name, kind in kinds.items() if kind is MambaMixer or name in MIXERS), None)
+    return next((kind for name, kind in kinds.items() if kind is MambaMixer or name in TRANSFORMERS), None)
 
 
 def _accelerated(own: Any) -> type[nn.Module]:

@@ -6,15 +6,16 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compressm.errors import ArgumentError, bad_argument
+from compressm.errors import bad_argument
 from compressm.kernels import KernelPlan, plan
-from compressm.layers.mamba_mixer import mix, packing, step, working_dtype
+from compressm.layers.mamba_layer import MambaLayer
+from compressm.layers.mamba_mixer import mix, step
 from compressm.layers.step_sizes import StepSizes
 
 
-class Mamba(nn.Module):
+class Mamba(MambaLayer):
     """The Mamba-1 mixer: (B, L, d_model) -> (B, L, d_model).
 
     Constructor, parameter names, shapes, initialisation and inference methods are those of ``mamba_ssm.Mamba``; checkpoints
@@ -40,6 +41,8 @@ class Mamba(nn.Module):
     ``conv1d.bias``, ``x_proj.weight`` (R + 2N, d_inner), ``dt_proj.weight`` (d_inner, R), ``dt_proj.bias``, ``A_log``
     (d_inner, N), ``D`` (d_inner,), ``out_proj.weight`` (d_model, d_inner).
     """
+
+    mixing, stepping = mix, step
 
     def __init__(
         self,
@@ -90,7 +93,6 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(self.d_inner, dtype=torch.float32, device=device))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **options)
         self._init_scan()
-        self._last_call: tuple[str, torch.dtype, int, int] | None = None  # device type, dtype, batch and length of the input
 
     @torch.no_grad()
     def _init_scan(self) -> None:
@@ -123,107 +125,10 @@ class Mamba(nn.Module):
         shapes = {"u": (batch, self.d_inner, length), "A": tuple(self.A_log.shape)}
         return plan("selective_scan", shapes, dtype, device)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        inference_params: Any = None,
-        *,
-        seq_idx: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """Run over a sequence.
-
-        Args:
-            hidden_states: (B, L, d_model).
-            inference_params: None, or an object with ``seqlen_offset`` (tokens already seen) and
-                ``key_value_memory_dict``, as in mamba_ssm: at offset 0 the sequence is a prompt whose states are stored under
-                ``layer_idx``; behind it the sequence must be one token.
-            seq_idx: (B, L) integers that number the sequences which are packed into a row: convolution and state begin anew
-                where the number changes.
-            cu_seqlens: (sequences + 1,) int32 or int64, the same for a batch of 1: sequence i lies at cu_seqlens[i] to
-                cu_seqlens[i + 1].
-
-        Returns:
-            (B, L, d_model).
-
-        Raises:
-            ArgumentError: shapes do not fit, or packed sequences together with ``inference_params``.
-        """
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
-            got = f"shape {tuple(hidden_states.shape)}"
-            raise bad_argument("hidden_states", got=got, expected=f"(batch, length, {self.d_model})")
-        if seq_idx is not None or cu_seqlens is not None:
-            return self._mix_packed(hidden_states, inference_params, seq_idx, cu_seqlens)
-        if inference_params is None:
-            return self._mix(hidden_states, None)
-        conv_state, ssm_state = self._cached_states(inference_params, hidden_states.shape[0])
-        if inference_params.seqlen_offset > 0:
-            return self.step(hidden_states, conv_state, ssm_state)[0]
-        return self._mix(hidden_states, (conv_state, ssm_state))
-
-    def _mix(
-        self, hidden_states: Tensor, cache: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
-        batch, length, _ = hidden_states.shape
-        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
-            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, length)
-        return mix(self, hidden_states, cache, cu_seqlens)
-
-    def _mix_packed(
-        self, hidden_states: Tensor, inference_params: Any, seq_idx: Tensor | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        if inference_params is not None:
-            raise bad_argument("inference_params", got="states to keep", expected="None with packed sequences")
-        if seq_idx is None:
-            return self._mix(hidden_states, None, cu_seqlens)
-        if cu_seqlens is not None:
-            raise bad_argument("seq_idx, cu_seqlens", got="both", expected="one of them")
-        if seq_idx.shape != hidden_states.shape[:2] or seq_idx.is_floating_point():
-            got, expected = f"{tuple(seq_idx.shape)} of {seq_idx.dtype}", f"integers {tuple(hidden_states.shape[:2])}"
-            raise bad_argument("seq_idx", got=got, expected=expected)
-        row = hidden_states.reshape(1, -1, self.d_model)
-        return self._mix(row, None, packing(seq_idx)).view_as(hidden_states)
-
-    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token of inference; both states are advanced in place.
-
-        Args:
-            hidden_states: (B, 1, d_model).
-            conv_state: (B, d_inner, d_conv), the last inputs of the convolution, oldest first.
-            ssm_state: (B, d_inner, N).
-
-        Returns:
-            (output (B, 1, d_model), conv_state, ssm_state).
-        """
-        if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, self.d_model):
-            raise bad_argument(
-                "hidden_states", got=f"shape {tuple(hidden_states.shape)}", expected=f"one token, (batch, 1, {self.d_model})"
-            )
-        batch = hidden_states.shape[0]
-        for name, state, width in (("conv_state", conv_state, self.d_conv), ("ssm_state", ssm_state, self.d_state)):
-            if state.shape != (batch, self.d_inner, width):
-                raise bad_argument(name, got=f"shape {tuple(state.shape)}", expected=f"{(batch, self.d_inner, width)}")
-        return step(self, hidden_states, conv_state, ssm_state), conv_state, ssm_state
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Zero (conv_state (B, d_inner, d_conv), ssm_state (B, d_inner, N)); ``max_seqlen`` does not matter.
-
-        The scan's state is float32 unless ``dtype`` says otherwise.
-        """
-        device = self.out_proj.weight.device
-        conv = torch.zeros(batch_size, self.d_inner, self.d_conv, device=device, dtype=dtype or self.conv1d.weight.dtype)
-        state = torch.promote_types(self.A_log.dtype, torch.float32)
-        return conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=dtype or state)
-
-    def _cached_states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:
-        if self.layer_idx is None:
-            raise ArgumentError("layer_idx: expected a number to keep this layer's states under, got None. Set layer.layer_idx")
-        memory = inference_params.key_value_memory_dict
-        if self.layer_idx not in memory:
-            memory[self.layer_idx] = self.allocate_inference_cache(batch)
-        return memory[self.layer_idx]
+    @property
+    def _state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """conv_state (B, d_inner, d_conv) and ssm_state (B, d_inner, N)."""
+        return (self.d_inner, self.d_conv), (self.d_inner, self.d_state)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, dt_rank={self.dt_rank}"

@@ -6,16 +6,16 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compressm.errors import ArgumentError, bad_argument
+from compressm.errors import bad_argument
 from compressm.kernels import KernelPlan, plan
 from compressm.layers.gated_norm import GatedRMSNorm
 from compressm.layers.mamba2_mixer import NO_LIMIT, layout, mix, step
-from compressm.layers.mamba_mixer import packing, working_dtype
+from compressm.layers.mamba_layer import MambaLayer
 
 
-class Mamba2(nn.Module):
+class Mamba2(MambaLayer):
     """The Mamba-2 mixer: (B, L, d_model) -> (B, L, d_model).
 
     Constructor, parameter names, shapes, initialisation and inference methods are those of ``mamba_ssm.Mamba2``; checkpoints
@@ -58,6 +58,7 @@ class Mamba2(nn.Module):
     (G, N, F).
     """
 
+    mixing, stepping = mix, step
     B_map: nn.Parameter | None
     C_map: nn.Parameter | None
 
@@ -122,7 +123,6 @@ class Mamba2(nn.Module):
             shape = ngroups, d_state, features
             self.register_parameter(name, None if d_features is None else nn.Parameter(torch.empty(shape, **options)))
         self._init_scan()
-        self._last_call: tuple[str, torch.dtype, int, int] | None = None  # device type, dtype, batch and length of the input
 
     @torch.no_grad()
     def _init_scan(self) -> None:
@@ -191,110 +191,10 @@ class Mamba2(nn.Module):
         shapes = {"x": (batch, length, self.nheads, self.headdim), "B": (batch, length, self.ngroups, self.d_state)}
         return plan("ssd", shapes, dtype, device)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        inference_params: Any = None,
-        *,
-        seq_idx: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """Run over a sequence.
-
-        Args:
-            hidden_states: (B, L, d_model).
-            inference_params: None, or an object with ``seqlen_offset`` (tokens already seen) and
-                ``key_value_memory_dict``, as in mamba_ssm: at offset 0 the sequence is a prompt whose states are stored under
-                ``layer_idx``; behind it the sequence must be one token.
-            seq_idx: (B, L) integers that number the sequences which are packed into a row: convolution and state begin anew
-                where the number changes.
-            cu_seqlens: (sequences + 1,) int32 or int64, the same for a batch of 1: sequence i lies at cu_seqlens[i] to
-                cu_seqlens[i + 1].
-
-        Returns:
-            (B, L, d_model).
-
-        Raises:
-            ArgumentError: shapes do not fit, or packed sequences together with ``inference_params``.
-        """
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
-            got = f"shape {tuple(hidden_states.shape)}"
-            raise bad_argument("hidden_states", got=got, expected=f"(batch, length, {self.d_model})")
-        if seq_idx is not None or cu_seqlens is not None:
-            return self._mix_packed(hidden_states, inference_params, seq_idx, cu_seqlens)
-        if inference_params is None:
-            return self._mix(hidden_states, None)
-        conv_state, ssm_state = self._cached_states(inference_params, hidden_states.shape[0])
-        if inference_params.seqlen_offset > 0:
-            return self.step(hidden_states, conv_state, ssm_state)[0]
-        return self._mix(hidden_states, (conv_state, ssm_state))
-
-    def _mix(self, hidden_states: Tensor, cache: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor | None = None) -> Tensor:
-        batch, length, _ = hidden_states.shape
-        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
-            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, length)
-        return mix(self, hidden_states, cache, cu_seqlens)
-
-    def _mix_packed(
-        self, hidden_states: Tensor, inference_params: Any, seq_idx: Tensor | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        if inference_params is not None:
-            raise bad_argument("inference_params", got="states to keep", expected="None with packed sequences")
-        if seq_idx is None:
-            return self._mix(hidden_states, None, cu_seqlens)
-        if cu_seqlens is not None:
-            raise bad_argument("seq_idx, cu_seqlens", got="both", expected="one of them")
-        if seq_idx.shape != hidden_states.shape[:2] or seq_idx.is_floating_point():
-            got, expected = f"{tuple(seq_idx.shape)} of {seq_idx.dtype}", f"integers {tuple(hidden_states.shape[:2])}"
-            raise bad_argument("seq_idx", got=got, expected=expected)
-        row = hidden_states.reshape(1, -1, self.d_model)
-        return self._mix(row, None, packing(seq_idx)).view_as(hidden_states)
-
-    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token of inference; both states are advanced in place.
-
-        Args:
-            hidden_states: (B, 1, d_model).
-            conv_state: (B, d_ssm + 2 G F, d_conv), the last inputs of the convolution, oldest first.
-            ssm_state: (B, H, P, N).
-
-        Returns:
-            (output (B, 1, d_model), conv_state, ssm_state).
-        """
-        if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, self.d_model):
-            raise bad_argument(
-                "hidden_states", got=f"shape {tuple(hidden_states.shape)}", expected=f"one token, (batch, 1, {self.d_model})"
-            )
-        batch = hidden_states.shape[0]
-        for name, state, shape in zip(("conv_state", "ssm_state"), (conv_state, ssm_state), self._state_shapes, strict=True):
-            if state.shape != (batch, *shape):
-                raise bad_argument(name, got=f"shape {tuple(state.shape)}", expected=f"{(batch, *shape)}")
-        return step(self, hidden_states, conv_state, ssm_state), conv_state, ssm_state
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Zero (conv_state (B, d_ssm + 2 G F, d_conv), ssm_state (B, H, P, N)); ``max_seqlen`` does not matter.
-
-        The scan's state is float32 unless ``dtype`` says otherwise.
-        """
-        device, (window, state) = self.out_proj.weight.device, self._state_shapes
-        wide = torch.promote_types(self.A_log.dtype, torch.float32)
-        conv_state = torch.zeros(batch_size, *window, device=device, dtype=dtype or self.conv1d.weight.dtype)
-        return conv_state, torch.zeros(batch_size, *state, device=device, dtype=dtype or wide)
-
     @property
     def _state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The sizes of the two states of one sequence."""
+        """conv_state (B, d_ssm + 2 G F, d_conv) and ssm_state (B, H, P, N)."""
         return (sum(layout(self).convolved), self.d_conv), (self.nheads, self.headdim, self.d_state)
-
-    def _cached_states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:
-        if self.layer_idx is None:
-            raise ArgumentError("layer_idx: expected a number to keep this layer's states under, got None. Set layer.layer_idx")
-        memory = inference_params.key_value_memory_dict
-        if self.layer_idx not in memory:
-            memory[self.layer_idx] = self.allocate_inference_cache(batch)
-        return memory[self.layer_idx]
 
     def extra_repr(self) -> str:
         sizes = f"d_model={self.d_model}, d_state={self.d_state}, heads={self.nheads}, headdim={self.headdim}"

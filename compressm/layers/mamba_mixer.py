@@ -110,14 +110,24 @@ def convolve(
     x: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
+    seq_idx: Tensor | None = None,
     convolution: Callable[..., Any] = causal_conv1d,
 ) -> Tensor:
-    """The activated causal convolution of x (B, d_inner, L), zeros in front of every sequence."""
+    """The activated causal convolution of x (B, d_inner, L), zeros in front of every sequence.
+
+    Args:
+        cu_seqlens, seq_idx: of packed sequences, one of them, as :func:`compressm.kernels.causal_conv1d` takes them.
+        convolution: with that op's arguments.
+    """
     conv, silu = mixer.conv1d, getattr(mixer, "activation", "silu") in SILU
     if plain(conv, nn.Conv1d):
-        packing = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-        out = convolution(x, conv.weight[:, 0], conv.bias, activation="silu" if silu else None, **packing)
+        packed = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
+        packed = {name: numbers for name, numbers in packed.items() if numbers is not None}
+        out = convolution(x, conv.weight[:, 0], conv.bias, activation="silu" if silu else None, **packed)
         return out if silu else mixer.act(out)
+    if seq_idx is not None:
+        row = x.transpose(0, 1).reshape(1, x.shape[1], -1)
+        return convolve(mixer, row, packing(seq_idx))[0].unflatten(-1, seq_idx.shape).transpose(0, 1)
     pieces = [x] if cu_seqlens is None else x.tensor_split(cu_seqlens[1:-1].cpu(), -1)
     outputs = [conv(piece)[..., : piece.shape[-1]] for piece in pieces if len(pieces) == 1 or piece.shape[-1]]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

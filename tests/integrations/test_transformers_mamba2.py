@@ -141,3 +141,32 @@ def test_refused_without_a_change():
     assert not mixers(model)
     with pytest.raises(ModelError, match="has no MambaMixer or Mamba2Mixer"):
         accelerate_(torch.nn.Linear(2, 2))
+
+
+class Wrapped(torch.nn.Module):
+    """A convolution that is more than its parameters, as an adapter library leaves it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    weight, bias = (property(lambda self, name=name: getattr(self.base_layer, name)) for name in ("weight", "bias"))
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_packed_sequences_do_not_see_each_other(wrapped, assert_close):
+    torch.manual_seed(3)
+    mixer = accelerate_(mamba2()).backbone.layers[0].mixer.eval()
+    if wrapped:
+        mixer.conv1d = Wrapped(mixer.conv1d)
+    x = torch.randn(2, 9, 8)
+    bounds = ([0, 4, 9], [0, 7, 9])
+    seq_idx = torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [1] * 2], dtype=torch.int32)
+    with torch.no_grad():
+        packed = mixer(x, seq_idx=seq_idx)
+        for row, (begin, middle, end) in enumerate(bounds):
+            for first, last in ((begin, middle), (middle, end)):
+                assert_close(packed[row, first:last], mixer(x[row : row + 1, first:last])[0], f"row {row} from {first}")
