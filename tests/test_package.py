@@ -22,7 +22,7 @@ INNER = {
     "compression": {
         "common": 0, "surgery": 1, "distributed": 2, "planning": 3, "guard": 4, "compressor": 5, "saving": 6
     },
-    "kernels": {"core": 0, "fused_cpu": 2, "registry": 3},
+    "kernels": {"core": 0, "fused_cpu": 2, "planning": 3},
 }  # fmt: skip
 OPS_FLOOR = 1  # of every other folder in kernels/; ops may build on each other
 

@@ -9,7 +9,7 @@ from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
-from compressm.kernels.registry import OPS, plan
+from compressm.kernels.planning import OPS, plan
 from compressm.kernels.selective_scan import selective_scan
 from compressm.kernels.selective_state_update import selective_state_update
 from compressm.kernels.ssd import ssd

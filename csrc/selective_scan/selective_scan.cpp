@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core/autograd.h"
+#include "core/tasks.h"
 #include "core/tensor.h"
 #include "core/partial_sums.h"
 #include "selective_scan/selective_scan.h"
@@ -127,16 +128,6 @@ struct Scan {
     }
   }
 };
-
-// body(task, scratch) for all tasks in parallel.
-template <typename Body>
-void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor scratch = at::empty({scratch_floats}, at::kFloat);
-    for (int64_t task = begin; task < end; ++task) body(task, scratch.data_ptr<float>());
-  });
-}
 
 // u, delta and z are float32 or bfloat16, all else is float32.  Returns (out, last state (sequences, D, N), checkpoints
 // (tiles, N, D), output in front of the gate), the first and last as u; the last two are empty unless train (and with a gate).

@@ -14,8 +14,9 @@
 
 #include "chunked/chunks.h"
 #include "core/autograd.h"
-#include "core/tensor.h"
 #include "core/partial_sums.h"
+#include "core/tasks.h"
+#include "core/tensor.h"
 
 namespace compressm {
 namespace {
@@ -81,16 +82,6 @@ struct Scan {
   }
   static const float* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 };
-
-// body(task, scratch) for all tasks in parallel.
-template <typename Body>
-void for_each_task(int64_t tasks, int64_t scratch_floats, const Body& body) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor scratch = at::empty({scratch_floats}, at::kFloat);
-    for (int64_t task = begin; task < end; ++task) body(task, scratch.data_ptr<float>());
-  });
-}
 
 // body(chunk, group, scratch) for all chunks and groups in parallel.
 template <typename Body>
