@@ -161,6 +161,8 @@ class Adapter(ABC, Generic[Kind]):
 
     paper_uses_data = False  # whether recipe "paper" averages over calibration data
     conventions: tuple[str, ...] = ("real", "complex")  # those that analyse() knows
+    forms: tuple[str, ...] = ()  # what a reduced layer may be, where there is a choice; see :meth:`in_form`
+    optional: tuple[str, ...] = ()  # names of parameters, relative to the layer, that a layer may lack and get by a reduction
 
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
@@ -177,6 +179,32 @@ class Adapter(ABC, Generic[Kind]):
     def reads(self, module: nn.Module) -> tuple[str, ...]:
         """Names, relative to the layer, of the parameters that :meth:`analyse`, :meth:`meter` and :meth:`edit` look at; all."""
         return tuple(name for name, _ in module.named_parameters())
+
+    def in_form(self, module: nn.Module, form: str | None) -> Adapter[Kind]:
+        """The adapter that reduces the layer to one of :attr:`forms`; where there is no choice, this one.
+
+        Args:
+            form: one of :attr:`forms`, or None for what suits the layer best.
+
+        Raises:
+            ArgumentError: the layer cannot become that.
+        """
+        return self
+
+    def needs(self, module: nn.Module) -> tuple[str, ...]:
+        """Those of :attr:`optional` that the layer lacks and that :meth:`edit` will change; none by default."""
+        return ()
+
+    def identities(self, module: nn.Module) -> dict[str, Tensor]:
+        """Values of all of :attr:`optional` with which the layer is what it would be without them."""
+        return {}
+
+    def neighbour(self, module: nn.Module) -> str:
+        """Name, relative to the layer, of the parameter whose group in the optimizer those of :attr:`optional` join.
+
+        They are trained if it is.
+        """
+        return self.parameters(module)[0]
 
     @abstractmethod
     def rank(self, module: nn.Module) -> int:

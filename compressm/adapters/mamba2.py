@@ -5,8 +5,8 @@ state of a head decays by one number.  Two forms:
 
 * strict: a subset of the channels of every group goes on, with its rows of the projection and its taps.  It stays a layer of
   its class, which every library loads.
-* projected: layers with maps behind the activation (``B_map``, ``C_map`` of ``compressm.layers.Mamba2(d_features=...)``) keep
-  all channels and get smaller maps.
+* projected: all channels stay, and two maps behind the activation (``B_map``, ``C_map``, as in
+  ``compressm.layers.Mamba2(d_features=...)``) make fewer states of them.  Layers that have no maps get them by a reduction.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from compressm.adapters.base import (
 )
 from compressm.control import MatrixMoments, MatrixReduction, pair_spectrum, projection, subset, subset_spectrum
 from compressm.errors import ModelError, NumericalError, bad_argument
-from compressm.layers.mamba2_mixer import Layout, layout
+from compressm.layers.mamba2_mixer import Layout, layout, states
 
 TRANSFORMERS = (  # classes whose forwards are near-copies of one another
     "transformers.models.bamba.modeling_bamba.BambaMixer",
@@ -85,20 +85,52 @@ class Mamba2Analysis(Analysis[MatrixReduction]):
 
 
 class Mamba2Adapter(Adapter[MatrixReduction]):
-    """The projected form for layers that have maps, the strict one for all others; recipe "paper" does not know these layers.
+    """Layers that have maps stay projected, others become what ``form`` says; recipe "paper" does not know these layers.
 
     Without calibration data the layer's input counts as white noise of unit variance.
 
     Args:
-        foreign: the layer runs kernels of other libraries, which want numbers of channels that divide well.
+        foreign: the layer belongs to another library, which has to load it again, and whose kernels want numbers of channels
+            that divide well.
+        form: ``"strict"`` or ``"projected"``.
     """
 
     conventions = ("real",)
+    forms = ("strict", "projected")
+    optional = MAPS
 
-    def __init__(self, *, foreign: bool = False) -> None:
-        self.foreign = foreign
+    def __init__(self, *, foreign: bool = False, form: str = "strict") -> None:
+        self.foreign, self.form = foreign, form
+
+    def in_form(self, module: nn.Module, form: str | None) -> Mamba2Adapter:
+        """Projected if the layer has maps; else None is projected for our own layers, strict for those of other libraries."""
+        takes_maps = getattr(type(module), "takes_maps", False) and module._parameters.get("init_states") is None
+        if form is None:
+            form = "projected" if _projected(module) or (takes_maps and not self.foreign) else "strict"
+        if form == "strict" and _projected(module):
+            got = f"'strict' for a {type(module).__name__} that has maps behind its convolution"
+            raise bad_argument("form", got=got, expected="'projected' or 'auto'")
+        if form == "projected" and not takes_maps:
+            why = "whose initial states are learned" if "init_states" in module._parameters else "whose forward has no maps"
+            got = f"'projected' for a {type(module).__qualname__} ({type(module).__module__}), {why}"
+            remedy = "transformers' mixers have some after compressm.integrations.transformers.accelerate_(model)"
+            raise bad_argument("form", got=got, expected="'strict' or 'auto'", remedy=remedy)
+        return Mamba2Adapter(foreign=self.foreign, form=form)
+
+    def needs(self, module: nn.Module) -> tuple[str, ...]:
+        return MAPS if self.form == "projected" and not _projected(module) else ()
+
+    def identities(self, module: nn.Module) -> dict[str, Tensor]:
+        sizes, weight = layout(module), own_parameter(module, "conv1d.weight")
+        identity = torch.eye(sizes.features, dtype=weight.dtype, device=weight.device)
+        return {name: identity.repeat(sizes.groups, 1, 1) for name in MAPS}
+
+    def neighbour(self, module: nn.Module) -> str:
+        return "A_log"  # which is not decayed either, where anything is not
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
+        if self.needs(module):
+            return ()
         if _projected(module):
             return MAPS
         biased = {f"{part}.bias": getattr(module.get_submodule(part), "bias", None) for part in ("in_proj", "conv1d")}
@@ -110,10 +142,8 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
         return INDEPENDENT
 
     def rank(self, module: nn.Module) -> int:
-        if _projected(module):
-            return own_parameter(module, "B_map").shape[1]
         plain_parameters(module, ("conv1d.weight", "A_log"))
-        return layout(module).features
+        return states(module)
 
     def state_bytes(self, module: nn.Module, rank: int) -> int:
         """``rank`` numbers a channel for the scan, float32 unless A_log is wider, and the last inputs of the convolution."""
@@ -121,12 +151,12 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
         named = [vars(module)[name] for name in ("d_conv", "conv_kernel_size") if name in vars(module)]
         width: int = named[0] if named else vars(conv)["kernel_size"][0]
         sizes = layout(module)
-        inner = sum(sizes.convolved if _projected(module) else sizes._replace(features=rank).convolved)
+        inner = sum(sizes.convolved if self._maps(module) else sizes._replace(features=rank).convolved)
         scan, window = torch.promote_types(A_log.dtype, torch.float32), precision(conv, torch.float32)
         return sizes.channels * rank * scan.itemsize + inner * width * window.itemsize
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, Any]:
-        if _projected(module):
+        if self._maps(module):
             return {}
         sizes, rows = layout(module), own_parameter(module, "in_proj.weight").shape[0]
         after = sizes._replace(features=rank)
@@ -140,11 +170,11 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
         return own
 
     def round_to(self, module: nn.Module) -> int:
-        return KERNEL_MULTIPLE if self.foreign else 1
+        return KERNEL_MULTIPLE if self.foreign and not self._maps(module) else 1
 
     def check_rank(self, module: nn.Module, rank: int) -> None:
         """Raise ArgumentError where the convolution's channels or the projection's rows would no longer divide by 8."""
-        if not self.foreign or _projected(module):
+        if not self.foreign or self._maps(module):
             return
         sizes, rows = layout(module), own_parameter(module, "in_proj.weight").shape[0]
         now, then = sum(sizes.convolved), sum(sizes._replace(features=rank).convolved)
@@ -169,7 +199,7 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
         if convention not in self.conventions:
             raise ModelError(f"{label(module, name)}: recipe 'paper' has no method for a decay that all states of a head share")
         moments = self._white(module, name) if measured is None else measured
-        return Mamba2Analysis(moments, "data-free" if measured is None else "data", _projected(module))
+        return Mamba2Analysis(moments, "data-free" if measured is None else "data", self._maps(module))
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Mamba2Meter:
         device = self._checked(module, name)["A_log"].device
@@ -198,7 +228,7 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
 
     def blank(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
         parameters = plain_parameters(module, self.parameters(module))
-        if _projected(module):
+        if self._maps(module):
             return {key: map_.new_zeros(map_.shape[0], rank, map_.shape[2]) for key, map_ in parameters.items()}
         sizes = layout(module)
         more = 2 * sizes.groups * (rank - sizes.features)
@@ -206,6 +236,10 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
         if "init_states" in parameters:
             shapes["init_states"] = (*parameters["init_states"].shape[:2], rank)
         return {key: old.new_zeros(shapes[key]) for key, old in parameters.items()}
+
+    def _maps(self, module: nn.Module) -> bool:
+        """Whether the layer has maps, or will when it is reduced."""
+        return bool(self.needs(module)) or _projected(module)
 
     def _checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """What the scan depends on and what changes, finite.

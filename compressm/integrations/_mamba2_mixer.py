@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from compressm.kernels import KernelPlan, plan, ssd
-from compressm.layers.mamba2_mixer import gate, layout, limits, normed, project, scan_inputs, scan_step, without_padding
+from compressm.layers.mamba2_mixer import gate, layout, limits, normed, project, scan_inputs, scan_step, states, without_padding
 from compressm.layers.mamba_mixer import convolve, convolve_step, decay, working_dtype
 
 
 class AcceleratedMamba2Mixer(nn.Module):
     """In front of a mixer's class: convolution, scan and decode step are ours, parameters and cache the library's."""
+
+    takes_maps = True
 
     def forward(self, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Run over a sequence, or over its continuation.
@@ -76,10 +78,8 @@ class AcceleratedMamba2Mixer(nn.Module):
         if "_last_call" not in vars(self):
             return None
         (device, dtype, batch, length), sizes = self._last_call, layout(self)
-        shapes = {
-            "x": (batch, length, sizes.heads, sizes.headdim), "B": (batch, length, sizes.groups, sizes.features)
-        }  # fmt: skip
-        return plan("ssd", shapes, dtype, device)
+        x = batch, length, sizes.heads, sizes.headdim
+        return plan("ssd", {"x": x, "B": (batch, length, sizes.groups, states(self))}, dtype, device)
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from compressm.adapters import Adapter, find_layers
 from compressm.compression.common.models import compressible_layers, plain_model
 from compressm.compression.surgery.audit import as_optimizers, check_optimizers, full_name
 from compressm.compression.surgery.edits import reshape
+from compressm.compression.surgery.optional import give, present, wanted
+from compressm.compression.surgery.references import References
 from compressm.errors import bad_argument
 from compressm.integrations._common import tell_configs
 
@@ -51,18 +53,18 @@ def resize_to(
         raise bad_argument("state_dict", got=type(state_dict).__name__, expected="a mapping of names to tensors")
     plain_model(model)
     layers, optimizers = compressible_layers(model), as_optimizers(optimizer)
-    named = {name: layer for name, layer in layers.items() if _present(state_dict, name, *layer)}
-    if not named:
+    found = {name: layer for name, layer in layers.items() if _present(state_dict, name, *layer)}
+    if not found:
         name, (module, adapter) = next(iter(layers.items()))
         expected = f"parameters of the model's state-space layers, such as {full_name(name, adapter.parameters(module)[0])!r}"
         got = f"names such as {', '.join(map(repr, list(state_dict)[:3]))}" if state_dict else "an empty one"
         remedy = "Strip prefixes that wrappers have added, and pass the weights alone of a checkpoint that holds more"
         raise bad_argument("state_dict", got=got, expected=expected, remedy=remedy)
-    for name, layer in named.items():
+    for name, layer in found.items():
         _check_whole(state_dict, name, *layer)
     if optimizers:
-        check_optimizers(named, model, optimizers)
-    take_ranks(model, named, state_dict, optimizers=optimizers)
+        check_optimizers(found, model, optimizers)
+    take_ranks(model, found, state_dict, optimizers=optimizers)
     tell_configs(model)
     return model
 
@@ -99,7 +101,11 @@ def take_ranks(
     Returns:
         whether there were any.
     """
+    before = References(layers, optimizers, None)
+    give(layers, wanted(layers, state, prefix), optimizers)
     ranks = {name: _rank_in(state, prefix + name, *layer) for name, layer in layers.items()}
+    if any(rank is None and _present(state, prefix + name, *layers[name]) for name, rank in ranks.items()):
+        before.restore()
     changed = {name: rank for name, rank in ranks.items() if rank is not None and rank != layers[name][1].rank(layers[name][0])}
     if changed:
         reshape(model, layers, changed, optimizers)
@@ -109,8 +115,9 @@ def take_ranks(
 def follow(model: nn.Module, copy: nn.Module) -> None:
     """Give a copy of a model, or an ``AveragedModel`` of it, the model's numbers of states; what changes is zero."""
     copy = copy.module if isinstance(copy, torch.optim.swa_utils.AveragedModel) else copy
-    copied = find_layers(copy, strict=False)
-    ranks = {name: adapter.rank(module) for name, (module, adapter) in find_layers(model).items() if name in copied}
+    copied, layers = find_layers(copy, strict=False), find_layers(model)
+    give(copied, {name: present(*layers[name]) for name in copied if name in layers})
+    ranks = {name: adapter.rank(module) for name, (module, adapter) in layers.items() if name in copied}
     reshape(copy, copied, ranks)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from compressm.errors import bad_argument
 from compressm.kernels import KernelPlan, plan
 from compressm.layers.gated_norm import GatedRMSNorm
-from compressm.layers.mamba2_mixer import NO_LIMIT, layout, mix, step
+from compressm.layers.mamba2_mixer import NO_LIMIT, layout, mix, states, step
 from compressm.layers.mamba_layer import MambaLayer
 
 
@@ -59,6 +59,7 @@ class Mamba2(MambaLayer):
     """
 
     mixing, stepping = mix, step
+    takes_maps = True
     B_map: nn.Parameter | None
     C_map: nn.Parameter | None
 
@@ -172,7 +173,7 @@ class Mamba2(MambaLayer):
     @property
     def d_state(self) -> int:
         """States N per channel of the scan, read from the parameters."""
-        return layout(self).features if self.B_map is None else self.B_map.shape[1]
+        return states(self)
 
     @property
     def d_features(self) -> int | None:

@@ -72,6 +72,12 @@ def layout(mixer: Mixer) -> Layout:
     return Layout(heads, headdim, groups, (mixer.conv1d.weight.shape[0] - heads * headdim) // (2 * groups))
 
 
+def states(mixer: Mixer) -> int:
+    """States N per channel of a mixer's scan."""
+    maps: Tensor | None = getattr(mixer, "B_map", None)
+    return layout(mixer).features if maps is None else maps.shape[1]
+
+
 def mix(
     mixer: Mixer, hidden_states: Tensor, cache: tuple[Tensor, Tensor] | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
@@ -157,7 +163,10 @@ def limits(mixer: Mixer) -> tuple[float, float]:
 
 
 def scan_inputs(mixer: Mixer, xBC: Tensor, sizes: Layout) -> ScanInputs:
-    """x, B and C of the convolution's output (..., channels), B and C through the mixer's maps if it has them."""
+    """x, B and C of the convolution's output (..., channels), B and C through the mixer's maps if it has them.
+
+    Classes whose forward comes here say ``takes_maps = True``.
+    """
     x, B, C = xBC.split(sizes.convolved, dim=-1)
     B, C = (part.unflatten(-1, (sizes.groups, sizes.features)) for part in (B, C))
     if getattr(mixer, "B_map", None) is not None:

@@ -115,7 +115,7 @@ def test_the_strict_form_is_a_layer_of_the_kept_channels(rank):
         kept = rows[head // 2]
         y[:, :, head] = torch.einsum("blnp,bln->blp", S[:, :, head, kept], C[:, :, head // 2, kept])
     expected = layer.out_proj(layer.norm(y.flatten(2), layer.in_proj(hidden)[..., : layer.d_ssm]))
-    report = compressm.compress(layer, compressm.FixedRank(rank), calibration=[hidden])
+    report = compressm.compress(layer, compressm.FixedRank(rank), calibration=[hidden], form="strict")
     assert layer.d_state == rank
     assert layer.conv1d.out_channels == layer.conv1d.weight.shape[0] == 16 + 4 * rank
     assert layer.in_proj.out_features == layer.in_proj.weight.shape[0] == 36 + 4 * rank
@@ -145,13 +145,13 @@ def test_the_projected_form_has_smaller_maps(options):
 
 def test_projected_loses_less_than_strict():
     hidden, errors = data(8, 40), []
-    for options in ({}, {"d_features": 6}):
-        layer = lively().requires_grad_(False)
-        mapped = Mamba2(8, d_state=6, headdim=4, ngroups=2, **options).double()
-        mapped.load_state_dict(layer.state_dict())
-        report = compressm.compress(mapped, compressm.FixedRank(3), calibration=[hidden])
+    for form in ("strict", "projected", "auto"):
+        report = compressm.compress(lively().requires_grad_(False), compressm.FixedRank(3), calibration=[hidden], form=form)
         errors.append(report.layers[0].output_error)
-    assert errors[1] < errors[0]
+    mapped = Mamba2(8, d_state=6, headdim=4, ngroups=2, d_features=6).double()
+    mapped.load_state_dict(lively().state_dict())
+    report = compressm.compress(mapped, compressm.FixedRank(3), calibration=[hidden])
+    assert errors[0] > errors[1] == errors[2] == report.layers[0].output_error
 
 
 @pytest.mark.parametrize("options", [{"d_features": 6}, {}])
@@ -196,7 +196,7 @@ def test_moments_are_the_reduced_layer_s_own_gradients(options):
     loss = (layer(hidden) * torch.linspace(-1, 2, 8).double()).square().sum()
     grads = dict(zip(names, torch.autograd.grad(loss, [layer.get_parameter(name) for name in names]), strict=True))
     carried = edit.first_moments(grads)
-    compressm.compress(layer, compressm.FixedRank(4), calibration=[hidden])
+    compressm.compress(layer, compressm.FixedRank(4), calibration=[hidden], form="auto" if layer.d_features else "strict")
     loss = (layer(hidden) * torch.linspace(-1, 2, 8).double()).square().sum()
     loss.backward()
     for name in names:
@@ -211,7 +211,7 @@ def test_moments_are_the_reduced_layer_s_own_gradients(options):
 def test_state_bytes_are_those_of_the_cache(dtype, rank, options):
     layer = lively(dtype=dtype, d_conv=3, **options)
     said = ADAPTER.state_bytes(layer, rank)
-    compressm.compress(layer, compressm.FixedRank(rank))
+    compressm.compress(layer, compressm.FixedRank(rank), form="auto" if layer.d_features else "strict")
     assert layer.d_state == rank
     assert said == ADAPTER.state_bytes(layer, rank) == sum(part.nbytes for part in layer.allocate_inference_cache(1))
 
@@ -252,7 +252,9 @@ def test_wrong_layers_are_refused():
     layer = lively()
     nn.utils.parametrize.register_parametrization(layer.in_proj, "weight", nn.Identity())
     with pytest.raises(ModelError, match=r"in_proj\.weight is not a plain parameter"):
-        compressm.compress(layer, compressm.FixedRank(2))
+        compressm.compress(layer, compressm.FixedRank(2), form="strict")
+    compressm.compress(layer, compressm.FixedRank(2))  # which maps leave as it is
+    assert layer.d_state == 2
     with pytest.raises(ModelError, match=r"B_norm\.weight"):
         compressm.compress(WithNorms(8, d_state=6, headdim=4), compressm.FixedRank(2))
 
@@ -404,7 +406,7 @@ def test_layers_of_mamba_ssm(kind):
     theirs = getattr(theirs_of, kind)(8, d_state=12, headdim=4)
     theirs.load_state_dict(own.state_dict())
     average = torch.optim.swa_utils.AveragedModel(theirs)
-    for layer, options in ((own, {}), (theirs, {"ema": average})):
+    for layer, options in ((own, {"form": "strict"}), (theirs, {"ema": average})):
         compressm.compress(layer, compressm.FixedRank(8), **options)
     assert theirs.d_state == average.module.d_state == 8
     assert theirs.conv1d.groups == 32
@@ -420,6 +422,8 @@ def test_initial_states_that_are_learned_follow():
     moments = measure(layer, [hidden], rows_per_state=None)
     assert (moments.Z - blind.Z).norm() > 1e-2 * blind.Z.norm()
     reduction, before = ADAPTER.analyse(layer, "", "real", moments).reduce(2), layer.init_states.detach().clone()
+    with pytest.raises(ArgumentError, match="initial states are learned"):
+        compressm.compress(layer, compressm.FixedRank(2), form="projected")
     compressm.compress(layer, compressm.FixedRank(2), calibration=[hidden])
     for head in range(4):
         assert torch.equal(layer.init_states[head], before[head][:, reduction.rows[head // 2]])

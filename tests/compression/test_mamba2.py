@@ -1,4 +1,4 @@
-"""Mamba-2 models in training, both forms: optimizer, EMA, checkpoints and the guard follow; mixers of other libraries too."""
+"""Mamba-2 models in training, all forms: optimizer, EMA, checkpoints and the guard follow; mixers of other libraries too."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 import compressm
+from compressm.errors import ArgumentError
 from compressm.layers import Mamba2
 
-FORMS = {"strict": {}, "projected": {"d_features": 8}}
+# How a layer is built, and what it is asked to become: "given maps" gets them by the reduction.
+FORMS = {"strict": ({}, "strict"), "projected": ({"d_features": 8}, "auto"), "given maps": ({}, "projected")}
 
 
 class Model(nn.Module):
@@ -48,11 +50,13 @@ def train(model, optimizer, steps, compressor=None, ema=None, seed=0):
     return losses
 
 
-def setup(form="strict", **options):
+def setup(kind="strict", **options):
     torch.manual_seed(0)
-    model = Model(**FORMS[form])
+    built, asked = FORMS[kind]
+    model = Model(**built)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     options = {"policy": compressm.FixedRank(3), "schedule": compressm.At([5]), "calibration": [tokens(8, 24, 1)], **options}
+    options.setdefault("form", asked)
     return model, optimizer, compressm.Compressor(model, optimizer, **options)
 
 
@@ -62,15 +66,16 @@ def test_shrinks_in_training(form):
     losses = train(model, optimizer, 12, compressor)
     (report,) = compressor.history
     assert report.ranks == {"layers.0": 3, "layers.1": 3}
-    assert all(layer.method.startswith(form) for layer in report.layers)
+    method = "strict" if form == "strict" else "projected"
+    assert all(layer.method.startswith(method) for layer in report.layers)
     assert losses[-1] < losses[4] + 0.3
     for layer in model.layers:
         assert layer.d_state == 3
-        names = {"strict": ["in_proj.weight", "conv1d.weight", "conv1d.bias"], "projected": ["B_map", "C_map"]}[form]
+        names = ["in_proj.weight", "conv1d.weight", "conv1d.bias"] if form == "strict" else ["B_map", "C_map"]
         for name in names:
             parameter = layer.get_parameter(name)
             assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
-            assert optimizer.state[parameter]["step"] == 12
+            assert optimizer.state[parameter]["step"] == (7 if form == "given maps" else 12)
         states = layer.allocate_inference_cache(1)
         assert states[1].shape == (1, 4, 4, 3)
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
@@ -96,8 +101,9 @@ def test_average_follows(form):
     model, optimizer, _ = setup(form)
     ema = torch.optim.swa_utils.AveragedModel(model)
     compressor = compressm.Compressor(
-        model, optimizer, policy=compressm.FixedRank(3), schedule=compressm.At([1]), ema=ema, calibration=[tokens(8, 24, 1)]
-    )
+        model, optimizer, policy=compressm.FixedRank(3), schedule=compressm.At([1]), ema=ema, calibration=[tokens(8, 24, 1)],
+        form=FORMS[form][1],
+    )  # fmt: skip
     compressor.step()
     batch = tokens(2, 9, 3)
     torch.testing.assert_close(ema(batch), model(batch))
@@ -116,10 +122,96 @@ def test_the_guard_takes_it_back(form):
     assert compressor.step_count == 2
     plain, other, _ = setup(form)
     train(plain, other, 2)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(g["params"]) for g in other.param_groups]
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
     assert model.layers[0].in_proj.out_features == len(model.layers[0].in_proj.weight)
     assert train(model, optimizer, 2, seed=1) == train(plain, other, 2, seed=1)
+
+
+def test_our_layers_are_projected_and_those_of_others_strict():
+    _, _, compressor = setup("strict", form="auto", schedule=compressm.At([1]))
+    compressor.step()
+    assert [layer.method for layer in compressor.history[0].layers] == ["projected, balanced pair"] * 2
+    assert [layer.state_bytes_after for layer in compressor.history[0].layers] == [4 * (16 * 3 + 48 * 4)] * 2
+    foreign = falcon()
+    assert compressm.compress(foreign, compressm.FixedRank(8)).layers[0].method.startswith("strict")
+
+
+def test_new_maps_change_no_output_and_join_their_neighbour():
+    """Where nothing is lost; the group is the one without weight decay, and what is not trained gets maps that are not."""
+    model, _, _ = setup("strict")
+    layer = model.layers[0]
+    layer.requires_grad_(False)
+    still = [p for n, p in model.layers[1].named_parameters() if n in ("A_log", "D", "dt_bias")]
+    rest = [p for p in model.parameters() if p.requires_grad and all(p is not other for other in still)]
+    optimizer = torch.optim.AdamW([{"params": rest, "weight_decay": 0.1}, {"params": still, "weight_decay": 0.0}])
+    with torch.no_grad():  # one state of each group is not read
+        for mixer in model.layers:
+            mixer.in_proj.weight[[50, 58]] = 0
+            mixer.conv1d.bias[[34, 42]] = 0
+    batch = tokens(2, 9, 3)
+    compressor = compressm.Compressor(
+        model, optimizer, policy=compressm.FixedRank(7), schedule=compressm.At([1]), calibration=[tokens(8, 24, 1)]
+    )
+    before = model(batch)
+    compressor.step()
+    torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-4)
+    assert not layer.B_map.requires_grad
+    assert model.layers[1].C_map.requires_grad
+    assert [[p is model.layers[1].B_map for p in group["params"]].count(True) for group in optimizer.param_groups] == [0, 1]
+    assert vars(model.layers[1].B_map)["_no_weight_decay"]
+
+
+def test_maps_come_and_go_with_checkpoints(tmp_path):
+    """Into a model without maps, and back out of one that has them."""
+    model, optimizer, compressor = setup("given maps", schedule=compressm.At([2]))
+    compressm.save(tmp_path / "full.safetensors", model, optimizer=optimizer, compressor=compressor)
+    train(model, optimizer, 3, compressor)
+    compressm.save(tmp_path / "reduced.safetensors", model, optimizer=optimizer)
+    fresh, again, _ = setup("given maps")
+    compressm.load(tmp_path / "reduced.safetensors", fresh, optimizer=again)
+    batch = tokens(2, 9, 3)
+    assert torch.equal(fresh(batch), model(batch))
+    other = compressm.resize_to(Model(), model.state_dict())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(batch), model(batch))
+    compressm.load(tmp_path / "full.safetensors", model, optimizer=optimizer, compressor=compressor)
+    plain, _, _ = setup("given maps")
+    assert torch.equal(model(batch), plain(batch))
+    assert model.layers[0].B_map is None
+    damaged = {name: value[:, :2] if name.endswith("B_map") else value for name, value in other.state_dict().items()}
+    assert compressm.resize_to(plain, damaged).layers[0].B_map is None
+
+
+def test_a_refused_reduction_leaves_no_maps():
+    """Maps stand in the model while the edit is described; an error there takes them back."""
+    guard = compressm.Rollback(lambda model: float(model.layers[0].d_state < 8), jump=0.1, tries=0, recovery=1)
+    model, optimizer, compressor = setup("given maps", schedule=compressm.At([1]), guard=guard)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert compressor.step().outcome == "refused"
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [p for group in optimizer.param_groups for p in group["params"]] == held
+
+
+def test_forms_that_cannot_be():
+    for form, message in (("dense", "'auto' or 'projected' or 'strict'"), (3, "form: expected")):
+        with pytest.raises(ArgumentError, match=message):
+            setup("strict", form=form)
+    with pytest.raises(ArgumentError, match="that has maps"):
+        setup("projected", form="strict")
+    with pytest.raises(ArgumentError, match="accelerate_"):
+        compressm.compress(falcon(), compressm.FixedRank(8), form="projected")
+    model = Model().bfloat16()
+    masters = {name: p.detach().float().requires_grad_() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(masters.values())
+    compressm.compression.attach_masters(optimizer, model, masters)
+    with pytest.raises(ArgumentError, match="attached master copies"):
+        compressm.compress(model, compressm.FixedRank(3), optimizer=optimizer, form="projected")
+    assert compressm.compress(model, compressm.FixedRank(3), optimizer=optimizer).layers[0].method.startswith("strict")
 
 
 def falcon():

@@ -17,7 +17,7 @@ from compressm.compression.common.models import compressible_layers
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.cadence import Cadence
 from compressm.compression.compressor.progress import STATE_FORMAT, Progress, check_progress, check_state
-from compressm.compression.compressor.recipes import check_kind, check_policy, choose_recipe, execute, finish, log
+from compressm.compression.compressor.recipes import check_kind, check_policy, choose_recipe, execute, finish, in_form, log
 from compressm.compression.distributed.wrapped import team_of
 from compressm.compression.guard.probation import Guard, Probation
 from compressm.compression.guard.rollback import Rollback
@@ -70,6 +70,10 @@ class Compressor:
             ``"paper"``: CompreSSM as its authors run it: complex spectrum, data-free, the full tau at every attempt, sliced
             moments; selective layers by the time-invariant mean of every channel, over ``calibration`` if there is one.
             Use it with ``Warmup(total_steps)``.
+        form: what Mamba-2 layers become: ``"strict"``, layers of their class with fewer channels of B and C; ``"projected"``,
+            layers with all of these and two maps (``B_map``, ``C_map``) to fewer states behind them, which lose several times
+            less and are trained on: the optimizer gets them beside ``A_log``.  ``"auto"``: projected for compressm's own,
+            strict for those of other libraries, which could not load the maps.
         forward: ``forward(model, batch) -> output`` for calibrating models that are called differently.
         ema: averaged copy that follows: ``AveragedModel``, another module of the same structure, or a dict of names to tensors.
         moments: ``"transport"``, ``"reset"`` or ``"slice"``; None takes the recipe's.
@@ -98,6 +102,7 @@ class Compressor:
         schedule: Schedule,
         calibration: Iterable[Any] | None = None,
         recipe: str | None = None,
+        form: str = "auto",
         forward: Forward | None = None,
         ema: Ema | None = None,
         moments: str | None = None,
@@ -109,7 +114,7 @@ class Compressor:
         self.optimizers = as_optimizers(optimizer)
         self.team = team_of(model, self.optimizers)
         self.model = self.team.model
-        self.layers = compressible_layers(self.model)
+        self.layers = in_form(compressible_layers(self.model), form, self.team, self.optimizers)
         check_known(self.layers)
         self.schedule = check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
@@ -382,7 +387,8 @@ class Compressor:
     def _arguments(self) -> list[Any]:
         """What must be the same on all processes that train the model together, JSON-ready."""
         named = [described(self.policy), described(self.schedule), described(self.demands)]
-        chosen = [*named, self.recipe.name, self.moments, self.ema is None, self.ranks]
+        needs = {name: adapter.needs(module) for name, (module, adapter) in self.layers.items()}
+        chosen = [*named, self.recipe.name, self.moments, self.ema is None, self.ranks, needs]
         return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
 
     def _keep(self) -> dict[str, float] | None:

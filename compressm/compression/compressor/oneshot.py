@@ -11,7 +11,8 @@ from torch import nn
 from compressm.adapters import check_known
 from compressm.compression.common.models import compressible_layers, plain_model
 from compressm.compression.common.undisturbed import ordinary
-from compressm.compression.compressor.recipes import check_policy, choose_recipe, execute, finish
+from compressm.compression.compressor.recipes import check_policy, choose_recipe, execute, finish, in_form
+from compressm.compression.distributed.team import Team
 from compressm.compression.planning.plans import Calibration, Demands, analyse, make_plan
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import ReductionReport
@@ -26,6 +27,7 @@ def compress(
     optimizer: OptimizerArgument = None,
     calibration: Iterable[Any] | None = None,
     recipe: str | None = None,
+    form: str = "auto",
     forward: Callable[[nn.Module, Any], Any] | None = None,
     ema: Ema | None = None,
     moments: str | None = None,
@@ -39,9 +41,9 @@ def compress(
     afterwards: they are what makes the cut itself harmless.
     """
     plain = plain_model(model)
-    layers = compressible_layers(plain)
-    check_known(layers)
     optimizers = as_optimizers(optimizer)
+    layers = in_form(compressible_layers(plain), form, Team(plain), optimizers)
+    check_known(layers)
     chosen = choose_recipe(recipe, calibration, layers)
     moments = moments if moments is not None else chosen.moments
     check_swappable(plain, {name: (module, adapter.parameters(module)) for name, (module, adapter) in layers.items()})

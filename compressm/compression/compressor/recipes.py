@@ -17,6 +17,9 @@ from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import ReductionReport, describe
 from compressm.compression.surgery.audit import Ema, Optimizers
 from compressm.compression.surgery.edits import apply_edits
+from compressm.compression.surgery.optimizer_state import masters_of
+from compressm.compression.surgery.optional import give
+from compressm.compression.surgery.references import References
 from compressm.errors import ArgumentError, bad_argument
 
 log = logging.getLogger("compressm")
@@ -60,9 +63,16 @@ def execute(
 
     def apply(names: Sequence[str]) -> None:
         part = replace(planned, reductions={name: planned.reductions[name] for name in names})
-        edits = describe_edits(part)
-        if edits:
-            apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
+        layers = {name: planned.layers[name] for name in names}
+        before = References(layers, optimizers, ema)
+        try:
+            needed = {name: adapter.needs(module) for name, (module, adapter) in layers.items()}
+            give(layers, {name: keys for name, keys in needed.items() if keys}, optimizers, ema)
+            if edits := describe_edits(part):
+                apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
+        except BaseException:
+            before.restore()
+            raise
 
     changing = {name: planned.layers[name] for name in planned.reductions}
     (Team(model) if team is None else team).carry_out(apply, changing, optimizers, ema)
@@ -99,6 +109,33 @@ def choose_recipe(name: str | None, calibration: Any, layers: Layers) -> Recipe:
             f"calibration: recipe {recipe.name!r} is data-free for these layers, expected None. Drop calibration or the recipe"
         )
     return recipe
+
+
+def in_form(layers: Layers, form: Any, team: Team, optimizers: Optimizers) -> Layers:
+    """The layers with the adapters of a form.
+
+    Args:
+        form: ``"auto"``, or one of ``Adapter.forms``.
+        team, optimizers: those that train the layers; some cannot take new parameters, which rules out forms that need some.
+
+    Raises:
+        ArgumentError: it is none, or a layer cannot become that.
+    """
+    known = sorted({name for _, adapter in layers.values() for name in adapter.forms})
+    if form != "auto" and form not in known:
+        raise bad_argument("form", got=repr(form), expected=" or ".join(map(repr, ["auto", *known])) + ", as these layers have")
+    obstacle = team.fixed or ("attached master copies" if masters_of(optimizers) else "")
+    chosen = {}
+    for name, (module, adapter) in layers.items():
+        formed = adapter.in_form(module, None if form == "auto" else form) if adapter.forms else adapter
+        if obstacle and formed.needs(module):
+            if form != "auto":
+                got = f"{form!r} for layer {name!r}, which would get new parameters, with {obstacle}"
+                remedy = "Or build the layers with maps (d_features=)"
+                raise bad_argument("form", got=got, expected="'strict' or 'auto'", remedy=remedy)
+            formed = adapter
+        chosen[name] = (module, formed)
+    return chosen
 
 
 def check_policy(policy: Any, layers: Layers, demands: Demands, recipe: Recipe, calibration: Any) -> Policy:

@@ -139,6 +139,10 @@ class ShardedTeam(ProcessTeam):
             "checkpoint from before the reduction (compressm.save_sharded) to go back to"
         )
 
+    @property
+    def fixed(self) -> str:
+        return "fully_shard"
+
     def share(self, count: int) -> int:
         """One at least: all processes take part in every forward pass."""
         return max(1, super().share(count))

@@ -58,6 +58,11 @@ class Team:
         """
         yield
 
+    @property
+    def fixed(self) -> str:
+        """What keeps the model from getting new parameters, in words; empty: nothing."""
+        return ""
+
     def share(self, count: int) -> int:
         """This process's part of ``count``."""
         return count

@@ -19,6 +19,7 @@ from compressm.compression.common.models import Layers
 from compressm.compression.guard.shelf import Shelf
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_layer, full_name
 from compressm.compression.surgery.edits import reshape
+from compressm.compression.surgery.optional import give, named
 from compressm.compression.surgery.packed_optimizer import fill_in_place, pack_in_place
 from compressm.errors import ArgumentError, CheckpointError, bad_argument
 
@@ -136,6 +137,7 @@ class Snapshot:
             ModelError: a new weight is part of a CUDA graph; nothing has changed.
         """
         _check_layout(self._state(lambda name: torch.empty(self._shapes[name], device="meta")), parts)
+        give(parts.layers, named(parts.layers, self._tree["model"]["parameters"]), parts.optimizers, parts.ema)
         reshape(parts.model, parts.layers, self.ranks, parts.optimizers, ema=parts.ema)
         failed: dict[str, Exception] = {}
         with torch.no_grad():
@@ -243,12 +245,14 @@ def _check_names(state: Any, parts: Parts) -> None:
             blanks = adapter.blank(module, ranks[name])
             shapes |= {full_name(name, key): tuple(blank.shape) for key, blank in blanks.items()}
     saved = {name: tuple(tensor.shape) for name, tensor in state["model"]["parameters"].items()}
-    if saved != shapes:
+    optional = {full_name(name, key) for name, (_, adapter) in parts.layers.items() for key in adapter.optional}
+    if any(saved.get(name) != shapes.get(name) for name in (saved.keys() | shapes.keys()) - optional):
         wrong = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
         raise bad_argument("snapshot", got=f"other parameters ({', '.join(wrong[:4])})", expected="those of the model")
     sizes = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in parts.optimizers]
     found = [[group["params"] for group in optimizer["groups"]] for optimizer in state["optimizers"]]
-    if found != sizes:
+    same = all((name in saved) == (name in shapes) for name in optional)  # else groups differ by them
+    if found != sizes if same else list(map(len, found)) != list(map(len, sizes)):
         raise bad_argument("snapshot", got=f"optimizer groups of {found} parameters", expected=f"of {sizes}")
     if set(state["registered"]) != set(parts.registered):
         got, expected = f"registered objects {sorted(state['registered'])}", f"{sorted(parts.registered)}"

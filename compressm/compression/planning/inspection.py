@@ -143,7 +143,7 @@ def inspect(
         NumericalError: a layer is not finite or not stable.
     """
     model = plain_model(model)
-    layers = compressible_layers(model)
+    layers = {name: (module, adapter.in_form(module, None)) for name, (module, adapter) in compressible_layers(model).items()}
     runs = []
     for convention in ("real", "complex"):
         known = {name: layer for name, layer in layers.items() if convention in layer[1].conventions}

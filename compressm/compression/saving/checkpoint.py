@@ -25,7 +25,7 @@ from compressm.compression.common.files import about, flush_folder, write_atomic
 from compressm.compression.common.models import plain_model
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.compressor import Compressor
-from compressm.compression.saving.manifest import FORMAT, check, check_numbers, pack
+from compressm.compression.saving.manifest import FORMAT, check, check_numbers, optional_as_saved, pack
 from compressm.compression.surgery.audit import OptimizerArgument, as_optimizers
 from compressm.errors import CheckpointError
 
@@ -110,7 +110,7 @@ def load(
     model, optimizers = plain_model(model), as_optimizers(optimizer)
     with ordinary():
         manifest, tensors = read(path)
-        with about(path):
+        with about(path), optional_as_saved(model, manifest, optimizers):
             return check(manifest, tensors, model, optimizers, compressor, strict=strict, rng=rng).apply()
 
 

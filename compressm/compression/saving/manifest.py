@@ -20,7 +20,8 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +38,7 @@ from compressm.compression.common.models import Layers, compressible_layers
 from compressm.compression.compressor.compressor import Compressor
 from compressm.compression.surgery.audit import Optimizers, full_name
 from compressm.compression.surgery.edits import reshape
+from compressm.compression.surgery.optional import give, wanted
 from compressm.compression.surgery.packed_optimizer import (
     check_optimizer_state,
     extremes,
@@ -159,6 +161,21 @@ class Restoration:
             take_back(done)
             raise
         return self.extra
+
+
+@contextmanager
+def optional_as_saved(model: nn.Module, manifest: Mapping[str, Any], optimizers: Optimizers) -> Iterator[None]:
+    """Give the model's layers those optional parameters that a checkpoint has; an error inside takes them back."""
+    saved = manifest.get("model")
+    layers = compressible_layers(model)
+    fitting = wanted(layers, saved) if isinstance(saved, Mapping) else {}
+    before = References({name: layers[name] for name in fitting}, optimizers, None)
+    try:
+        give(layers, fitting, optimizers)
+        yield
+    except BaseException:
+        before.restore()
+        raise
 
 
 def check(

@@ -59,6 +59,10 @@ class References:
                 places += [ema_slot(ema, name, key)] if ema is not None else []
                 places += [(store, full_name(name, key)) for store in master_stores(optimizers, full_name(name, key))]
                 self._undo += [partial(mapping.__setitem__, place, mapping[place]) for mapping, place in places]
+            for key in adapter.optional:
+                self._undo += [partial(root._parameters.__setitem__, key, root._parameters.get(key)) for root in roots]
+                if isinstance(ema, MutableMapping) and full_name(name, key) not in ema:
+                    self._undo.append(partial(ema.pop, full_name(name, key), None))
             for root in roots:
                 for key in adapter.attributes(module, adapter.rank(module)):
                     owner, leaf = holder(root, key)
