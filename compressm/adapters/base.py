@@ -210,6 +210,10 @@ class Adapter(ABC, Generic[Kind]):
     def rank(self, module: nn.Module) -> int:
         """Number of states."""
 
+    def size(self, module: nn.Module) -> int:
+        """The number of states with which the layer would be built anew, optional parameters apart; by default :meth:`rank`."""
+        return self.rank(module)
+
     @abstractmethod
     def state_bytes(self, module: nn.Module, rank: int) -> int:
         """Bytes that the layer would carry from one token to the next at ``rank`` states, per sequence.

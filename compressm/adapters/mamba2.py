@@ -145,6 +145,10 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
         plain_parameters(module, ("conv1d.weight", "A_log"))
         return states(module)
 
+    def size(self, module: nn.Module) -> int:
+        """Channels of B and C per group."""
+        return layout(module).features
+
     def state_bytes(self, module: nn.Module, rank: int) -> int:
         """``rank`` numbers a channel for the scan, float32 unless A_log is wider, and the last inputs of the convolution."""
         A_log, conv = plain_parameters(module, ("A_log",))["A_log"], module.get_submodule("conv1d")

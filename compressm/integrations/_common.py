@@ -51,7 +51,7 @@ def sized_configs(model: nn.Module) -> list[tuple[Any, dict[str, int]]]:
     Models that share a config object, such as a language model and its backbone, count once.
 
     Returns:
-        each config with the states of its compressible layers, by name within the outermost model that has it.
+        each config with the ``Adapter.size`` of its compressible layers, by name within the outermost model that has it.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:  # then no such model has been built
@@ -62,7 +62,7 @@ def sized_configs(model: nn.Module) -> list[tuple[Any, dict[str, int]]]:
             owners.setdefault(id(module.config), module)
     layers = {key: find_layers(owner, strict=False) for key, owner in owners.items()}
     return [
-        (owners[key].config, {name: adapter.rank(module) for name, (module, adapter) in found.items()})
+        (owners[key].config, {name: adapter.size(module) for name, (module, adapter) in found.items()})
         for key, found in layers.items()
         if found
     ]

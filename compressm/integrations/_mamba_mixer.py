@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from compressm.adapters.mamba2 import TRANSFORMERS
@@ -84,6 +86,9 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
     there the library forgets the scan's state, and where a Mamba-2 has a ``time_step_limit``, which the library does not apply
     in decoding.
 
+    Mamba-2 mixers can be reduced in form ``"projected"`` then.  ``save_pretrained`` of a model with maps raises ModelError: the
+    library could not load them; store it with ``compressm.save``.
+
     Args:
         model: such as ``MambaForCausalLM``, or a hybrid, whose other layers are left alone; before or after reductions.
         mode: False goes back to the library's own forward.
@@ -92,22 +97,42 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
         the model.
 
     Raises:
-        ModelError: no Mamba mixer, one with another activation than SiLU, or one whose forward has been replaced; nothing has
-            changed.
+        ModelError: no Mamba mixer, one with another activation than SiLU, one whose forward has been replaced, or, going back,
+            one with maps; nothing has changed.
     """
     mixers = {name: module for name, module in model.named_modules() if _own_class(module) is not None}
     if not mixers:
         expected = "transformers' Mamba-1 or Mamba-2 model"
         raise ModelError(f"model: {type(model).__name__} has no MambaMixer or Mamba2Mixer, expected {expected}")
-    if mode:
-        for name, mixer in mixers.items():
+    own: Any
+    for name, mixer in mixers.items():
+        if mode:
             _check(name, mixer)
+        elif mixer._parameters.get("B_map") is not None:
+            own = _own_class(mixer)
+            raise ModelError(f"layer {name!r}: has maps, expected none, as {own.__name__} has no place for them")
     for mixer in mixers.values():
-        own: Any = _own_class(mixer)
+        own = _own_class(mixer)
         if type(mixer) is not (new := _accelerated(own) if mode else own):
             mixer.__class__ = new
             vars(mixer).pop("_last_call", None)
+    for owner in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        if mode:
+            vars(owner)["save_pretrained"] = MethodType(_save_pretrained, owner)
+        else:
+            vars(owner).pop("save_pretrained", None)
     return model
+
+
+def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """``save_pretrained`` of models without maps."""
+    mapped = [name for name, module in model.named_modules() if module._parameters.get("B_map") is not None]
+    if mapped:
+        raise ModelError(
+            f"save_pretrained: {', '.join(mapped[:4])} have maps (form 'projected'), which from_pretrained would leave out, "
+            "expected layers of the library's own. Store this model with compressm.save, or reduce with form='strict'"
+        )
+    return type(model).save_pretrained(model, *args, **kwargs)
 
 
 def _own_class(module: nn.Module) -> type[nn.Module] | None:

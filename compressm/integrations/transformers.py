@@ -52,8 +52,8 @@ class CompressionCallback(TrainerCallback, ExportableState):
     Raises:
         ModelError: (when training begins, or already from ``Trainer(...)``) nothing to compress in the model, an adapter on
             a projection that reductions replace, adapters saved on a base of other ranks, or training is distributed.
-        ArgumentError: ``uniform=False`` for a model whose config has one ``state_size``, or ``load_best_model_at_end`` for one
-            whose checkpoints hold adapters alone.
+        ArgumentError: ``uniform=False`` for a model whose config has one ``state_size``, ``form="projected"`` with checkpoints
+            of the Trainer, or ``load_best_model_at_end`` for a model whose checkpoints hold adapters alone.
 
     Warns:
         StaleCopyWarning: the base under adapters was reduced.
@@ -152,6 +152,10 @@ class CompressionCallback(TrainerCallback, ExportableState):
             remedy = "Drop it, or train with compressm.Compressor in a loop of your own and store with compressm.save"
             expected = f"True: {type(configs[0][0]).__name__} has one {size_field(configs[0][0])} for all layers"
             raise bad_argument("uniform", got="False", expected=expected, remedy=remedy)
+        if self.options.get("form") == "projected" and args.save_strategy != "no":
+            remedy = "save_pretrained cannot store maps; store the trained model with compressm.save, or use form='strict'"
+            got = f"{args.save_strategy!s} with form='projected'"
+            raise bad_argument("save_strategy", got=got, expected="'no'", remedy=remedy)
         self._adapters_alone = saves_adapters_alone(model)
         if self._adapters_alone and args.load_best_model_at_end:
             remedy = "The adapters of the best checkpoint would be put on a base that may have been reduced since"

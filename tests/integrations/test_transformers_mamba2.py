@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from compressm import FixedRank, compress
+from compressm import FixedRank, compress, load, save
 from compressm.errors import ModelError
 
 transformers = pytest.importorskip("transformers")
@@ -170,3 +170,27 @@ def test_packed_sequences_do_not_see_each_other(wrapped, assert_close):
         for row, (begin, middle, end) in enumerate(bounds):
             for first, last in ((begin, middle), (middle, end)):
                 assert_close(packed[row, first:last], mixer(x[row : row + 1, first:last])[0], f"row {row} from {first}")
+
+
+def test_projected(pair, assert_close, tmp_path):
+    """Maps behind the convolution: trained, decoded and stored by us, refused where the library would lose them."""
+    model = pair[1].eval()
+    size = model.config.to_dict()
+    batch = tokens()
+    report = compress(model, FixedRank(4), calibration=[batch], form="projected")
+    assert all(layer.method.startswith("projected") and layer.rank_after == 4 for layer in report.layers)
+    assert all(mixer.B_map.shape[1:] == (4, 6) for mixer in mixers(model))
+    assert model.config.to_dict() == size
+    with torch.no_grad():
+        expected = model(batch).logits
+        options = {"max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(model.generate(batch, **options), model.generate(batch, use_cache=False, **options))
+    with pytest.raises(ModelError, match="Store this model with"):
+        model.save_pretrained(tmp_path / "lost")
+    with pytest.raises(ModelError, match="has maps"):
+        accelerate_(model, False)
+    again = accelerate_(type(model)(model.config)).eval()
+    load(save(tmp_path / "kept.safetensors", model), again)
+    with torch.no_grad():
+        assert torch.equal(again(batch).logits, expected)
+    accelerate_(copy.deepcopy(pair[0])).save_pretrained(tmp_path / "plain")
