@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, Reduced
+from compressm.adapters.gated_delta_net import GATED_DELTA_NETS, GatedDeltaNetAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
 from compressm.adapters.mamba import MambaAdapter
@@ -23,10 +24,14 @@ for _name in (
     *TRANSFORMERS,
 ):
     register_adapter(_name, Mamba2Adapter(foreign=True))
+register_adapter("compressm.layers.gated_delta_net.GatedDeltaNet", GatedDeltaNetAdapter())
+for _name in ("fla.layers.gated_deltanet.GatedDeltaNet", *GATED_DELTA_NETS):
+    register_adapter(_name, GatedDeltaNetAdapter(foreign=True))
 
 __all__ = [
     "Adapter",
     "Analysis",
+    "GatedDeltaNetAdapter",
     "LRUAdapter",
     "LTIAdapter",
     "LayerEdit",

@@ -354,8 +354,8 @@ def precision(projection: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in projection.parameters() if p.dtype in computed), default)
 
 
-def layer_input(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """The first argument of a mixer's call, (batch, length, d_model), in the precision of its ``in_proj``.
+def layer_input(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], projection: str = "in_proj") -> Tensor:
+    """The first argument of a mixer's call, (batch, length, d_model), in the precision of its projection.
 
     Raises:
         DataError: it is something else.
@@ -364,4 +364,4 @@ def layer_input(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Te
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         got = type(hidden).__name__ if not isinstance(hidden, Tensor) else f"a tensor of shape {tuple(hidden.shape)}"
         raise DataError(f"calibration: a {type(module).__name__} layer got {got}, expected (batch, length, d_model)")
-    return hidden.to(precision(module.get_submodule("in_proj"), hidden.dtype))
+    return hidden.to(precision(module.get_submodule(projection), hidden.dtype))

@@ -1,18 +1,12 @@
 """Mamba-2 mixers: ours, mamba_ssm's and those of transformers' models (in_proj, conv1d, dt_bias, A_log, D, out_proj).
 
 Heads of a group share B_t and C_t, N channels each that come out of the projection, the convolution and its activation; the
-state of a head decays by one number.  Two forms:
-
-* strict: a subset of the channels of every group goes on, with its rows of the projection and its taps.  It stays a layer of
-  its class, which every library loads.
-* projected: all channels stay, and two maps behind the activation (``B_map``, ``C_map``, as in
-  ``compressm.layers.Mamba2(d_features=...)``) make fewer states of them.  Layers that have no maps get them by a reduction.
+state of a head decays by one number.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,21 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters._mamba2_meter import Mamba2Meter
-from compressm.adapters.base import (
-    Adapter,
-    Analysis,
-    LayerEdit,
-    TensorMap,
-    Transport,
-    check_finite,
-    label,
-    own_parameter,
-    plain_parameters,
-    precision,
-)
-from compressm.control import MatrixMoments, MatrixReduction, pair_spectrum, projection, subset, subset_spectrum
-from compressm.errors import ModelError, NumericalError, bad_argument
-from compressm.layers.mamba2_mixer import Layout, layout, states
+from compressm.adapters.base import check_finite, label, own_parameter, plain_parameters, precision
+from compressm.adapters.matrix import MatrixAdapter, Rows
+from compressm.control import MatrixMoments, MatrixReduction, projection
+from compressm.errors import ModelError, bad_argument
+from compressm.layers.mamba2_mixer import Layout, layout
 
 TRANSFORMERS = (  # classes whose forwards are near-copies of one another
     "transformers.models.bamba.modeling_bamba.BambaMixer",
@@ -44,110 +28,54 @@ TRANSFORMERS = (  # classes whose forwards are near-copies of one another
     "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer",
     "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer",
 )
-MAPS = ("B_map", "C_map")
 SCAN = ("dt_bias", "A_log")
-SELECTED = ("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "init_states")  # of the strict form, if present
 INDEPENDENT = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj", "mup_vector")
-KERNEL_MULTIPLE = 16  # Triton kernels of mamba_ssm are no faster between its multiples
 VECTOR = 8  # channels at a time that causal-conv1d's kernels load, out of rows that have to be multiples as well
 WHITE = (4, 256)  # sequences and steps of white noise that stand in for data
 
 
-@dataclass(frozen=True, eq=False)
-class Mamba2Analysis(Analysis[MatrixReduction]):
-    """Second moments of a scan with matrix-valued states.
-
-    The squares of the spectrum are energies of the scan's output: in the projected form what a cut would lose if C and the
-    state were independent and the state as B, in the strict form what backward selection takes away.
-    """
-
-    moments: MatrixMoments
-    gramians: str
-    projected: bool
-    convention: str = "selective"
-    bounded: bool = False
-    hsv: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hsv", (pair_spectrum if self.projected else subset_spectrum)(self.moments))
-
-    def modes(self, order: int) -> int:
-        return order
-
-    def reduce(self, rank: int) -> MatrixReduction:
-        reduction = (projection if self.projected else subset)(self.moments, rank)
-        if not bool(torch.isfinite(reduction.key).all() and torch.isfinite(reduction.query).all()):
-            raise NumericalError("the maps of the reduced scan are not finite, expected finite second moments of B and C")
-        return reduction
-
-    def spectrum_after(self, reduction: MatrixReduction) -> Tensor:
-        return self.hsv[: reduction.order]
-
-
-class Mamba2Adapter(Adapter[MatrixReduction]):
-    """Layers that have maps stay projected, others become what ``form`` says; recipe "paper" does not know these layers.
+class Mamba2Adapter(MatrixAdapter):
+    """Mamba-2's channels of B (keys) and C (queries), and its maps ``B_map`` and ``C_map``.
 
     Without calibration data the layer's input counts as white noise of unit variance.
-
-    Args:
-        foreign: the layer belongs to another library, which has to load it again, and whose kernels want numbers of channels
-            that divide well.
-        form: ``"strict"`` or ``"projected"``.
     """
 
-    conventions = ("real",)
-    forms = ("strict", "projected")
-    optional = MAPS
-
-    def __init__(self, *, foreign: bool = False, form: str = "strict") -> None:
-        self.foreign, self.form = foreign, form
-
-    def in_form(self, module: nn.Module, form: str | None) -> Mamba2Adapter:
-        """Projected if the layer has maps; else None is projected for our own layers, strict for those of other libraries."""
-        takes_maps = getattr(type(module), "takes_maps", False) and module._parameters.get("init_states") is None
-        if form is None:
-            form = "projected" if _projected(module) or (takes_maps and not self.foreign) else "strict"
-        if form == "strict" and _projected(module):
-            got = f"'strict' for a {type(module).__name__} that has maps behind its convolution"
-            raise bad_argument("form", got=got, expected="'projected' or 'auto'")
-        if form == "projected" and not takes_maps:
-            why = "whose initial states are learned" if "init_states" in module._parameters else "whose forward has no maps"
-            got = f"'projected' for a {type(module).__qualname__} ({type(module).__module__}), {why}"
-            remedy = "transformers' mixers have some after compressm.integrations.transformers.accelerate_(model)"
-            raise bad_argument("form", got=got, expected="'strict' or 'auto'", remedy=remedy)
-        return Mamba2Adapter(foreign=self.foreign, form=form)
-
-    def needs(self, module: nn.Module) -> tuple[str, ...]:
-        return MAPS if self.form == "projected" and not _projected(module) else ()
-
-    def identities(self, module: nn.Module) -> dict[str, Tensor]:
-        sizes, weight = layout(module), own_parameter(module, "conv1d.weight")
-        identity = torch.eye(sizes.features, dtype=weight.dtype, device=weight.device)
-        return {name: identity.repeat(sizes.groups, 1, 1) for name in MAPS}
-
-    def neighbour(self, module: nn.Module) -> str:
-        return "A_log"  # which is not decayed either, where anything is not
-
-    def parameters(self, module: nn.Module) -> tuple[str, ...]:
-        if self.needs(module):
-            return ()
-        if _projected(module):
-            return MAPS
-        biased = {f"{part}.bias": getattr(module.get_submodule(part), "bias", None) for part in ("in_proj", "conv1d")}
-        absent = {key for key, value in biased.items() if value is None}
-        absent |= set() if module._parameters.get("init_states") is not None else {"init_states"}
-        return tuple(key for key in SELECTED if key not in absent)
+    optional = ("B_map", "C_map")
+    last_axes = ("init_states",)
+    multiple = 16  # Triton kernels of mamba_ssm are no faster in between
+    remedy = "transformers' mixers have some after compressm.integrations.transformers.accelerate_(model)"
 
     def independent(self, module: nn.Module) -> tuple[str, ...]:
         return INDEPENDENT
 
-    def rank(self, module: nn.Module) -> int:
-        plain_parameters(module, ("conv1d.weight", "A_log"))
-        return states(module)
+    def obstacle(self, module: nn.Module) -> str:
+        learned = module._parameters.get("init_states") is not None
+        return "whose initial states are learned" if learned else super().obstacle(module)
 
-    def size(self, module: nn.Module) -> int:
-        """Channels of B and C per group."""
-        return layout(module).features
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        plain_parameters(module, ("conv1d.weight", "A_log"))
+        sizes = layout(module)
+        return sizes.groups, sizes.features
+
+    def convolution(self, module: nn.Module) -> str:
+        return "conv1d"
+
+    def rows(self, module: nn.Module) -> Mapping[str, Rows]:
+        sizes, index = layout(module), torch.arange(layout(module).convolved[1], device="cpu")
+        index = index.view(sizes.groups, sizes.features)
+        inner, before = sum(sizes.convolved), sizes.convolved[0]
+        result: dict[str, Rows] = {}
+        for part in ("in_proj", "conv1d"):
+            for key in (f"{part}.weight", f"{part}.bias"):
+                if key.endswith("weight") or getattr(module.get_submodule(part), "bias", None) is not None:
+                    begin = before
+                    if part == "in_proj":
+                        begin += own_parameter(module, key).shape[0] - sizes.heads - inner
+                    result[key] = (begin + index, begin + index.numel() + index)
+        return result
+
+    def projection(self, moments: MatrixMoments, rank: int) -> MatrixReduction:
+        return projection(moments, rank)
 
     def state_bytes(self, module: nn.Module, rank: int) -> int:
         """``rank`` numbers a channel for the scan, float32 unless A_log is wider, and the last inputs of the convolution."""
@@ -155,12 +83,12 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
         named = [vars(module)[name] for name in ("d_conv", "conv_kernel_size") if name in vars(module)]
         width: int = named[0] if named else vars(conv)["kernel_size"][0]
         sizes = layout(module)
-        inner = sum(sizes.convolved if self._maps(module) else sizes._replace(features=rank).convolved)
+        inner = sum(sizes.convolved if self.maps(module) else sizes._replace(features=rank).convolved)
         scan, window = torch.promote_types(A_log.dtype, torch.float32), precision(conv, torch.float32)
         return sizes.channels * rank * scan.itemsize + inner * width * window.itemsize
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, Any]:
-        if self._maps(module):
+        if self.maps(module):
             return {}
         sizes, rows = layout(module), own_parameter(module, "in_proj.weight").shape[0]
         after = sizes._replace(features=rank)
@@ -173,12 +101,9 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
             own["mup_vector"] = _multipliers(module, sizes, after)
         return own
 
-    def round_to(self, module: nn.Module) -> int:
-        return KERNEL_MULTIPLE if self.foreign and not self._maps(module) else 1
-
     def check_rank(self, module: nn.Module, rank: int) -> None:
         """Raise ArgumentError where the convolution's channels or the projection's rows would no longer divide by 8."""
-        if not self.foreign or self._maps(module):
+        if not self.foreign or self.maps(module):
             return
         sizes, rows = layout(module), own_parameter(module, "in_proj.weight").shape[0]
         now, then = sum(sizes.convolved), sum(sizes._replace(features=rank).convolved)
@@ -193,64 +118,15 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
                 )
 
     def slowest(self, module: nn.Module) -> float:
-        parameters = self._checked(module, "")
+        parameters = self.checked(module, "")
         dt = F.softplus(parameters["dt_bias"].detach().double())
         return float(torch.exp(-dt * parameters["A_log"].detach().double().exp()).max())
 
-    @torch.no_grad()
-    def analyse(self, module: nn.Module, name: str, convention: str, measured: MatrixMoments | None) -> Mamba2Analysis:
-        self._checked(module, name)
-        if convention not in self.conventions:
-            raise ModelError(f"{label(module, name)}: recipe 'paper' has no method for a decay that all states of a head share")
-        moments = self._white(module, name) if measured is None else measured
-        return Mamba2Analysis(moments, "data-free" if measured is None else "data", self._maps(module))
-
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Mamba2Meter:
-        device = self._checked(module, name)["A_log"].device
+        device = self.checked(module, name)["A_log"].device
         return Mamba2Meter(layout(module).groups, self.rank(module), device, sequences, rows_per_state, seed)
 
-    @torch.no_grad()
-    def edit(self, module: nn.Module, reduction: MatrixReduction) -> LayerEdit:
-        parameters = plain_parameters(module, self.parameters(module))
-        order = self.rank(module)
-        if reduction.rows is None:
-            maps = {"B_map": reduction.key, "C_map": reduction.query}
-            values = partial(_mapped, maps)
-            # Where the output stays as it is, what B' is multiplied with is E_q times what B was, and the other way round.
-            first = {"B_map": reduction.query, "C_map": reduction.key}
-            second = {key: map_.square() for key, map_ in first.items()}
-            carried: tuple[Transport, Transport, Transport] = (partial(_mapped, first), partial(_mapped, second), values)
-            subset_of = None
-        else:
-            select = _Selection.of(module, reduction.rows)
-            carried, subset_of = (select.all, select.all, select.all), select
-        new = carried[2]({key: parameter.detach() for key, parameter in parameters.items()})
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in new.values()):
-            raise NumericalError("the reduced scan has NaN or infinite weights, expected finite values")
-        tensors = {key: tensor.to(parameters[key]) for key, tensor in new.items()}
-        return LayerEdit(order, reduction.order, tensors, *carried, subset_of)
-
-    def blank(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
-        parameters = plain_parameters(module, self.parameters(module))
-        if self._maps(module):
-            return {key: map_.new_zeros(map_.shape[0], rank, map_.shape[2]) for key, map_ in parameters.items()}
-        sizes = layout(module)
-        more = 2 * sizes.groups * (rank - sizes.features)
-        shapes = {key: (len(old) + more, *old.shape[1:]) for key, old in parameters.items()}
-        if "init_states" in parameters:
-            shapes["init_states"] = (*parameters["init_states"].shape[:2], rank)
-        return {key: old.new_zeros(shapes[key]) for key, old in parameters.items()}
-
-    def _maps(self, module: nn.Module) -> bool:
-        """Whether the layer has maps, or will when it is reduced."""
-        return bool(self.needs(module)) or _projected(module)
-
-    def _checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-        """What the scan depends on and what changes, finite.
-
-        Raises:
-            ModelError, NumericalError: a parameter is missing or not finite, or the channels do not divide into heads.
-        """
+    def checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         parameters = plain_parameters(module, (*SCAN, *self.parameters(module)), name)
         check_finite(module, parameters, name)
         check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
@@ -263,62 +139,13 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
             raise ModelError(f"{label(module, name)}: {got}, expected those of x and, for every group, as many of B as of C")
         return parameters
 
-    def _white(self, module: nn.Module, name: str) -> MatrixMoments:
-        """Moments on white noise of unit variance."""
+    def measured(self, module: nn.Module, name: str) -> MatrixMoments:
         weight = next(p for p in module.get_submodule("in_proj").parameters() if p.dim() == 2)
         noise = torch.randn(*WHITE, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         meter = self.meter(module, name, WHITE[0], None, 0)
         meter.looks = WHITE[0] * WHITE[1] // 16
         meter.observe(module, (noise.to(weight),), {}, None)
         return meter.result(name)
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """Cuts what belongs to B and C down to the kept channels of every group.
-
-    Attributes:
-        rows, channels: of the projection, and of the convolution.
-        states: (H, r), of the states of every head.
-    """
-
-    rows: Tensor
-    channels: Tensor
-    states: Tensor
-
-    @classmethod
-    def of(cls, module: nn.Module, kept: Tensor) -> _Selection:
-        """For the kept channels (G, r) of each group."""
-        sizes = layout(module)
-        first = torch.arange(sizes.groups, device=kept.device)[:, None] * sizes.features
-        inside = (first + kept).flatten()
-        x, B, _ = sizes.convolved
-        channels = torch.cat([torch.arange(x, device=kept.device), x + inside, x + B + inside])
-        total = own_parameter(module, "in_proj.weight").shape[0]
-        begin = total - sizes.heads - sum(sizes.convolved)
-        everything = torch.arange(total, device=kept.device)
-        rows = torch.cat([everything[:begin], begin + channels, everything[total - sizes.heads :]])
-        return cls(rows, channels, kept.repeat_interleave(sizes.heads // sizes.groups, 0))
-
-    def __call__(self, key: str, value: Tensor) -> Tensor:
-        """A tensor like the parameter of that name, with the kept channels alone."""
-        if key == "init_states":
-            index = self.states.to(value.device)[:, None].expand(-1, value.shape[1], -1)
-            return value.gather(2, index)
-        return value[(self.rows if key.startswith("in_proj.") else self.channels).to(value.device)]
-
-    def all(self, tensors: TensorMap) -> dict[str, Tensor]:
-        """All of a layer's tensors, in float64."""
-        return {key: self(key, value.double()) for key, value in tensors.items()}
-
-
-def _projected(module: nn.Module) -> bool:
-    """Whether maps stand between the activation and the scan."""
-    return all(module._parameters.get(name) is not None for name in MAPS)
-
-
-def _mapped(maps: TensorMap, tensors: TensorMap) -> dict[str, Tensor]:
-    return {key: maps[key].to(tensors[key].device) @ tensors[key].double() for key in MAPS}
 
 
 def _multipliers(module: nn.Module, before: Layout, after: Layout) -> Tensor:

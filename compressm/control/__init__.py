@@ -5,6 +5,7 @@ from compressm.control.coordinates import blend, real_gramians, slots
 from compressm.control.matrix_states import (
     MatrixMoments,
     MatrixReduction,
+    erasing_projection,
     pair_spectrum,
     projection,
     subset,
@@ -25,6 +26,7 @@ __all__ = [
     "SelectiveReduction",
     "balance",
     "blend",
+    "erasing_projection",
     "mean_subset",
     "pair_spectrum",
     "projection",

@@ -110,6 +110,28 @@ def projection(moments: MatrixMoments, rank: int) -> MatrixReduction:
     return MatrixReduction(key, query, None, "projected, balanced pair", output_error(moments, key, query))
 
 
+def erasing_projection(moments: MatrixMoments, rank: int) -> MatrixReduction:
+    """For the delta rule, S_t = (I - beta k k^T) S_{t-1} + beta k v^T, whose keys read the state as well as the queries.
+
+    With E[q q^T] + E[beta^2 k k^T] as ``Q`` of the moments.  E_k = U^T has orthonormal rows that span those of the balanced
+    pair: no key becomes longer, and no step unstable.  E_q = (U^T P U)^{-1} U^T P reads best what they keep.
+
+    Raises:
+        ArgumentError: rank out of range.
+    """
+    check_order(rank, moments.order)
+    keys, queries = [], []
+    for P, Q in zip(moments.P, moments.Q, strict=True):
+        U = torch.linalg.qr(balanced_pair(P, Q, rank)[0].mT).Q
+        kept = U.mT @ P
+        square = kept @ U
+        ridge = 1e-6 * square.diagonal().mean().clamp_min(torch.finfo(P.dtype).tiny)
+        keys.append(U.mT)
+        queries.append(torch.linalg.solve(square + ridge * torch.eye(rank).to(P), kept))
+    key, query = torch.stack(keys), torch.stack(queries)
+    return MatrixReduction(key, query, None, "projected, orthonormal keys", output_error(moments, key, query))
+
+
 def subset(moments: MatrixMoments, rank: int) -> MatrixReduction:
     """The ``rank`` rows of every group that are left after backward selection.
 
