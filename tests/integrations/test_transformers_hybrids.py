@@ -107,6 +107,6 @@ class TestAdapters:
         with pytest.raises(ModelError, match=message):
             compressm.compress(model, compressm.FixedRank(32))
         assert plain.model.layers[0].mamba.ssm_state_size == 128
-        merged = model.merge_and_unload()
+        merged = model.merge_and_unload().requires_grad_(True)
         training(tmp_path, merged).train()
         assert merged.config.mamba_d_state == 32
