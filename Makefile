@@ -8,7 +8,7 @@ TESTS := $(VENV)/.tests
 PEERS := $(VENV)/.peers
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,min,rounds --benchmark-sort=name
 
-.PHONY: demo test sanitize lint bench bench-gpu report clean
+.PHONY: demo test lint bench bench-gpu report clean
 
 demo: $(PACKAGE)
 	$(BIN)/compressm train digits --out runs/digits
@@ -16,10 +16,6 @@ demo: $(PACKAGE)
 # A file of tests runs in one process, of which there is one per core, with one thread each.
 test: $(TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
-
-# The C++ kernels under the address and undefined behaviour sanitizers; ARGS names rooms of csrc/, all by default.
-sanitize: $(TESTS)
-	$(BIN)/python tests/sanitize.py $(ARGS)
 
 lint: $(TESTS)
 	$(BIN)/ruff check .
