@@ -31,7 +31,7 @@ bench-gpu: $(PEERS)
 	$(MAKE) report
 
 report: $(PACKAGE)
-	$(BIN)/python -m benchmarks.reporting.report benchmarks/results/*.json --out benchmarks/REPORT.md
+	$(BIN)/python -m benchmarks.reporting.report benchmarks/results/*.json $(addprefix --modelled ,$(wildcard benchmarks/modelled.json)) --out benchmarks/REPORT.md
 
 $(PEERS): $(TESTS)
 	$(INSTALL) -e '.[test,peers]'

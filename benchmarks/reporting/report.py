@@ -1,6 +1,6 @@
 """The speed report: one Markdown file and its pictures, the same bytes for the same result files.
 
-    python -m benchmarks.reporting.report benchmarks/results/*.json --out benchmarks/REPORT.md
+    python -m benchmarks.reporting.report benchmarks/results/*.json --modelled benchmarks/modelled.json --out REPORT.md
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from compressm.errors import ArgumentError, CompressmError, DataError
 
 from . import figures, sections, training_steps
 from .analysis import OURS, Shrinking, contenders, shrinking_steps
+from .modelled import Modelled, section
 from .wording import escape, machine_name, plain_name
 
 DEFAULT_OUT = Path("benchmarks/REPORT.md")
@@ -48,8 +49,11 @@ class Page:
         self.add([f"![{words}]({FIGURES}/{name})", ""])
 
 
-def build(runs: dict[str, Run]) -> Page:
+def build(runs: dict[str, Run], modelled: Modelled | None = None) -> Page:
     """The report of runs by name, in their order; a name becomes part of its pictures' names.
+
+    Args:
+        modelled: figures of kernels that were compiled and not run.
 
     Raises:
         ArgumentError: no run at all.
@@ -62,11 +66,12 @@ def build(runs: dict[str, Run]) -> Page:
     page.add(sections.in_short(runs, titles))
     for name, run in runs.items():
         _machine(page, run, titles[name], stems[name])
+    page.add([] if modelled is None else section(modelled))
     page.add(sections.METHOD)
     return page
 
 
-def write(paths: Sequence[Path], out: Path) -> Page:
+def write(paths: Sequence[Path], out: Path, modelled: Path | None = None) -> Page:
     """Read result files and write the report of them; pictures of an earlier report that it no longer shows are removed.
 
     Raises:
@@ -76,7 +81,7 @@ def write(paths: Sequence[Path], out: Path) -> Page:
     runs = {path.stem: Run.load(path) for path in paths}
     if len(runs) != len(paths):
         raise ArgumentError(f"paths: expected files of different names, got {', '.join(map(str, paths))}. Rename one")
-    page = build(runs)
+    page = build(runs, None if modelled is None else Modelled.load(modelled))
     folder = out.parent / FIGURES
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,10 +169,11 @@ def _file(op: str) -> str:
 def main(
     results: Annotated[list[Path], typer.Argument(help="Result files of make bench, one a machine.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The report; its pictures go into figures/ beside it.")] = DEFAULT_OUT,
+    modelled: Annotated[Path | None, typer.Option(help="Figures of kernels that were compiled and not run.")] = None,
 ) -> None:
     """Write the speed report of result files."""
     try:
-        page = write(results, out)
+        page = write(results, out, modelled)
     except CompressmError as error:
         typer.echo(f"compressm: {error}", err=True)
         raise typer.Exit(2) from None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressm.adapters import Adapter, find_layers
 from compressm.adapters.base import plain_parameters
 from compressm.compression import Schedule
 from compressm.compression.common.models import compressible_layers
+from compressm.compression.surgery.audit import full_name
 from compressm.errors import bad_argument
 
 SIZE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size")  # what configs call the number of states of all layers
@@ -41,17 +43,83 @@ def checked_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]]:
     """
     layers = compressible_layers(model)
     for name, (module, adapter) in layers.items():
-        plain_parameters(module, adapter.reads(module), name)
+        plain_parameters(module, (*adapter.parameters(module), *adapter.reads(module)), name)
     return layers
 
 
-def sized_configs(model: nn.Module) -> list[tuple[Any, dict[str, int]]]:
-    """The configs with one field of SIZE_FIELDS for all layers of every transformers model in ``model``, whatever wraps it.
+@dataclass(frozen=True)
+class SizedConfig:
+    """A config of transformers that says how many states the layers of a model have.
+
+    Attributes:
+        config: with one field of SIZE_FIELDS.
+        layers: the compressible layers with their adapters, by name within the outermost model that has the config.
+    """
+
+    config: Any
+    layers: dict[str, tuple[nn.Module, Adapter]]
+
+    @property
+    def field(self) -> str:
+        """What the config calls the number of states."""
+        return size_field(self.config)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The size (``Adapter.size``) of the layers by their names."""
+        return {name: adapter.size(module) for name, (module, adapter) in self.layers.items()}
+
+    @property
+    def _places(self) -> dict[str, Any]:
+        return {name: getattr(module, "layer_idx", None) for name, (module, _) in self.layers.items()}
+
+    @property
+    def why_not_each(self) -> str | None:
+        """None if the config can say another number of states for each layer, else the reason.
+
+        It says them by ``layer_idx`` in its ``per_layer_config``.
+        """
+        places = list(self._places.values())
+        if not hasattr(self.config, "per_layer_config"):
+            return f"{type(self.config).__name__} has no per_layer_config"
+        if None in places or len(set(places)) < len(places):
+            return "its layers have no layer_idx of their own"
+        for name, (module, adapter) in self.layers.items():
+            if buffers := [key for key, value in adapter.attributes(module, 1).items() if isinstance(value, Tensor)]:
+                return f"the library makes {full_name(name, buffers[0])} in one size for all layers"
+        return None
+
+    def tell(self) -> bool:
+        """Write the layers' present numbers of states into the config; False, and no change, where it cannot say them."""
+        ranks, field = self.ranks, self.field
+        differ = len(set(ranks.values())) > 1
+        if differ and self.why_not_each is not None:
+            return False
+        others = per_layer(self.config)
+        for options in others.values():
+            options.pop(field, None)
+        if differ:
+            for name, place in self._places.items():
+                others.setdefault(place, {})[field] = ranks[name]
+        if getattr(self.config, "is_heterogeneous", False):
+            self.config.per_layer_config = None
+        setattr(self.config, field, max(ranks.values()))
+        if others := {place: options for place, options in others.items() if options}:
+            self.config.per_layer_config = others
+        return True
+
+
+def per_layer(config: Any) -> dict[int, dict[str, Any]]:
+    """What a config says of single layers, by their places; a copy."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    return {int(place): options for place, options in config.to_dict()["per_layer_config"].items()}
+
+
+def sized_configs(model: nn.Module) -> list[SizedConfig]:
+    """The configs with a field of SIZE_FIELDS of every transformers model in ``model``, whatever wraps it.
 
     Models that share a config object, such as a language model and its backbone, count once.
-
-    Returns:
-        each config with the ``Adapter.size`` of its compressible layers, by name within the outermost model that has it.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:  # then no such model has been built
@@ -60,21 +128,17 @@ def sized_configs(model: nn.Module) -> list[tuple[Any, dict[str, int]]]:
     for module in model.modules():
         if isinstance(module, modeling.PreTrainedModel) and size_field(module.config):
             owners.setdefault(id(module.config), module)
-    layers = {key: find_layers(owner, strict=False) for key, owner in owners.items()}
-    return [
-        (owners[key].config, {name: adapter.size(module) for name, (module, adapter) in found.items()})
-        for key, found in layers.items()
-        if found
-    ]
+    found = (SizedConfig(owner.config, find_layers(owner, strict=False)) for owner in owners.values())
+    return [sized for sized in found if sized.layers]
 
 
 def size_field(config: Any) -> str:
     """What a config calls the number of states of its layers; empty if it has none."""
-    return next((name for name in SIZE_FIELDS if hasattr(config, name)), "")
+    varying = getattr(config, "per_layer_attributes", None) or ()  # which raise where the config itself is asked
+    return next((name for name in SIZE_FIELDS if name in varying or hasattr(config, name)), "")
 
 
 def tell_configs(model: nn.Module) -> None:
-    """Set the size of every config whose layers agree to their number of states."""
-    for config, ranks in sized_configs(model):
-        if len(set(ranks.values())) == 1:
-            setattr(config, size_field(config), next(iter(ranks.values())))
+    """Write the layers' numbers of states into every config that can say them."""
+    for sized in sized_configs(model):
+        sized.tell()

@@ -15,7 +15,7 @@ from compressm.compression import Compressor, Policy, StaleCopyWarning
 from compressm.compression.common.codec import encode
 from compressm.compression.surgery.optimizer_state import unwrapped
 from compressm.errors import ModelError, bad_argument, needs_extra
-from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, size_field, sized_configs
+from compressm.integrations._common import ScheduleArgument, as_schedule, checked_layers, sized_configs
 from compressm.integrations.resizing import resize_on_load
 
 with needs_extra("compressm.integrations.transformers"):
@@ -25,8 +25,9 @@ with needs_extra("compressm.integrations.transformers"):
 
     from compressm.integrations._mamba_mixer import AcceleratedMambaMixer, accelerate_
     from compressm.integrations._peft import save_base, saves_adapters_alone
+    from compressm.integrations._pretrained import from_pretrained
 
-__all__ = ["AcceleratedMambaMixer", "CompressionCallback", "accelerate_", "save_base", "update_config"]
+__all__ = ["AcceleratedMambaMixer", "CompressionCallback", "accelerate_", "from_pretrained", "save_base", "update_config"]
 
 
 class CompressionCallback(TrainerCallback, ExportableState):
@@ -36,9 +37,10 @@ class CompressionCallback(TrainerCallback, ExportableState):
     ``train(resume_from_checkpoint=...)`` on a model of the original size continues with the reduced one.  Models whose config
     has one ``state_size`` keep the same number of states in all layers and have it updated, so that ``save_pretrained`` and
     ``from_pretrained`` work as ever, also behind wrappers: a PEFT model, ``torch.compile``'s, a module of your own around
-    them.  Of a PEFT model the Trainer saves the adapters alone, which fit the reduced base and not the original: its
-    checkpoints get this base beside them, in a folder ``base``, from which a run is resumed (see :func:`save_base`).
-    Checkpoints due while a guard validates a reduction are written when it has decided.
+    them.  With ``uniform=False`` each layer gets its own, which the config's ``per_layer_config`` says and
+    :func:`from_pretrained` reads.  Of a PEFT model the Trainer saves the adapters alone, which fit the reduced base and not the
+    original: its checkpoints get this base beside them, in a folder ``base``, from which a run is resumed (see
+    :func:`save_base`).  Checkpoints due while a guard validates a reduction are written when it has decided.
 
     Args:
         policy: how many states stay.
@@ -52,8 +54,8 @@ class CompressionCallback(TrainerCallback, ExportableState):
     Raises:
         ModelError: (when training begins, or already from ``Trainer(...)``) nothing to compress in the model, an adapter on
             a projection that reductions replace, adapters saved on a base of other ranks, or training is distributed.
-        ArgumentError: ``uniform=False`` for a model whose config has one ``state_size``, ``form="projected"`` with checkpoints
-            of the Trainer, or ``load_best_model_at_end`` for a model whose checkpoints hold adapters alone.
+        ArgumentError: ``uniform=False`` for a model whose config has one number of states for all layers, ``form="projected"``
+            with checkpoints of the Trainer, or ``load_best_model_at_end`` for a model whose checkpoints hold adapters alone.
 
     Warns:
         StaleCopyWarning: the base under adapters was reduced.
@@ -147,11 +149,11 @@ class CompressionCallback(TrainerCallback, ExportableState):
                 "the parameters that a reduction replaces. Compress in a run of one process"
             )
         checked_layers(model)
-        configs = sized_configs(model)
-        if configs and not self.options.get("uniform", True):
-            remedy = "Drop it, or train with compressm.Compressor in a loop of your own and store with compressm.save"
-            expected = f"True: {type(configs[0][0]).__name__} has one {size_field(configs[0][0])} for all layers"
-            raise bad_argument("uniform", got="False", expected=expected, remedy=remedy)
+        for sized in () if self.options.get("uniform", True) else sized_configs(model):
+            if (reason := sized.why_not_each) is not None:
+                remedy = "Drop it, or train with compressm.Compressor in a loop of your own and store with compressm.save"
+                expected = f"True: {type(sized.config).__name__} has one {sized.field} for all layers, as {reason}"
+                raise bad_argument("uniform", got="False", expected=expected, remedy=remedy)
         if self.options.get("form") == "projected" and args.save_strategy != "no":
             remedy = "save_pretrained cannot store maps; store the trained model with compressm.save, or use form='strict'"
             got = f"{args.save_strategy!s} with form='projected'"
@@ -189,8 +191,9 @@ class CompressionCallback(TrainerCallback, ExportableState):
 def update_config(model: nn.Module) -> nn.Module:
     """Set ``config.state_size`` to the model's present number of states, so that ``save_pretrained`` writes what loads again.
 
-    Other models call it ``mamba_d_state`` or ``ssm_state_size``.  The callback does this itself; call it after
-    ``compressm.compress`` or a loop of your own.
+    Other models call it ``mamba_d_state`` or ``ssm_state_size``.  Where layers keep different numbers of states, the config's
+    ``per_layer_config`` says each, and :func:`from_pretrained` loads the checkpoint.  The callback does this itself; call it
+    after ``compressm.compress`` or a loop of your own.
 
     Args:
         model: a transformers model, or whatever holds one: a PEFT model, ``torch.compile``'s wrapper, a module of your own.
@@ -199,7 +202,7 @@ def update_config(model: nn.Module) -> nn.Module:
         the model.
 
     Raises:
-        ModelError: no model with such a config, or its layers keep different numbers of states; the config has one for all.
+        ModelError: no model with such a config, or its layers keep different numbers of states and the config has one for all.
     """
     configs = sized_configs(model)
     if not configs:
@@ -207,12 +210,12 @@ def update_config(model: nn.Module) -> nn.Module:
             f"model: {type(model).__name__} holds no transformers model with state-space layers and their number of states "
             "in its config, expected one. Store others with compressm.save"
         )
-    for config, ranks in configs:
-        if len(set(ranks.values())) > 1:
+    for sized in configs:
+        if len(set(sized.ranks.values())) > 1 and (reason := sized.why_not_each) is not None:
             raise ModelError(
-                f"config.{size_field(config)}: the layers keep different numbers of states, {ranks}, expected one, which is "
-                f"all that {type(config).__name__} can say. Reduce with uniform=True, or store with compressm.save"
+                f"config.{sized.field}: the layers keep different numbers of states, {sized.ranks}, expected one, which is all "
+                f"that this model can say, as {reason}. Reduce with uniform=True, or store with compressm.save"
             )
-    for config, ranks in configs:
-        setattr(config, size_field(config), next(iter(ranks.values())))
+    for sized in configs:
+        sized.tell()
     return model

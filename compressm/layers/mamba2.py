@@ -93,7 +93,9 @@ class Mamba2(MambaLayer):
         d_features: int | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
+        given = {"d_ssm": d_ssm, "chunk_size": chunk_size}
+        _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups, **_present(given))
+        _check_numbers(expand=expand, dt_init_floor=dt_init_floor, **_present({"conv_init": conv_init}))
         self.d_inner = int(expand * d_model)
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         _check_heads(self.d_inner, self.d_ssm, headdim, ngroups)
@@ -208,6 +210,16 @@ def _check_sizes(**sizes: Any) -> None:
             raise bad_argument(name, got=repr(value), expected="a positive integer")
 
 
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise bad_argument(name, got=repr(value), expected="a number that is not negative")
+
+
+def _present(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _check_heads(d_inner: int, d_ssm: int, headdim: int, ngroups: int) -> None:
     """Raise ArgumentError unless the scan's channels divide into heads, and these into groups."""
     if not 1 <= d_ssm <= d_inner:
@@ -219,9 +231,14 @@ def _check_heads(d_inner: int, d_ssm: int, headdim: int, ngroups: int) -> None:
 
 
 def _check_ranges(A_init_range: tuple[float, float], dt_min: float, dt_max: float, dt_limit: tuple[float, float]) -> None:
-    if not 0 < A_init_range[0] <= A_init_range[1]:
-        raise bad_argument("A_init_range", got=A_init_range, expected="0 < low <= high")
-    if not 0 < dt_min <= dt_max:
-        raise bad_argument("dt_min, dt_max", got=(dt_min, dt_max), expected="0 < dt_min <= dt_max")
-    if not 0 <= dt_limit[0] <= dt_limit[1]:
-        raise bad_argument("dt_limit", got=dt_limit, expected="0 <= low <= high")
+    for name, given, expected, infinite in (
+        ("A_init_range", A_init_range, "two numbers, 0 < low <= high", False),
+        ("dt_min, dt_max", (dt_min, dt_max), "two numbers, 0 < dt_min <= dt_max", False),
+        ("dt_limit", dt_limit, "two numbers, 0 <= low <= high", True),
+    ):
+        try:
+            low, high = (number + 0.0 for number in given)
+        except (TypeError, ValueError):
+            low = high = math.nan
+        if not ((0 <= low < math.inf and low <= high) if infinite else 0 < low <= high < math.inf):
+            raise bad_argument(name, got=repr(given), expected=expected)

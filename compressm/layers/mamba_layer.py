@@ -64,6 +64,9 @@ class MambaLayer(nn.Module):
         Raises:
             ArgumentError: shapes do not fit, or packed sequences together with ``inference_params``.
         """
+        if not isinstance(hidden_states, Tensor) or not hidden_states.is_floating_point():
+            got = f"a tensor of {hidden_states.dtype}" if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
+            raise bad_argument("hidden_states", got=got, expected=f"floating point numbers (batch, length, {self.d_model})")
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.d_model:
             got = f"shape {tuple(hidden_states.shape)}"
             raise bad_argument("hidden_states", got=got, expected=f"(batch, length, {self.d_model})")
@@ -91,7 +94,7 @@ class MambaLayer(nn.Module):
             return self._mix(hidden_states, None, cu_seqlens)
         if cu_seqlens is not None:
             raise bad_argument("seq_idx, cu_seqlens", got="both", expected="one of them")
-        if seq_idx.shape != hidden_states.shape[:2] or seq_idx.is_floating_point():
+        if seq_idx.shape != hidden_states.shape[:2] or seq_idx.dtype == torch.bool or seq_idx.is_floating_point():
             got, expected = f"{tuple(seq_idx.shape)} of {seq_idx.dtype}", f"integers {tuple(hidden_states.shape[:2])}"
             raise bad_argument("seq_idx", got=got, expected=expected)
         row = hidden_states.reshape(1, -1, self.d_model)
@@ -112,11 +115,13 @@ class MambaLayer(nn.Module):
             raise bad_argument(
                 "hidden_states", got=f"shape {tuple(hidden_states.shape)}", expected=f"one token, (batch, 1, {self.d_model})"
             )
-        batch = hidden_states.shape[0]
-        for name, state, shape in zip(("conv_state", "ssm_state"), (conv_state, ssm_state), self._state_shapes, strict=True):
+        self._check_states(hidden_states.shape[0], conv_state, ssm_state)
+        return self.stepping(hidden_states, conv_state, ssm_state), conv_state, ssm_state
+
+    def _check_states(self, batch: int, *states: Tensor) -> None:
+        for name, state, shape in zip(("conv_state", "ssm_state"), states, self._state_shapes, strict=True):
             if state.shape != (batch, *shape):
                 raise bad_argument(name, got=f"shape {tuple(state.shape)}", expected=f"{(batch, *shape)}")
-        return self.stepping(hidden_states, conv_state, ssm_state), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
@@ -136,4 +141,5 @@ class MambaLayer(nn.Module):
         memory = inference_params.key_value_memory_dict
         if self.layer_idx not in memory:
             memory[self.layer_idx] = self.allocate_inference_cache(batch)
+        self._check_states(batch, *memory[self.layer_idx])
         return memory[self.layer_idx]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 from reporting import report
+from reporting.modelled import Modelled
 from reporting.wording import number
 from typer.testing import CliRunner
 
@@ -226,6 +227,40 @@ def test_hostile_names_stay_inside_their_cells():
     assert html.count("<h1>") == 1
     for draw in page.pictures.values():
         draw()
+
+
+def compiled(**more):
+    kernel = {
+        "library": "compressm", "name": "ssd_states", "states": 128, "registers": 128, "spills": 0, "shared": 33792,
+        "instructions": 1234, "products": 32, "tiles": {"T": 64, "warps": 8}, **more,
+    }  # fmt: skip
+    traffic = [{"library": name, "states": n, "bytes": n * 2.5} for name in ("compressm", "mamba_ssm") for n in (16, 128)]
+    return Modelled.model_validate(
+        {"title": "A scan", "target": "sm_90", "versions": {"triton": "3.9"}, "kernels": [kernel], "traffic": traffic}
+    )
+
+
+def test_kernels_that_were_compiled_and_not_run_have_a_section_of_their_own(tmp_path):
+    plain = report.build({"cpu": run_of(timed())}).lines
+    lines = report.build({"cpu": run_of(timed())}, compiled()).lines
+    added = lines[lines.index("## Modelled, not run") : lines.index("## How it was measured")]
+    assert [line for line in lines if line not in added] == [line for line in plain if line not in added]
+    assert table_with(added, "library") == [
+        {"library": f"`{name}`", "N=128": "320", "N=16": "40.0"} for name in ("compressm", "mamba_ssm")
+    ]
+    assert table_with(added, "spilled bytes") == [
+        {"kernel": "compressm `ssd_states`", "N": "128", "registers": "128", "spilled bytes": "0", "shared, KiB": "33.0",
+         "instructions": "1,234", "matrix products": "32", "tiles": "T=64 warps=8"}
+    ]  # fmt: skip
+    hostile = report.build({"cpu": run_of(timed())}, compiled(library=HOSTILE, name=HOSTILE)).lines
+    assert len(tables(hostile)) == len(tables(lines))
+    run_of(timed()).save(tmp_path / "cpu.json")
+    compiled().save(tmp_path / "modelled.json")
+    report.write([tmp_path / "cpu.json"], tmp_path / "R.md", tmp_path / "modelled.json")
+    assert "No machine has run it" in (tmp_path / "R.md").read_text()
+    (tmp_path / "modelled.json").write_text("{}")
+    with pytest.raises(DataError, match=r"modelled\.json: holds no figures"):
+        report.write([tmp_path / "cpu.json"], tmp_path / "R.md", tmp_path / "modelled.json")
 
 
 FIGURE = st.floats(1e-4, 1e5)

@@ -7,21 +7,26 @@ import torch.distributed as dist
 from torch import nn
 
 import compressm
-from compressm.layers import LRU, Mamba
+from compressm.layers import LRU, Mamba, Mamba2
 
 STEPS, AT = 8, (3, 6)
 
 
 class Net(nn.Module):
-    """tokens (batch, L) -> logits (batch, L, 12) through two residual layers of kind ``"lru"`` or ``"mamba"``; float64."""
+    """tokens (batch, L) -> logits (batch, L, 12) through two residual layers; float64.
+
+    ``kind``: ``"lru"``, ``"mamba"`` or ``"mamba2"``, whose second layer has the projected form.
+    """
 
     def __init__(self, kind: str, d_model: int = 6) -> None:
         super().__init__()
         self.embedding = nn.Embedding(12, d_model)
         if kind == "lru":
             layers = [LRU(d_model, rank, max_phase=1.5) for rank in (9, 7)]
-        else:
+        elif kind == "mamba":
             layers = [Mamba(d_model, d_state=n, expand=1) for n in (7, 6)]
+        else:
+            layers = [Mamba2(d_model, d_state=7, headdim=2, expand=1), Mamba2(d_model, 6, headdim=2, expand=1, d_features=8)]
         self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(d_model, 12)
         self.double()

@@ -45,6 +45,11 @@ def mamba_matches_one_process(folder):
     matches_one_process("mamba")
 
 
+@check
+def mamba2_matches_one_process(folder):
+    matches_one_process("mamba2")
+
+
 class Sent:
     """Bytes that Team hands to the collectives, by kind."""
 

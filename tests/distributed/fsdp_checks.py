@@ -70,6 +70,11 @@ def mamba_matches_one_process(folder):
 
 
 @check
+def mamba2_matches_one_process(folder):
+    matches_one_process("mamba2")
+
+
+@check
 def other_ways_to_shard(folder):
     def blocks_only(model):
         for layer in model.layers:

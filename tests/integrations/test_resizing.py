@@ -13,7 +13,7 @@ from torch import nn
 import compressm
 from compressm.errors import ArgumentError, ModelError, OptimizerError
 from compressm.integrations import resize_on_load
-from compressm.layers import LRU, Mamba
+from compressm.layers import LRU, Mamba, Mamba2
 
 
 class Net(nn.Module):
@@ -168,6 +168,29 @@ class TestResizeTo:
         with pytest.raises(ArgumentError, match=message):
             compressm.resize_to(model, change(Net(3, 2).state_dict()))
         assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+
+    @pytest.mark.parametrize(
+        ("options", "change", "message"),
+        [
+            ({}, {"in_proj.weight": None}, r"all of layer '', also in_proj\.weight"),
+            ({}, {"conv1d.bias": None}, r"all of layer '', also conv1d\.bias"),
+            ({}, {"conv1d.weight": torch.zeros(13, 1, 4)}, r"conv1d\.weight of shape \(13, 1, 4\)"),
+            ({}, {"conv1d.weight": torch.zeros(8, 1, 4), "conv1d.bias": torch.zeros(8)}, r"conv1d\.bias of shape \(8,\)"),
+            ({}, {"in_proj.weight": torch.zeros(26, 5)}, r"in_proj\.weight of shape \(26, 5\)"),
+            ({"d_features": 6}, {"B_map": None}, r"all of layer '', also B_map"),
+            ({"d_features": 6}, {"C_map": torch.zeros(1, 2, 6)}, r"B_map of shape \(1, 3, 6\), C_map of shape \(1, 2, 6\)"),
+            ({"d_features": 6}, {"B_map": torch.zeros(1, 3, 5)}, r"B_map of shape \(1, 3, 5\)"),
+            ({"d_features": 6}, {"B_map": torch.tensor(1.0)}, r"B_map of shape \(\)"),
+        ],
+    )
+    def test_half_a_mamba2_is_refused(self, options, change, message):
+        small, model = (Mamba2(4, d_state=n, headdim=4, **options) for n in (3, 5))
+        state = {key: value for key, value in (small.state_dict() | change).items() if value is not None}
+        before = list(model.parameters())
+        with pytest.raises(ArgumentError, match=message):
+            compressm.resize_to(model, state)
+        assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+        assert model.conv1d.groups == model.conv1d.weight.shape[0]
 
     def test_optimizers_and_models_that_do_not_fit(self):
         model, state = Net(8, 6), Net(3, 2).state_dict()

@@ -22,6 +22,7 @@ from compressm.integrations.transformers import (  # noqa: E402
     AcceleratedMambaMixer,
     CompressionCallback,
     accelerate_,
+    from_pretrained,
     update_config,
 )
 
@@ -317,8 +318,6 @@ class TestTrainer:
         assert [report.step for report in run.compressor.history] == [3]
 
     def test_refusals(self, tmp_path, monkeypatch):
-        with pytest.raises(ArgumentError, match="one state_size for all layers"):
-            trainer(tmp_path, callback(uniform=False))
         with pytest.raises(ArgumentError, match="restores itself"):
             trainer(tmp_path, callback(), restore_callback_states_from_checkpoint=True)
         config = FalconMambaConfig(vocab_size=VOCABULARY, hidden_size=8, state_size=6, num_hidden_layers=1)
@@ -328,10 +327,12 @@ class TestTrainer:
         with pytest.raises(ModelError, match="runs on 2 processes"):
             trainer(tmp_path, callback())
 
-    def test_unequal_ranks_do_not_go_into_a_config(self):
+    def test_unequal_ranks_go_into_the_config_one_by_one(self, tmp_path, assert_close):
         model = build()
         names = [f"backbone.layers.{i}.mixer" for i in range(2)]
         compressm.compress(model, compressm.FixedRank(dict(zip(names, (2, 3), strict=True))))
-        with pytest.raises(ModelError, match="uniform=True"):
-            update_config(model)
-        assert model.config.state_size == 6
+        update_config(model).save_pretrained(tmp_path)
+        assert [config.state_size for config in model.config.per_layer_config] == [2, 3]
+        loaded, x = from_pretrained(tmp_path), tokens()
+        assert [size[0] for size in sizes(loaded)] == [2, 3]
+        assert_close(loaded(x).logits, model(x).logits, "logits")

@@ -151,9 +151,6 @@ class TestAdapters:
         best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
         with pytest.raises(ArgumentError, match="load_best_model_at_end"):
             trainer(tmp_path, lora(base()), **best)
-        uneven = CompressionCallback(policy=compressm.FixedRank(2), uniform=False)
-        with pytest.raises(ArgumentError, match="MambaConfig has one state_size"):
-            trainer(tmp_path, lora(base()), uneven)
         with pytest.raises(ModelError, match="no transformers model inside"):
             save_base(nn.Linear(2, 2), tmp_path / "nothing")
 

@@ -197,7 +197,8 @@ def test_wrong_tensors_are_named(name, wrong):
     ("name", "value"),
     [
         ("chunk_size", 0), ("chunk_size", 2.5), ("chunk_size", True), ("dt_limit", (1.0, 0.5)), ("dt_limit", (0.0, math.nan)),
-        ("dt_limit", 3.0), ("dt_limit", (1.0,)), ("dt_limit", ("a", "b")),
+        ("dt_limit", 3.0), ("dt_limit", (1.0,)), ("dt_limit", ("a", "b")), ("dt_limit", (math.inf, math.inf)),
+        ("chunk_size", 2**31), ("chunk_size", 2**70),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(name, value):
@@ -225,6 +226,16 @@ def test_packing_needs_a_batch_of_one_and_one_way_of_saying_it():
         ssd(**inputs, cu_seqlens=torch.tensor([0, 6]))
     with pytest.raises(ArgumentError, match="one of the two"):
         ssd(**random_inputs(1, 6), cu_seqlens=torch.tensor([0, 6]), seq_idx=torch.zeros(1, 6, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 2, 6]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_chunk_beyond_the_sequence_takes_no_more_memory(bounds, dtype):
+    inputs = {name: t if t is None else t.to(dtype) for name, t in random_inputs(1, 6, without=["initial_states"]).items()}
+    options = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    arguments = *inputs.values(), None, options.get("cu_seqlens"), True, 0.0, math.inf, 2**62
+    out, _ = ssd_op(*arguments, "cpp" if dtype == torch.float32 else "chunked")
+    torch.testing.assert_close(out, ssd(**inputs, dt_softplus=True, backend="reference", **options), rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_backend():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -292,11 +293,18 @@ def test_the_norm_in_half_precision(before, groups):
     [
         ({"d_state": 0}, "d_state"), ({"headdim": 5}, "headdim"), ({"ngroups": 3}, "ngroups"), ({"d_ssm": 17}, "d_ssm"),
         ({"d_features": 4}, "d_features"), ({"d_features": True}, "d_features"), ({"dt_limit": (2.0, 1.0)}, "dt_limit"),
-        ({"A_init_range": (0, 1)}, "A_init_range"), ({"dt_min": 0.0}, "dt_min"), ({"process_group": object()}, "process_group"),
+        ({"A_init_range": (0, 1)}, "A_init_range"), ({"dt_min": 0.0}, "dt_min, dt_max"),
+        ({"process_group": object()}, "process_group"),
+        ({"dt_limit": 3.0}, "dt_limit"), ({"dt_limit": (0.1,)}, "dt_limit"), ({"dt_limit": (math.inf, math.inf)}, "dt_limit"),
+        ({"A_init_range": (1, math.inf)}, "A_init_range"), ({"A_init_range": None}, "A_init_range"),
+        ({"dt_max": math.inf}, "dt_min, dt_max"), ({"dt_min": "a"}, "dt_min, dt_max"),
+        ({"dt_init_floor": -1.0}, "dt_init_floor"),
+        ({"expand": math.nan}, "expand"), ({"expand": "2"}, "expand"), ({"conv_init": -1.0}, "conv_init"),
+        ({"chunk_size": 0}, "chunk_size"), ({"d_ssm": 8.0}, "d_ssm"), ({"d_ssm": -4}, "d_ssm"),
     ],
 )  # fmt: skip
 def test_wrong_options(options, name):
-    with pytest.raises(ArgumentError, match=name):
+    with pytest.raises(ArgumentError, match=f"^{name}: expected"):
         Mamba2(8, **{"d_state": 5, "headdim": 4, **options})
 
 
@@ -310,12 +318,20 @@ def test_wrong_calls():
         layer.step(x, *states)
     with pytest.raises(ArgumentError, match="ssm_state"):
         layer.step(x[:, :1], states[0], states[1][:1])
-    with pytest.raises(ArgumentError, match="seq_idx"):
-        layer(x, seq_idx=numbers[:, :5])
+    for wrong in (x[..., 0].long(), x.long(), x + 0j, None):
+        with pytest.raises(ArgumentError, match=r"hidden_states: expected .*\(batch, length, 8\)"):
+            layer(wrong)
+    for wrong in (numbers[:, :5], numbers > 0, numbers.double()):
+        with pytest.raises(ArgumentError, match="seq_idx"):
+            layer(x, seq_idx=wrong)
     with pytest.raises(ArgumentError, match="one of them"):
         layer(x, seq_idx=numbers, cu_seqlens=torch.tensor([0, 6]))
     with pytest.raises(ArgumentError, match="inference_params"):
         layer(x, InferenceParams(), seq_idx=numbers)
+    prompt = InferenceParams()
+    layer(x, prompt)
+    with pytest.raises(ArgumentError, match=r"conv_state: expected \(1, "):
+        layer(x[:1], prompt)
     layer.layer_idx = None
     with pytest.raises(ArgumentError, match="layer_idx"):
         layer(x, InferenceParams())

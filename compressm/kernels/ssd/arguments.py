@@ -12,6 +12,8 @@ from compressm.errors import bad_argument
 from compressm.kernels.core.custom_op import plain_call
 
 INTEGERS = (torch.int32, torch.int64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CHUNKS = range(1, 2**31)  # steps of a chunk that can be asked for
 
 
 def check(
@@ -30,8 +32,12 @@ def check(
     dt_limit: tuple[float, float],
 ) -> tuple[float, float]:
     """The limits of a step; raises ArgumentError unless everything fits, by the rules of :func:`compressm.kernels.ssd`."""
-    if x.dim() != 4 or not x.is_floating_point():
-        raise bad_argument("x", got=f"{tuple(x.shape)} of {x.dtype}", expected="a real tensor (batch, L, H, P)")
+    _check_kinds(
+        x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    if x.dim() != 4:
+        raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected="(batch, L, H, P)")
     batch, length, heads, channels = x.shape
     states = _check_mixing(x, B, C)
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -46,22 +52,27 @@ def check(
             raise bad_argument(name, got=f"shape {tuple(tensor.shape)}", expected=f"shape {shape}")
     if D is not None and D.shape not in ((heads,), (heads, channels)):
         raise bad_argument("D", got=f"shape {tuple(D.shape)}", expected=f"shape {(heads,)} or {(heads, channels)}")
-    for name, tensor in (
-        ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z), ("dt_bias", dt_bias), ("initial_states", initial_states),
-    ):  # fmt: skip
-        if tensor is not None and not tensor.is_floating_point():
-            raise bad_argument(name, got=str(tensor.dtype), expected="a real floating point tensor")
-    for name, tensor in (
-        ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z), ("dt_bias", dt_bias), ("initial_states", initial_states),
-        ("seq_idx", seq_idx), ("cu_seqlens", cu_seqlens),
-    ):  # fmt: skip
-        if tensor is not None and tensor.device != x.device:
-            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{x.device}, where x is")
     _check_packing(seq_idx, cu_seqlens, batch, length)
     if x.device.type == "cpu" and plain_call(A, seq_idx, cu_seqlens):  # else there may be no values to look at
         _check_values(A, seq_idx, cu_seqlens, length)
     check_chunk_size(chunk_size)
     return _limits(dt_limit)
+
+
+def _check_kinds(*, x: Tensor, **others: Tensor | None) -> None:
+    """Dense tensors on one device, of real numbers or, where they say how sequences are packed, of integers."""
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is None and name not in ("x", "dt", "A", "B", "C"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise bad_argument(name, got=type(tensor).__name__, expected="a tensor")
+        packing = name in ("seq_idx", "cu_seqlens")
+        if tensor.dtype not in (INTEGERS if packing else FLOATS) or tensor.layout != torch.strided:
+            got = f"{tuple(tensor.shape)} of {tensor.dtype}, {tensor.layout}"
+            kind = "int32 or int64" if packing else "float32, bfloat16, float16 or float64"
+            raise bad_argument(name, got=got, expected=f"a dense tensor of {kind}")
+        if tensor.device != x.device:
+            raise bad_argument(name, got=f"device {tensor.device}", expected=f"{x.device}, where x is")
 
 
 def _check_mixing(x: Tensor, B: Tensor, C: Tensor) -> int:
@@ -82,18 +93,19 @@ def _check_packing(seq_idx: Tensor | None, cu_seqlens: Tensor | None, batch: int
     if seq_idx is not None:
         if cu_seqlens is not None:
             raise bad_argument("seq_idx, cu_seqlens", got="both", expected="one of the two")
-        if seq_idx.shape != (batch, length) or seq_idx.dtype not in INTEGERS:
-            got = f"{tuple(seq_idx.shape)} of {seq_idx.dtype}"
-            raise bad_argument("seq_idx", got=got, expected=f"int32 or int64 (batch, L) = {(batch, length)}")
+        if seq_idx.shape != (batch, length):
+            raise bad_argument("seq_idx", got=f"shape {tuple(seq_idx.shape)}", expected=f"(batch, L) = {(batch, length)}")
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, "x", batch)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, packed: str, batch: int) -> None:
     """Raise ArgumentError unless these can be bounds of sequences in the tensor ``packed`` of this batch."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in INTEGERS:
-        got = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
-        raise bad_argument("cu_seqlens", got=got, expected="int32 or int64 (sequences + 1,), from 0 to L")
+    if cu_seqlens.dtype not in INTEGERS:
+        raise bad_argument("cu_seqlens", got=f"{cu_seqlens.dtype}", expected="int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        got = f"shape {tuple(cu_seqlens.shape)}"
+        raise bad_argument("cu_seqlens", got=got, expected="(sequences + 1,) numbers from 0 to L")
     if batch != 1:
         expected = "a batch of 1, as cu_seqlens packs the sequences along L"
         raise bad_argument(packed, got=f"a batch of {batch}", expected=expected)
@@ -121,8 +133,8 @@ def check_bounds(cu_seqlens: Tensor, length: int) -> None:
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raise ArgumentError unless these can be the steps of a chunk."""
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise bad_argument("chunk_size", got=repr(chunk_size), expected="a whole number of steps, 1 or more, or None")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size not in CHUNKS):
+        raise bad_argument("chunk_size", got=repr(chunk_size), expected="a whole number of steps from 1 to 2^31 - 1, or None")
 
 
 def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
@@ -130,6 +142,6 @@ def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
         low, high = (float(limit) for limit in dt_limit)
     except (TypeError, ValueError):
         raise bad_argument("dt_limit", got=repr(dt_limit), expected="two numbers, the least and the largest step") from None
-    if not low <= high:
-        raise bad_argument("dt_limit", got=repr(dt_limit), expected="the least step first, then the largest")
+    if not (low <= high and low < math.inf):
+        raise bad_argument("dt_limit", got=repr(dt_limit), expected="the least step, which is finite, then the largest")
     return low, high

@@ -138,8 +138,8 @@ def _in_torch(*arguments) -> tuple[Tensor, Tensor]:
 
 
 def _chunk(x: Tensor, B: Tensor, chunk: int) -> int:
-    """The given length of a chunk, or (0) that of the plan."""
-    return chunk or chunk_length(B.shape[3], x.shape[3], x.shape[1])
+    """The given length of a chunk, as far as there are steps, or (0) that of the plan."""
+    return min(chunk, max(x.shape[1], 1)) if chunk else chunk_length(B.shape[3], x.shape[3], x.shape[1])
 
 
 @custom_op("compressm::ssd", differentiable=in_cpp)

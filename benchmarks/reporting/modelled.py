@@ -1,0 +1,99 @@
+"""Figures of compiled kernels that were not run: the file that holds them, and their section of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compressm.errors import DataError
+
+from .wording import NONE, code, escape, number, table
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Kernel(_Part):
+    """The machine code of one kernel.
+
+    Attributes:
+        library: whose it is; states: N.
+        registers: of a lane; spills: bytes, of a lane; shared: bytes, of a program.
+        instructions, products: in all, loops counted once, and those among them that multiply matrices.
+        tiles: sizes of a program's blocks, and its warps.
+    """
+
+    library: str
+    name: str
+    states: int = Field(ge=1)
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+    products: int
+    tiles: dict[str, int]
+
+
+class Traffic(_Part):
+    """Bytes that a forward pass moves per step and head, every tensor counted once per kernel that reads or writes it."""
+
+    library: str
+    states: int = Field(ge=1)
+    bytes: float = Field(gt=0)
+
+
+class Modelled(_Part):
+    """What was compiled for one target.
+
+    Attributes:
+        title: what is computed, and at which sizes.
+        target: such as ``"sm_90"``; versions: of the software.
+    """
+
+    title: str
+    target: str
+    versions: dict[str, str]
+    kernels: tuple[Kernel, ...]
+    traffic: tuple[Traffic, ...]
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Modelled:
+        """Raises DataError where the file is missing or another."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = " ".join(str(error).split())[:200]
+            remedy = "Write it with python benchmarks/gpu_peers_aot.py --out"
+            raise DataError(f"{path}: holds no figures of compiled kernels ({reason}). {remedy}") from error
+
+
+def section(found: Modelled) -> list[str]:
+    """Bytes by library and states, then every kernel."""
+    software = ", ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(found.versions.items()))
+    lines = [
+        "## Modelled, not run", "",
+        f"{escape(found.title)}, compiled ahead of time for {code(found.target)} ({software}). No machine has run it: these"
+        " figures say what a kernel needs, not how long it takes.", "",
+    ]  # fmt: skip
+    states = sorted({entry.states for entry in found.traffic}, reverse=True)
+    moved = {(entry.library, entry.states): number(entry.bytes) for entry in found.traffic}
+    libraries = dict.fromkeys(entry.library for entry in found.traffic)
+    rows = [[code(name), *(moved.get((name, n), NONE) for n in states)] for name in libraries]
+    lines += ["Bytes that a forward pass moves per step and head, each tensor once per kernel that reads or writes it:", ""]
+    lines += table(("library", *(f"N={n}" for n in states)), rows)
+    lines += ["Registers and spilled bytes are a lane's, shared memory is a program's; a loop's instructions count once.", ""]
+    headings = ("kernel", "N", "registers", "spilled bytes", "shared, KiB", "instructions", "matrix products", "tiles")
+    rows = [
+        [
+            f"{escape(k.library)} {code(k.name)}", str(k.states), str(k.registers), str(k.spills), number(k.shared / 1024),
+            f"{k.instructions:,}", str(k.products), escape(" ".join(f"{name}={size}" for name, size in k.tiles.items())),
+        ]
+        for k in found.kernels
+    ]  # fmt: skip
+    return lines + table(headings, rows)
