@@ -49,7 +49,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue what was interrupted in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over an unfinished command.")] = False,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as model=mamba2; may be repeated."),
     ] = None,
 ) -> None:
     """Train, shrink in training, and compare with full size and with small from scratch."""

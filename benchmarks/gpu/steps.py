@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from compressm.experiments.tasks.models.language_model import LanguageModel
 from compressm.experiments.tasks.models.lru import Classifier
-from compressm.experiments.tasks.models.mamba import LanguageModel
+from compressm.layers import Mamba
 from gpu.part_layers import autocast
 
 MODES = ("eager", "graph", "compile", "compile+graph")
@@ -41,16 +43,20 @@ def _classifier(channels: int, d_model: int, blocks: int) -> Callable[[int], nn.
     return lambda n: Classifier(channels, 10, d_model, [n] * blocks, dropout=0.1, **scale)
 
 
+def _mamba(d_model: int, states: Sequence[int]) -> LanguageModel:
+    return LanguageModel(d_model, states, "mamba", partial(Mamba, d_model))
+
+
 WORKLOADS = (
     Workload("sMNIST LRU", _classifier(1, 8, 1), (50, 784, 1), (256, 47, 28, 13)),
     Workload("sCIFAR LRU", _classifier(3, 512, 6), (50, 1024, 3), (384, 161, 93, 57)),
     Workload(
-        "Mamba LM", lambda n: LanguageModel(1024, [n] * 4), (8, 2049), (128, 64, 32, 16, 12), torch.bfloat16
+        "Mamba LM", lambda n: _mamba(1024, [n] * 4), (8, 2049), (128, 64, 32, 16, 12), torch.bfloat16
     ),
 )
 SMOKE = (
     Workload("LRU", _classifier(1, 2, 1), (2, 6, 1), (3, 2)),
-    Workload("Mamba LM", lambda n: LanguageModel(4, [n]), (1, 5), (2,), torch.bfloat16),
+    Workload("Mamba LM", lambda n: _mamba(4, [n]), (1, 5), (2,), torch.bfloat16),
 )
 
 

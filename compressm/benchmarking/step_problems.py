@@ -24,8 +24,7 @@ from compressm.benchmarking.timing import Timed
 from compressm.experiments.methods.full import Full
 from compressm.experiments.settings import resolve
 from compressm.experiments.tasks.datasets.sequences import Sequences
-from compressm.experiments.tasks.datasets.texts import Text
-from compressm.experiments.tasks.models.mamba import BYTES
+from compressm.experiments.tasks.datasets.texts import BYTES, Text
 from compressm.experiments.tasks.settings import Settings
 from compressm.experiments.tasks.task import Task
 from compressm.experiments.training import TrainingRun, count_parameters

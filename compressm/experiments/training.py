@@ -65,15 +65,15 @@ class Record:
 
 
 def learning_rate(settings: Settings) -> Callable[[int], float]:
-    """Factor on the peak learning rate by step: linear warm-up, then constant or cosine to zero."""
-    warmup = settings.warmup * settings.steps
+    """Factor on the peak learning rate by step: linear warm-up, then constant or cosine to ``min_lr_ratio``."""
+    warmup, least = settings.warmup * settings.steps, settings.min_lr_ratio
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         if not settings.cosine:
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, settings.steps - warmup)))
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, settings.steps - warmup)))
 
     return factor
 

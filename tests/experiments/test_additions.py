@@ -329,11 +329,11 @@ def test_a_model_and_an_objective_are_chosen_by_name(registered, tmp_path):
 
 def test_wrong_names_are_answered_with_the_right_ones(registered):
     for overrides, words in (
-        ({"dataset": "digit"}, r"dataset: got 'digit' \(did you mean 'digits'\?\), expected one of digits, .*, stdlib$"),
+        ({"dataset": "digit"}, r"dataset: got 'digit' \(did you mean 'digits'\?\), expected one of digits, .*, recall$"),
         ({"dataset": ["digits"]}, r"dataset: got .*expected one of digits"),
-        ({"model": "lur"}, r"model: got 'lur' \(did you mean 'lru'\?\), expected one of lru, mamba$"),
-        ({"objective": "x"}, r"objective: got 'x', expected one of classification, next_byte$"),
-        ({"model": "mamba"}, r"model: 'mamba' reads bytes of text, the dataset 'digits' gives .*; expected one of lru$"),
+        ({"model": "lur"}, r"model: got 'lur' \(did you mean 'lru'\?\), expected one of lru, mamba, mamba2$"),
+        ({"objective": "x"}, r"objective: got 'x', expected one of classification, next_byte, answers$"),
+        ({"model": "mamba"}, r"model: 'mamba' reads tokens, the dataset 'digits' gives .*; expected one of lru$"),
         ({"objective": "next_byte"}, r"objective: 'next_byte' reads bytes of text.*expected one of classification$"),
         ({"runs": ["smal"]}, r"runs: got 'smal' \(did you mean 'small'\?\), expected one of compressed, .*, small_narrow$"),
         ({"runs": ["full", "full"]}, "runs must differ"),

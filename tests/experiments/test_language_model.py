@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 from compressm.errors import CheckpointError, ConfigError
 from compressm.experiments.methods import METHODS
 from compressm.experiments.settings import read_settings, resolve
-from compressm.experiments.tasks.models.mamba import LanguageModel, parameter_groups
+from compressm.experiments.tasks.models.language_model import LanguageModel, parameter_groups
 from compressm.experiments.tasks.objectives.next_byte import evaluate_windows, predict
 from compressm.experiments.tasks.task import make_task
 from compressm.experiments.training import TrainingRun
+from compressm.layers import Mamba
 
 TINY = {
     "steps": 20, "blocks": 1, "d_model": 8, "d_state": 8, "rank": 3, "length": 16, "batch_size": 4, "eval_bytes": 128,
@@ -46,6 +48,10 @@ def make(source_folder, tmp_path):
     return build
 
 
+def mamba_model(d_model, states):
+    return LanguageModel(d_model, states, "mamba", partial(Mamba, d_model))
+
+
 def timeless(record):
     drop = {"seconds", "seconds_per_step"}
     lists = [[{k: v for k, v in d.items() if k not in drop} for d in part] for part in (record.curve, record.reductions)]
@@ -53,7 +59,7 @@ def timeless(record):
 
 
 def test_shapes_tying_and_order():
-    model = LanguageModel(8, [4, 5])
+    model = mamba_model(8, [4, 5])
     tokens = torch.randint(0, 256, (3, 11), dtype=torch.uint8)
     scores = model(tokens)
     assert scores.shape == (3, 11, 256)
@@ -72,9 +78,24 @@ def test_shapes_tying_and_order():
     torch.testing.assert_close(model(tokens), expected)
 
 
+def test_a_head_of_its_own_leaves_the_rest_as_it_is():
+    models = []
+    for tied in (True, False):
+        torch.manual_seed(0)
+        models.append(LanguageModel(8, [4], "mamba", partial(Mamba, 8), vocabulary=7, tied=tied))
+    tied, free = models
+    assert {name for name, _ in free.named_parameters()} - {name for name, _ in tied.named_parameters()} == {"head.weight"}
+    assert all(torch.equal(free.get_parameter(name), p) for name, p in tied.named_parameters() if "embed" not in name)
+    tokens = torch.randint(0, 7, (2, 5))
+    with torch.no_grad():
+        free.embedding.weight.copy_(tied.embedding.weight)
+        free.head.weight.copy_(tied.embedding.weight)
+    assert torch.equal(free(tokens), tied(tokens))
+
+
 @torch.no_grad()
 def test_initialisation():
-    model = LanguageModel(64, [8] * 4)
+    model = mamba_model(64, [8] * 4)
     assert float(model.embedding.weight.std()) == pytest.approx(0.02, rel=0.05)
     bound = 1 / math.sqrt(128) / math.sqrt(4)  # uniform: kaiming with a = sqrt(5), over the root of four residual layers
     for block in model.blocks:
@@ -83,7 +104,7 @@ def test_initialisation():
 
 
 def test_matrices_decay_and_nothing_else():
-    model = LanguageModel(8, [4])
+    model = mamba_model(8, [4])
     decayed, kept = parameter_groups(model, 0.01, 0.1)
     names = {id(p): name for name, p in model.named_parameters()}
     assert (decayed["weight_decay"], kept["weight_decay"], kept["lr"]) == (0.1, 0.0, 0.01)

@@ -207,6 +207,10 @@ def test_learning_rate_warms_up_and_falls():
     assert math.isclose(values[10], 1.0)
     assert math.isclose(values[55], 0.5)
     assert values[100] < 1e-12
+    least = learning_rate(resolve("digits", {"steps": 100, "warmup": 0.1, "cosine": True, "min_lr_ratio": 0.2}))
+    assert [least(step) for step in range(11)] == values[:11]
+    assert math.isclose(least(55), 0.6)
+    assert math.isclose(least(100), 0.2)
     assert learning_rate(resolve("smnist-baseline", {}))(123_456) == 1.0
 
 

@@ -5,6 +5,7 @@ from compressm.experiments.methods.compressed import Compressed
 from compressm.experiments.methods.full import Full
 from compressm.experiments.methods.small import Small
 from compressm.experiments.methods.small_narrow import SmallNarrow
+from compressm.experiments.methods.small_projected import SmallProjected
 from compressm.experiments.registry import Registry
 
-METHODS: Registry[Method] = Registry("runs", Compressed(), Full(), Small(), SmallNarrow())
+METHODS: Registry[Method] = Registry("runs", Compressed(), Full(), Small(), SmallNarrow(), SmallProjected())

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
+from compressm.experiments.tasks.datasets.recall import Associations
 from compressm.experiments.tasks.datasets.texts import Text, cut_windows
 
 SEEDS_PER_BLOCK = 1024
-ORDER, NOISE, CALIBRATION = range(3)  # independent streams of random numbers
+ORDER, NOISE, CALIBRATION, HELD_OUT = range(4)  # independent streams of random numbers
 
 
 def stream(seed: int, *place: int) -> int:
@@ -98,3 +99,25 @@ class WindowBatches:
     def _draw(self, count: int, seed: int) -> Tensor:
         starts = torch.randint(len(self.part) - self.length, (count,), generator=torch.Generator().manual_seed(seed))
         return cut_windows(self.part, starts.to(self.part.device), self.length)
+
+
+class DrawnBatches:
+    """Examples that are drawn anew for every step, a function of the seed and the step alone.
+
+    Args:
+        data: where they come from.
+        batch_size: examples per step.
+        seed: of the draws.
+    """
+
+    def __init__(self, data: Associations, batch_size: int, seed: int) -> None:
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and answers (batch_size, L) of a step, counted from 0."""
+        return self.data.draw(self.batch_size, stream(self.seed, ORDER, step))
+
+    def calibration(self, sequences: int) -> list[Tensor]:
+        """Batches of inputs (at most batch_size, L) for data Gramians, the same at every call."""
+        inputs, _answers = self.data.draw(sequences, stream(self.seed, CALIBRATION))
+        return list(inputs.split(self.batch_size))

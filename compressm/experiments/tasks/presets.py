@@ -7,11 +7,16 @@ from typing import Any
 from compressm.experiments.registry import Registry
 
 _FOUR = {"runs": ("compressed", "full", "small", "small_narrow")}
+_THREE = {"runs": ("compressed", "full", "small")}
 _PAPER = {"recipe": "paper", "attempts": 4, "reduce_until": 0.1, "runs": ("compressed",)}
 _SMNIST = {"dataset": "smnist", "steps": 200_000, "lr": 4e-4, "eval_every": 5000, "log_every": 500}
 _SCIFAR = {
     "dataset": "scifar", "blocks": 6, "d_model": 512, "d_state": 384, "steps": 180_000, "lr": 1e-3, "ssm_lr_factor": 0.25,
     "weight_decay": 0.05, "warmup": 0.1, "cosine": True, "eval_every": 4500, "log_every": 100,
+}  # fmt: skip
+_LM = {
+    **_THREE, "blocks": 2, "length": 256, "steps": 3000, "batch_size": 8, "lr": 6e-3, "weight_decay": 0.1,
+    "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "reduce_until": 0.1, "log_every": 20, "eval_every": 300,
 }  # fmt: skip
 
 PRESETS: Registry[dict[str, Any]] = Registry("preset")
@@ -37,9 +42,17 @@ PRESETS |= {
         for tau in ("0.05", "0.10", "0.15")
     },
     "stdlib-lm": {
-        "title": "Next byte of Python's standard library, Mamba", "dataset": "stdlib", "runs": ("compressed", "full", "small"),
-        "blocks": 2, "d_model": 128, "d_state": 128, "rank": 12, "length": 256, "steps": 3000, "batch_size": 8, "lr": 6e-3,
-        "weight_decay": 0.1, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "reduce_until": 0.1, "log_every": 20,
-        "eval_every": 300,
+        "title": "Next byte of Python's standard library, Mamba", "dataset": "stdlib", **_LM,
+        "d_model": 128, "d_state": 128, "rank": 12,
+    },
+    "stdlib-lm-mamba2": {
+        "title": "Next byte of Python's standard library, Mamba-2", "dataset": "stdlib", "model": "mamba2", **_LM,
+        "d_model": 64, "d_state": 128, "rank": 16,
+    },
+    "recall": {
+        "title": "Associative recall, Mamba-2", "dataset": "recall", **_THREE, "blocks": 2, "d_model": 64,
+        "expand": 1, "tied": False, "d_state": 64, "rank": 8, "steps": 800, "batch_size": 32, "lr": 1e-2,
+        "weight_decay": 0.05, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "min_lr_ratio": 0.1,
+        "reduce_until": 0.4375, "log_every": 10, "eval_every": 50,
     },
 }  # fmt: skip

@@ -12,9 +12,9 @@ class Settings(BaseModel):
     """One training command.  Frozen; unknown keys are refused.
 
     ``dataset``, ``model`` and ``objective`` choose the task, ``runs`` the methods.  ``steps`` are optimizer steps, ``lr`` the
-    peak learning rate; ``warmup`` is the fraction of steps with linearly rising learning rate, ``cosine`` lets it fall to zero
-    afterwards; ``max_grad_norm`` clips gradients, None does not; ``autocast`` runs the forward of training steps under
-    ``torch.autocast`` with this dtype, while parameters and evaluations stay float32.
+    peak learning rate; ``warmup`` is the fraction of steps with linearly rising learning rate, ``cosine`` lets it fall
+    afterwards, to ``min_lr_ratio`` of the peak; ``max_grad_norm`` clips gradients, None does not; ``autocast`` runs the forward
+    of training steps under ``torch.autocast`` with this dtype, while parameters and evaluations stay float32.
 
     A part of the task, or a method, that has keys of its own declares them in a subclass, its ``Settings``; the settings of a
     command are an instance of all of these (:func:`compressm.experiments.settings.settings_class`).
@@ -37,6 +37,7 @@ class Settings(BaseModel):
     autocast: Literal["bfloat16"] | None = None
     warmup: float = Field(0.0, ge=0, lt=1)
     cosine: bool = False
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
     calibration_sequences: int = Field(64, ge=1)
     log_every: int = Field(100, ge=1)
     eval_every: int = Field(1000, ge=1)

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from compressm.errors import DataError
-from compressm.experiments.tasks.parts import Data, Dataset
+from compressm.experiments.tasks.datasets.tokens import Tokens
+from compressm.experiments.tasks.parts import Dataset
 
+BYTES = 256
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 SPLITS = {"train": 0.90, "validation": 0.95, "test": 1.0}  # upper ends of the ranges of a file's hash
 SEPARATOR = b"\0"  # between two files
 
 
 @dataclass(frozen=True)
-class Text(Data):
+class Text(Tokens):
     """Bytes in three parts that share no file.
 
     Attributes:
@@ -40,6 +42,10 @@ class Text(Data):
     files: int
     sha256: str
     python: str = ""
+
+    @property
+    def vocabulary(self) -> int:
+        return BYTES
 
     def to(self, device: torch.device) -> Text:
         """The same on a device."""

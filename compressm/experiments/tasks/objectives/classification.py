@@ -42,13 +42,17 @@ class Classification(Objective):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy in eval mode; the training flag is put back."""
+    """Accuracy and mean cross-entropy in eval mode; the training flag is put back.
+
+    Labels (n,) for scores (n, classes), or (n, L) for scores (n, L, classes); negative ones are not counted.
+    """
     was_training = model.training
     model.eval()
     right, loss = 0, 0.0
     for start in range(0, len(y), batch_size):
-        scores, labels = model(x[start : start + batch_size]), y[start : start + batch_size]
+        scores, labels = model(x[start : start + batch_size]).flatten(0, -2), y[start : start + batch_size].flatten()
         right += int((scores.argmax(-1) == labels).sum())
         loss += float(nn.functional.cross_entropy(scores, labels, reduction="sum"))
     model.train(was_training)
-    return right / len(y), loss / len(y)
+    count = int((y >= 0).sum())
+    return right / count, loss / count

@@ -1,0 +1,158 @@
+"""A model of tokens: embedding, blocks of a token mixer, projection to scores."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import compressm
+from compressm.experiments.tasks.datasets.texts import BYTES
+from compressm.experiments.tasks.datasets.tokens import Tokens
+from compressm.experiments.tasks.parts import Cut, Model
+from compressm.experiments.tasks.settings import BlockSettings
+from compressm.layers import RMSNorm
+
+
+class TokenSettings(BlockSettings):
+    """``rank`` is the number of states that a reduction leaves in every layer, ``expand`` the inner channels of a mixer per
+    channel of the model; ``tied`` models have the embedding, transposed, as their last projection.
+    """
+
+    rank: int = Field(12, ge=1)
+    expand: int = Field(2, ge=1)
+    tied: bool = True
+
+
+class Block(nn.Module):
+    """x + mixer(RMSNorm(x)), the residual block of mamba_ssm's language models.
+
+    Args:
+        d_model: channels H.
+        mixer: the attribute that holds the layer.
+        layer: (batch, L, H) -> (batch, L, H).
+    """
+
+    def __init__(self, d_model: int, mixer: str, layer: nn.Module) -> None:
+        super().__init__()
+        self._mixer = mixer
+        self.norm = RMSNorm(d_model, eps=1e-5)
+        self.add_module(mixer, layer)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The mixer."""
+        return getattr(self, self._mixer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, L, H) -> (batch, L, H)."""
+        return x + self.layer(self.norm(x))
+
+
+class LanguageModel(nn.Module):
+    """Scores of the next token.
+
+    Initialised as in mamba_ssm: embedding of standard deviation 0.02, projections out of the blocks divided by the square
+    root of the number of residual layers.
+
+    Args:
+        d_model: H.
+        d_states: states of every block.
+        mixer: the attribute of a block that holds its layer.
+        layer: makes a layer of that many states; its projection out is ``out_proj``.
+        vocabulary: number of different tokens.
+        tied: whether the last projection is the embedding, transposed.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_states: Sequence[int],
+        mixer: str,
+        layer: Callable[[int], nn.Module],
+        *,
+        vocabulary: int = BYTES,
+        tied: bool = True,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, mixer, layer(n)) for n in d_states)
+        self.norm = RMSNorm(d_model, eps=1e-5)
+        self.head = None if tied else nn.Linear(d_model, vocabulary, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        with torch.no_grad():
+            for block in self.blocks:
+                block.layer.out_proj.weight /= math.sqrt(len(self.blocks))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (batch, L), any integer dtype -> scores (batch, L, vocabulary) of what is behind each."""
+        x = self.embedding(tokens.long())
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return nn.functional.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+
+    @property
+    def states(self) -> list[int]:
+        """States of every block now, as its mixer counts them."""
+        return [block.layer.d_state for block in self.blocks]
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+    """AdamW groups: matrices decay; norms, biases, embeddings and what a layer exempts, such as A_log, do not (mamba_ssm's and
+    GPT's practice).
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        exempt = parameter.dim() < 2 or id(parameter) in embeddings or getattr(parameter, "_no_weight_decay", False)
+        (kept if exempt else decayed).append(parameter)
+    return [
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"params": kept, "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+class TokenModel(Model):
+    """Language models of one token mixer.  A mixer adds ``name``, its layer and the plan of its kernel.
+
+    A mixer with a projected form declares ``d_features``, None or the features in front of its states, among its settings.
+    """
+
+    Settings = TokenSettings
+    settings: TokenSettings
+    reads = Tokens
+
+    @abstractmethod
+    def layer(self, states: int) -> nn.Module:
+        """The mixer of a block with that many states, with random initial parameters."""
+
+    def small_states(self) -> list[int]:
+        return [self.settings.rank] * self.settings.blocks
+
+    def build(self, data: Tokens, states: Sequence[int]) -> LanguageModel:
+        return self._model(states, data.vocabulary)
+
+    def blank(self, facts: Mapping[str, Any]) -> LanguageModel:
+        return self._model(self.full_states(), facts.get("vocabulary", BYTES))
+
+    def _model(self, states: Sequence[int], vocabulary: int) -> LanguageModel:
+        s = self.settings
+        return LanguageModel(s.d_model, states, self.mixer, self.layer, vocabulary=vocabulary, tied=s.tied)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict]:
+        return parameter_groups(model, self.settings.lr, self.settings.weight_decay)
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(compressm.FixedRank(self.settings.rank))
+
+    def check(self, *, reduced: bool) -> None:
+        s = self.settings
+        if reduced and s.rank >= s.d_state:
+            raise ValueError(f"rank = {s.rank} must be below d_state = {s.d_state}")

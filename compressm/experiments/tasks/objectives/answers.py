@@ -1,0 +1,54 @@
+"""Which value belongs to a key that is asked for."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import nn
+
+from compressm.experiments.tasks.batches import HELD_OUT, DrawnBatches, stream
+from compressm.experiments.tasks.datasets.recall import Associations
+from compressm.experiments.tasks.metrics import ACCURACY
+from compressm.experiments.tasks.objectives.classification import EVALUATION_BATCH, evaluate
+from compressm.experiments.tasks.parts import Batch, Objective, Outcome
+from compressm.experiments.tasks.settings import Settings
+from compressm.kernels.fused_cpu import cross_entropy
+
+
+class AnswersSettings(Settings):
+    """``test_sequences`` is the number of sequences of an evaluation, the same for all seeds."""
+
+    test_sequences: int = Field(512, ge=1)
+
+
+class Answers(Objective):
+    """Cross-entropy of the scores (batch, L, vocabulary) where a key is asked for, judged by accuracy on sequences that no
+    seed trains on.
+    """
+
+    name = "answers"
+    Settings = AnswersSettings
+    settings: AnswersSettings
+    reads = Associations
+    metric = ACCURACY
+    notes = ("Accuracy and loss count the positions where a key is asked for; chance is one in the number of values.",)
+
+    def __init__(self, settings: Settings, data: Associations) -> None:
+        super().__init__(settings, data)
+        self.length = data.length
+        self.batches = DrawnBatches(data, settings.batch_size, settings.seed)
+        self.test = data.draw(self.settings.test_sequences, stream(0, HELD_OUT))
+
+    def describe(self) -> dict[str, int | str]:
+        return {"test": len(self.test[0])}
+
+    def outcome(self, model: nn.Module, batch: Batch) -> Outcome:
+        tokens, answers = batch
+        scores = model(tokens)
+        return Outcome(batch, scores, cross_entropy(scores, answers), (scores.argmax(-1) == answers).sum())
+
+    def from_tally(self, tally: float, steps: int) -> float:
+        return tally / (steps * self.settings.batch_size * self.data.pairs)
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        accuracy, loss = evaluate(model, *self.test, EVALUATION_BATCH)
+        return {"accuracy": accuracy, "loss": loss}
