@@ -61,45 +61,57 @@ class DiagonalTransport:
         (t1, t2), (w1, w2) = right.chunk(2, -2), left.chunk(2, -2)
         return (t1 + 1j * t2) * (w1 - 1j * w2) / 2, (t1 - 1j * t2) * (w1 + 1j * w2) / 2
 
+    def _embeddings(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """p, q (..., N, r) for b, and for c: the full b_i = sum_j p_ij b_j + q_ij conj(b_j), columns of c alike."""
+        (old, _), (new, _) = self._before, self._after
+        right, left = self.right, self.left.mT
+        if self.real:
+            (t1, t2), (w1, w2) = (self.multiplicity[..., None, :] * right / 2).chunk(2, -2), (left / 2).chunk(2, -2)
+            b, c = (t1 + 1j * t2, t1.conj() + 1j * t2.conj()), (w1 - 1j * w2, w1.conj() - 1j * w2.conj())
+        else:
+            b, c = (right, torch.zeros_like(right)), (left, torch.zeros_like(left))
+
+        def in_gains(pair: tuple[Tensor, Tensor], before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+            before, after = before[..., :, None], after[..., None, :]
+            return pair[0] * after / before, pair[1] * after.conj() / before
+
+        return in_gains(b, old.beta, new.beta), in_gains(c, old.kappa, new.kappa)
+
     def first_moments(self, m: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gradient-like tensors of the old parameters, as gradients of the new ones."""
         given = self.form.unpack(m, gradients=True)
-        (old, slopes), (new, _) = self._before, self._after
-        g_b, g_c = given.b / old.beta.conj()[..., None], given.c / old.kappa.conj()[..., None, :]
+        (old, slopes), (new, after) = self._before, self._after
         rest = [given.scalars[name] - _gains(slopes, name, self.old, given) for name in self.form.free]
         g_log = torch.complex(*(row[0] * rest[0] + row[1] * rest[1] for row in self._solved))
         g_lam = g_log / _eigenvalues(old).conj()
         p, q = self._participation()
         g_log = _eigenvalues(new).conj() * _apply(p.mH, g_lam, q.mH, g_lam.conj())
-        if self.real:
-            g_b = (self.multiplicity[..., None, :] * self.right).mH @ torch.cat([g_b.real, g_b.imag], -2).to(self.right)
-            g_c = torch.cat([g_c.real, -g_c.imag], -1).to(self.left) @ self.left.mH
-        else:
-            g_b, g_c = self.right.mH @ g_b, g_c @ self.left.mH
-        found = Modes({}, g_b * new.beta.conj()[..., None], g_c * new.kappa.conj()[..., None, :])
+        (p_b, q_b), (p_c, q_c) = self._embeddings()
+        b = p_b.mH @ given.b + q_b.mT @ given.b.conj()
+        c = given.c @ p_c.conj() + given.c.conj() @ q_c
+        found = Modes({}, b, c)
         scalars = {
-            name: (slope.conj() * g_log).real + _gains(self._after[1], name, self.new, found)
-            for name, slope in self._after[1].log_lam.items()
+            name: (slope.conj() * g_log).real + _gains(after, name, self.new, found) for name, slope in after.log_lam.items()
         }
-        return self.form.pack(Modes(scalars, found.b, found.c), gradients=True)
+        return self.form.pack(Modes(scalars, b, c), gradients=True)
 
     def second_moments(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Squared-gradient-like tensors of the old parameters, carried to the new ones; non-negative."""
         given = self.form.unpack(v, gradients=True)
-        (old, slopes), (new, _) = self._before, self._after
-        v_b, v_c = _turned(given.b, 1 / old.beta[..., None]), _turned(given.c, 1 / old.kappa[..., None, :])
+        (old, slopes), (new, after) = self._before, self._after
         re, im = (self._squares_of_log_lam(row, slopes, given) for row in self._solved)
         p, q = self._participation()
         v_lam = _apply((p.abs() ** 2 + q.abs() ** 2).mT, 0.5 * (re + im) / _eigenvalues(old).abs() ** 2)
         v_log = v_lam * _eigenvalues(new).abs() ** 2
-        v_b, v_c = self._squares_in_new_bases(v_b, v_c)
-        found = Modes({}, _turned(v_b, new.beta[..., None]), _turned(v_c, new.kappa[..., None, :]))
-        after = self._after[1]
+        for_b, for_c = self._embeddings()
+        single = (self.multiplicity == 1) & self.real
+        b, c = _squares(for_b, given.b, single), _squares(for_c, given.c.mT, single).mT
+        found = Modes({}, b, c)
         scalars = {
             name: slope.abs() ** 2 * v_log + _squared_gains(after.beta[name], after.kappa[name], self.new, found)
             for name, slope in after.log_lam.items()
         }
-        return self.form.pack(Modes(scalars, found.b, found.c), gradients=True)
+        return self.form.pack(Modes(scalars, b, c), gradients=True)
 
     def _squares_of_log_lam(self, row: tuple[Tensor, Tensor], slopes: Slopes, given: Modes) -> Tensor:
         """Of the real or the imaginary part of the gradient by log_lam."""
@@ -107,19 +119,6 @@ class DiagonalTransport:
         beta, kappa = (first * slope[a] + second * slope[b] for slope in (slopes.beta, slopes.kappa))
         direct = first**2 * given.scalars[a] + second**2 * given.scalars[b]
         return direct + _squared_gains(beta, kappa, self.old, given)
-
-    def _squares_in_new_bases(self, v_b: Tensor, v_c: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared gradients by B and C of the full system as those of the reduced one."""
-        right, left, mult = self.right, self.left, self.multiplicity
-        if not self.real:
-            return _product(_squares(right).mT, v_b), _product(v_c, _squares(left).mT)
-        planar_b, planar_c = torch.cat([v_b.real, v_b.imag], -2), torch.cat([v_c.real, v_c.imag], -1)
-        b_re, b_im = ((mult[..., None, :] ** 2 * part**2).mT @ planar_b for part in (right.real, right.imag))
-        c_re, c_im = (planar_c @ (part**2).mT for part in (left.real, left.imag))
-        # A real mode has no imaginary gradient; copying the scale keeps Adam from a huge step on rounding noise.
-        single = mult == 1
-        b_im, c_im = torch.where(single[..., None], b_re, b_im), torch.where(single[..., None, :], c_re, c_im)
-        return torch.complex(b_re, b_im), torch.complex(c_re, c_im)
 
     def values(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Another copy of the old parameters (an EMA), projected with the same bases and scales.
@@ -186,17 +185,13 @@ def _squared_gains(beta: Tensor, kappa: Tensor, modes: Modes, squares: Modes) ->
     return by_b + (c.real**2 * squares.c.real + c.imag**2 * squares.c.imag).sum(-2)
 
 
-def _turned(squares: Tensor, factor: Tensor) -> Tensor:
-    """Squares of the real and imaginary parts of a gradient after it is multiplied with a complex number or its conjugate."""
-    re, im = factor.real**2, factor.imag**2
-    return torch.complex(re * squares.real + im * squares.imag, im * squares.real + re * squares.imag)
+def _squares(embedding: tuple[Tensor, Tensor], squares: Tensor, single: Tensor) -> Tensor:
+    """Squares of the gradients by the rows of a reduced b, from those by the rows of the full one.
 
-
-def _squares(matrix: Tensor) -> Tensor:
-    return torch.complex(matrix.real**2, matrix.imag**2)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of squares: real and imaginary parts of a product of independent complex numbers."""
-    re = left.real @ right.real + left.imag @ right.imag
-    return torch.complex(re, left.real @ right.imag + left.imag @ right.real)
+    A single (real) mode has no imaginary gradient; copying the scale keeps Adam from a huge step on rounding noise.
+    """
+    p, q = embedding
+    along, across = (p + q).mT, (p - q).mT
+    re = along.real**2 @ squares.real + along.imag**2 @ squares.imag
+    im = across.imag**2 @ squares.real + across.real**2 @ squares.imag
+    return torch.complex(re, torch.where(single[..., None], re, im))
