@@ -9,8 +9,20 @@ from compressm.adapters.lti import LTIAdapter
 from compressm.adapters.mamba import MambaAdapter
 from compressm.adapters.mamba2 import TRANSFORMERS, Mamba2Adapter
 from compressm.adapters.registry import check_known, find_layers, register_adapter, supported_layers
+from compressm.adapters.s4d import S4DAdapter
+from compressm.adapters.s5 import S5Adapter, S5PytorchAdapter
 
 register_adapter("compressm.layers.lru.LRU", LRUAdapter())
+register_adapter("compressm.layers.s5.S5", S5Adapter())
+register_adapter("s5.s5_model.S5SSM", S5PytorchAdapter())
+register_adapter("s5.s5_model.S5", S5PytorchAdapter("seq."))
+for _name in (
+    "compressm.layers.s4d.S4D",
+    "models.s4.s4d.S4D",  # state-spaces/s4, as its example imports it; then its older layout, and the file alone
+    "src.models.s4.s4d.S4D",
+    "s4d.S4D",
+):
+    register_adapter(_name, S4DAdapter())
 for _name in (
     "compressm.layers.mamba.Mamba",
     "mamba_ssm.modules.mamba_simple.Mamba",
@@ -39,6 +51,9 @@ __all__ = [
     "MambaAdapter",
     "Meter",
     "Reduced",
+    "S4DAdapter",
+    "S5Adapter",
+    "S5PytorchAdapter",
     "check_known",
     "find_layers",
     "register_adapter",

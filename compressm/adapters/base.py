@@ -21,7 +21,7 @@ class LayerEdit:
     """Everything that changes when one layer is reduced; describing it mutates nothing.
 
     The three functions take a mapping that holds one tensor for every name of ``tensors`` in the old shape and return
-    float64 tensors in the new shape.
+    float64 (complex128) tensors in the new shape.
 
     Attributes:
         rank_before, rank_after: states before and after.
@@ -346,6 +346,11 @@ def label(module: nn.Module, name: str = "") -> str:
     """How messages call a layer."""
     kind = type(module).__name__
     return f"layer {name!r} ({kind})" if name else f"layer of type {kind}"
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float64, or complex128 where it is complex."""
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def precision(projection: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -97,6 +97,10 @@ class LTIAdapter(Adapter[Reduction]):
     def with_output(self, output: Any, signal: Tensor) -> Any:
         """``output`` with its output signal replaced by ``signal``."""
 
+    def bidirectional(self, module: nn.Module) -> bool:
+        """Whether a second scan, from the end of the sequence, adds to the output: the lower half of the system's C is its."""
+        return False
+
     def bounded(self, convention: str, measured: bool) -> bool:
         return not measured or convention == "complex"
 
@@ -112,27 +116,41 @@ class LTIAdapter(Adapter[Reduction]):
         return LTIAnalysis(balanced, "data P, data-free Q" if measured.Q is None else "data")
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> LTIMeter:
-        return LTIMeter(self, self.read(module, name), sequences, rows_per_state, seed)
+        return LTIMeter(self, self.read(module, name), sequences, rows_per_state, seed, self.bidirectional(module))
 
     def slowest(self, module: nn.Module) -> float:
         return float(self.read(module).log_lam.real.exp().max())
 
 
+def planar(weight: Tensor) -> Tensor:
+    """[Re; Im], (..., 2N, H), of a complex matrix (..., N, H)."""
+    return torch.cat([weight.real, weight.imag], -2).contiguous()
+
+
 class LTIMeter(Meter):
-    """Accumulates P and Q of one layer."""
+    """Accumulates P and Q of one layer.
+
+    Two directions have the same states: P is the mean over both, Q the sum, that of a system with both C one above the other.
+    """
 
     def __init__(
-        self, adapter: LTIAdapter, system: DiagonalSystem, total: int, rows_per_state: int | None, seed: int
+        self,
+        adapter: LTIAdapter,
+        system: DiagonalSystem,
+        total: int,
+        rows_per_state: int | None,
+        seed: int,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
         self.adapter = adapter
         self.log_lam = system.log_lam
-        self.drive = torch.cat([system.B.real, system.B.imag])  # (2N, H)
-        self.sense = torch.cat([system.C.real, -system.C.imag], 1).T.contiguous()  # (2N, H_out)
+        self.drive = planar(system.B)
+        self.senses = [planar(C.mH) for C in system.C.chunk(2 if bidirectional else 1, -2)]
         self.total, self.rows_per_state = total, rows_per_state
         self.random = torch.Generator("cpu").manual_seed(seed)
-        n = self.drive.shape[0]
-        self.P = torch.zeros(n, n, dtype=torch.float64, device=self.drive.device)
+        n = self.drive.shape[-2]
+        self.P = torch.zeros(*self.drive.shape[:-2], n, n, dtype=torch.float64, device=self.drive.device)
         self.Q = torch.zeros_like(self.P)
         self.p_rows = self.q_rows = 0
 
@@ -150,7 +168,8 @@ class LTIMeter(Meter):
             raise DataError(f"calibration: a layer got an input of shape {tuple(u.shape)}, expected (batch, length, H)")
         if not self.replaying:
             start = None if state is None else torch.cat([state.detach().real, state.detach().imag], -1)
-            self.p_rows += self._add(self.P, u.detach(), self.drive, start, reverse=False)
+            for backwards in range(len(self.senses)):
+                self.p_rows += self._add(self.P, u.detach(), self.drive, start, reverse=bool(backwards), adjoint=False)
         signal = self.adapter.layer_output(output)
         signal = signal.clone() if signal.is_inference() else signal
         watched = signal if signal.requires_grad else signal.detach().requires_grad_()
@@ -158,21 +177,38 @@ class LTIMeter(Meter):
         return self.adapter.with_output(output, watched.clone())
 
     def adjoint(self, grad: Tensor) -> None:
-        """Add to Q: the gradient at the output, run backwards in time through A^T."""
-        self.q_rows += self._add(self.Q, grad, self.sense, None, reverse=True)
+        """Add to Q: the gradient at the output, run through A^T against the time of each direction."""
+        grad = grad if grad.dim() == 3 else grad[None]
+        for backwards, sense in enumerate(self.senses):
+            self.q_rows += self._add(self.Q, grad, sense, None, reverse=not backwards, adjoint=True)
+
+    def driven(self, signal: Tensor, weight: Tensor) -> Tensor:
+        """What a signal (batch, steps, H) adds to the states in every step, planar (batch, steps, 2 states)."""
+        return signal @ weight.T
+
+    def samples(self, states: Tensor) -> Tensor:
+        """Planar states (rows, 2 states) in the layout of the Gramians, (..., rows, n)."""
+        return states
 
     @torch.no_grad()
-    def _add(self, moment: Tensor, signal: Tensor, weight: Tensor, start: Tensor | None, reverse: bool) -> int:
-        """Run the states driven by weight @ signal and add their outer products; returns how many were added."""
+    def _add(
+        self, moment: Tensor, signal: Tensor, weight: Tensor, start: Tensor | None, *, reverse: bool, adjoint: bool
+    ) -> int:
+        """Run the states driven by weight @ signal and add their outer products; returns how many were added.
+
+        Args:
+            reverse: from the end of the sequence.
+            adjoint: with A^T in place of A.
+        """
         dtype = torch.promote_types(signal.dtype, torch.float32)
         device, (batch, length, _) = signal.device, signal.shape
-        weight, log_lam = weight.to(device, dtype), self.log_lam.to(device)
-        decay, phase = log_lam.real.to(dtype), log_lam.imag.to(dtype)
-        n = weight.shape[0]
+        weight, log_lam = weight.to(device, dtype), self.log_lam.to(device).flatten()
+        decay, phase = log_lam.real.to(dtype), log_lam.imag.to(dtype) * (-1 if adjoint else 1)
+        n = weight.shape[-2]
         stride = 1
         if self.rows_per_state is not None:
             stride = max(1, self.total * length // (self.rows_per_state * n))
-        per_step = n * torch.finfo(dtype).bits // 8
+        per_step = 2 * len(log_lam) * torch.finfo(dtype).bits // 8
         steps = max(1, min(length, CHUNK_BYTES // per_step))
         group = max(1, min(batch, CHUNK_BYTES // (per_step * steps)))
         rows = 0
@@ -183,14 +219,14 @@ class LTIMeter(Meter):
             offset = offsets[first : first + group]
             starts = range(0, length, steps)
             for t in reversed(starts) if reverse else starts:
-                x = part[:, t : t + steps] @ weight.T
-                states = diagonal_scan(x, decay, -phase if reverse else phase, initial_state=carry, reverse=reverse)
+                x = self.driven(part[:, t : t + steps], weight)
+                states = diagonal_scan(x, decay, phase, initial_state=carry, reverse=reverse)
                 carry = states[:, 0 if reverse else -1].contiguous()
                 time = torch.arange(t, t + x.shape[1], device=device)[None, :]
                 sample = states[(time + offset) % stride == 0] if stride > 1 else states.flatten(0, 1)
-                sample = sample.to(moment.device, torch.float64)
-                moment += sample.T @ sample
                 rows += sample.shape[0]
+                sample = self.samples(sample.to(moment.device, torch.float64))
+                moment += sample.mT @ sample
         return rows
 
     @property
@@ -199,7 +235,7 @@ class LTIMeter(Meter):
 
     def result(self, name: str) -> DataGramians:
         P = self.P / self.p_rows
-        Q = self.Q / self.q_rows if self.q_rows else None
+        Q = self.Q * (len(self.senses) / self.q_rows) if self.q_rows else None
         for letter, gramian in (("P", P), ("Q", Q)):
             if gramian is not None and not bool(torch.isfinite(gramian).all()):
                 raise NumericalError(

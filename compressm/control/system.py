@@ -86,7 +86,7 @@ class DiagonalSystem:
         """
         if not self.batch_shape:
             return _balance(self, convention).reduce(rank).system
-        reduced = [_balance(system, convention).reduce(rank).system for system in self._systems()]
+        reduced = [_balance(system, convention).reduce(rank).system for system in self.unbatched()]
         stacked = (torch.stack([getattr(s, name) for s in reduced]) for name in ("log_lam", "B", "C"))
         return DiagonalSystem(*(tensor.unflatten(0, self.batch_shape) for tensor in stacked))
 
@@ -124,7 +124,8 @@ class DiagonalSystem:
         resolvent = 1 / torch.complex(-torch.expm1(decay) + 2 * e * torch.sin(phase / 2) ** 2, -e * torch.sin(phase))
         return (self.C[..., None, :, :] * resolvent[..., None, :]) @ self.B[..., None, :, :]
 
-    def _systems(self) -> list[DiagonalSystem]:
+    def unbatched(self) -> list[DiagonalSystem]:
+        """The systems of a batch, in the order of its flattened leading axes."""
         shape = self.batch_shape
         tensors = []
         for tensor, kept in ((self.log_lam, 1), (self.B, 2), (self.C, 2)):
@@ -135,7 +136,7 @@ class DiagonalSystem:
     def _each(self, function) -> Tensor:
         if not self.batch_shape:
             return function(self)
-        return torch.stack([function(system) for system in self._systems()]).unflatten(0, self.batch_shape)
+        return torch.stack([function(system) for system in self.unbatched()]).unflatten(0, self.batch_shape)
 
 
 def _balance(system: DiagonalSystem, convention: str) -> Balanced:

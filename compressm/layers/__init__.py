@@ -6,5 +6,7 @@ from compressm.layers.lru_block import LRUBlock
 from compressm.layers.mamba import Mamba
 from compressm.layers.mamba2 import Mamba2
 from compressm.layers.norms import LayerNorm, RMSNorm
+from compressm.layers.s4d import S4D
+from compressm.layers.s5 import S5
 
-__all__ = ["LRU", "GatedDeltaNet", "LRUBlock", "LayerNorm", "Mamba", "Mamba2", "RMSNorm"]
+__all__ = ["LRU", "S4D", "S5", "GatedDeltaNet", "LRUBlock", "LayerNorm", "Mamba", "Mamba2", "RMSNorm"]

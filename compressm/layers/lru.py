@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import bad_argument
-from compressm.kernels import KernelPlan, plan
 from compressm.kernels.fused_cpu import lru_scan
+from compressm.layers._lti_layer import LTILayer
 
 
-class LRU(nn.Module):
+class LRU(LTILayer):
     """y_t = Re(C h_t) + D x_t,  h_t = lam h_{t-1} + gamma (B x_t),  lam = exp(-exp(nu_log) + i exp(theta_log)).
 
     The eigenvalues start uniformly on the ring r_min <= |lam| <= r_max with phases in [0, max_phase] (eq. 5 and section
@@ -60,7 +60,6 @@ class LRU(nn.Module):
             raise bad_argument("max_phase", got=max_phase, expected="a number in (0, 2 pi]")
         self.d_model = d_model
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
-        self._last_call: tuple[str, torch.dtype, int, int] | None = None  # device type, dtype, batch and length of the input
         empty: dict[str, Any] = {"device": device, "dtype": dtype}
         for name, shape in self.parameter_shapes(d_state).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **empty)))
@@ -93,26 +92,8 @@ class LRU(nn.Module):
         return self.nu_log.shape[0]
 
     @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs the layer at its present number of states; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if self._last_call is None:
-            return None
-        device, dtype, batch, length = self._last_call
-        H, N = self.d_model, self.d_state
-        return plan("lti_scan", {"u": (batch, length, H), "B": (N, H), "C": (H, N)}, dtype, device)
-
-    def remember(self, x: Tensor) -> None:
-        """Take x (batch, L, H) for the call that :attr:`kernel_plan` is about, if it is one to remember."""
-        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
-            self._last_call = (x.device.type, x.dtype, x.shape[0], x.shape[1])
-
-    def initial_state(self, batch: int) -> Tensor:
-        """The zero state (batch, N), complex."""
-        dtype = torch.promote_types(self.nu_log.dtype, torch.float32).to_complex()
-        return torch.zeros(batch, self.d_state, dtype=dtype, device=self.nu_log.device)
+    def _state_like(self) -> Tensor:
+        return self.nu_log
 
     def forward(
         self, x: Tensor, initial_state: Tensor | None = None, return_last_state: bool = False
@@ -127,8 +108,7 @@ class LRU(nn.Module):
         Returns:
             y (batch, L, H) in x's dtype, or (y, last state).
         """
-        if x.dim() != 3 or x.shape[-1] != self.d_model:
-            raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, length, {self.d_model})")
+        self._check_sequence(x)
         self.remember(x)
         return lru_scan(
             x, self.nu_log, self.theta_log, self.gamma_log, self.B_re, self.B_im, self.C_re, self.C_im, self.D,
@@ -137,12 +117,7 @@ class LRU(nn.Module):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step of streaming inference: x (batch, H), state (batch, N) complex -> (y (batch, H), next state)."""
-        if x.dim() != 2 or x.shape[-1] != self.d_model:
-            raise bad_argument("x", got=f"shape {tuple(x.shape)}", expected=f"(batch, {self.d_model})")
-        if state.shape != (x.shape[0], self.d_state) or not state.is_complex():
-            expected = f"(batch, N) = {(x.shape[0], self.d_state)}, complex"
-            remedy = "A state from before a reduction has more states: begin anew, from initial_state(batch)"
-            raise bad_argument("state", got=f"{tuple(state.shape)} of {state.dtype}", expected=expected, remedy=remedy)
+        self._check_step(x, state)
         work = state.real.dtype
         nu_log, theta_log, gamma_log, B_re, B_im, C_re, C_im, D = (
             getattr(self, name).to(work) for name in self.parameter_shapes(self.d_state)
@@ -152,6 +127,3 @@ class LRU(nn.Module):
         state = lam * state + drive
         y = (state @ torch.complex(C_re, C_im).T).real + D * x.to(work)
         return y.to(x.dtype), state
-
-    def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, d_state={self.d_state}"

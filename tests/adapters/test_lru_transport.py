@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from adapters.lru_formulas import LRUFormulas
 from torch import nn
 from torch.autograd.functional import jacobian
 
@@ -195,3 +196,19 @@ def test_filling_modes_carry_no_projection():
     carried = edit.values({name: layer.get_parameter(name).detach() for name in NAMES})
     assert relative(carried["nu_log"][silent], edit.tensors["nu_log"][silent]) < 1e-12
     assert isinstance(layer.nu_log, nn.Parameter)
+
+
+@CONVENTIONS
+@pytest.mark.parametrize(("rank", "phase"), [(1, 6.28), (4, 6.28), (6, 6.28), (3, 1e-3)])
+def test_derivatives_are_those_written_by_hand(convention, rank, phase):
+    layer, reduction, edit = prepared(convention, rank, max_phase=phase)
+    old = {name: layer.get_parameter(name).detach() for name in NAMES}
+    gamma, B_hat = edit.tensors["gamma_log"].exp()[:, None], torch.complex(edit.tensors["B_re"], edit.tensors["B_im"])
+    scale = (reduction.system.B / (gamma * B_hat)).real[:, 0]
+    oracle = LRUFormulas(old, edit.tensors, reduction, scale)
+    m, v = like_parameters(layer), like_parameters(layer, positive=True)
+    other = {name: value + 1e-2 * torch.randn_like(value) for name, value in old.items()}
+    for kind, given in (("first_moments", m), ("second_moments", v), ("values", other)):
+        carried, expected = getattr(edit, kind)(given), getattr(oracle, kind)(given)
+        for name in NAMES:
+            assert float((carried[name] - expected[name]).norm()) <= 1e-12 * float(expected[name].norm()), (kind, name)

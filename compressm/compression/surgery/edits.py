@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter, LayerEdit
-from compressm.adapters.base import holder, own_parameter
+from compressm.adapters.base import holder, own_parameter, wide
 from compressm.compression.common.memory import placed_like
 from compressm.compression.common.models import Layers
 from compressm.compression.common.undisturbed import ordinary
@@ -176,7 +176,7 @@ def _swap(name: str, module: nn.Module, adapter: Adapter, edit: LayerEdit, optim
     tensors, renewed = dict(edit.tensors), dict[str, tuple[Tensor, Tensor]]()
     if precise:
         live: dict[str, Tensor] = {key: own_parameter(module, key) for key in tensors}
-        values = edit.values({key: value.detach().double() for key, value in (live | precise).items()})
+        values = edit.values({key: wide(value) for key, value in (live | precise).items()})
         tensors |= {key: values[key].to(master).to(tensors[key]) for key, master in precise.items()}
         renewed = {key: (master, values[key].to(master)) for key, master in masters.items()}
     return Swap.of(name, module, tensors, adapter.attributes(module, edit.rank_after), renewed)
@@ -282,7 +282,7 @@ def _master_actions(optimizers: Optimizers, swaps: Sequence[Swap]) -> list[Actio
 def _ema_actions(ema: Ema, name: str, edit: LayerEdit) -> list[Action]:
     slots = {key: ema_slot(ema, name, key) for key in edit.tensors}
     devices = {key: tensor.device for key, tensor in edit.tensors.items()}  # the copy may be kept on another
-    values = edit.values({key: slot[leaf].detach().to(devices[key]).double() for key, (slot, leaf) in slots.items()})
+    values = edit.values({key: wide(slot[leaf].to(devices[key])) for key, (slot, leaf) in slots.items()})
     actions: list[Action] = []
     for key, (slot, leaf) in slots.items():
         old, value = slot[leaf], values[key].to(slot[leaf])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters import LayerEdit
+from compressm.adapters.base import wide
 from compressm.compression.surgery.audit import Optimizers
 from compressm.compression.surgery.optimizer_state import (
     COLUMNS,
@@ -119,11 +120,11 @@ class _Piece:
     columns: str = ""
 
     def read(self, state: State, parameter: Tensor) -> Tensor | None:
-        """Float64, in the parameter's shape; None if the parameter has no such state."""
+        """Float64 (complex128), in the parameter's shape; None if the parameter has no such state."""
         if isinstance(state.get(self.rows), Tensor):
             return _product(state[self.rows], state[self.columns], parameter.shape)
         value = state.get(self.name)
-        return value.detach().double() if isinstance(value, Tensor) and _has_shape(value, parameter) else None
+        return wide(value) if isinstance(value, Tensor) and _has_shape(value, parameter) else None
 
     def written(self, state: State, value: Tensor) -> dict[str, Tensor]:
         """The new state, in the form, dtype and device of the old one."""
@@ -168,7 +169,7 @@ def _carry(
         return
     copies = piece.kind in (VALUE, MASTER)
     blank = {
-        key: old[key].detach().double() if copies else torch.zeros_like(old[key], dtype=torch.float64) for key in edit.tensors
+        key: wide(old[key]) if copies else torch.zeros_like(wide(old[key])) for key in edit.tensors
     }
     carried = _carrier(piece.kind, edit, moments)({**blank, **held})
     for key in held.keys() & result.keys():
@@ -188,8 +189,16 @@ def _carrier(kind: str | None, edit: LayerEdit, moments: str) -> Callable[[Mappi
     if moments == "slice":
         return lambda full: {key: _sliced(edit, key, full[key]) for key in edit.tensors}
     if kind == MAGNITUDE:
-        return lambda full: {k: v.sqrt() for k, v in edit.second_moments({k: v.square() for k, v in full.items()}).items()}
+        return lambda full: _by_parts(torch.sqrt, edit.second_moments(_by_parts(torch.square, full)))
     return edit.first_moments if kind == FIRST else edit.second_moments
+
+
+def _by_parts(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A real function of every number, of the real and the imaginary part of complex ones, as optimizers see them."""
+    return {
+        key: torch.view_as_complex(function(torch.view_as_real(value))) if value.is_complex() else function(value)
+        for key, value in tensors.items()
+    }
 
 
 def _sliced(edit: LayerEdit, key: str, value: Tensor) -> Tensor:
