@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, Reduced
+from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, Reduced
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
 from compressm.adapters.mamba import MambaAdapter
@@ -27,6 +27,7 @@ for _name in (
 __all__ = [
     "Adapter",
     "Analysis",
+    "Distiller",
     "LRUAdapter",
     "LTIAdapter",
     "LayerEdit",

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.adapters._mamba2_distiller import mamba2_distiller
 from compressm.adapters._mamba2_meter import Mamba2Meter
 from compressm.adapters.base import (
     Adapter,
     Analysis,
+    Distiller,
     LayerEdit,
     TensorMap,
     Transport,
@@ -94,6 +96,7 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
     """
 
     conventions = ("real",)
+    distils = True
 
     def __init__(self, *, foreign: bool = False) -> None:
         self.foreign = foreign
@@ -195,6 +198,9 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
             raise NumericalError("the reduced scan has NaN or infinite weights, expected finite values")
         tensors = {key: tensor.to(parameters[key]) for key, tensor in new.items()}
         return LayerEdit(order, reduction.order, tensors, *carried, subset_of)
+
+    def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
+        return mamba2_distiller(module, edit, self.attributes(module, edit.rank_after).get("mup_vector"))
 
     def blank(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
         parameters = plain_parameters(module, self.parameters(module))
