@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 import compressm
 from compressm._version import __version__
@@ -121,6 +122,40 @@ def inspect(
             found.plot(plot)
         except (OSError, ValueError) as error:
             raise ConfigError(f"--plot {plot}: {error}. Expected a writable path ending in .png, .svg or .pdf") from error
+
+
+@app.command()
+def compress(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that transformers' save_pretrained wrote.", show_default=False)],
+    states: Annotated[int, typer.Option(help="States that every layer keeps.", show_default=False)],
+    data: Annotated[
+        list[Path], typer.Option(help="Text, folder of texts, or token ids (.npy, .json); may be repeated.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the result, new or empty.", show_default=False)],
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    held_out: Annotated[int, typer.Option(help="Further sequences, on which the loss is measured.")] = 16,
+    multiple_of: Annotated[int | None, typer.Option(help="Demanded of the states; 1 if CUDA kernels do not matter.")] = None,
+    refine: Annotated[int | None, typer.Option(help="Steps of distillation per layer.  [default: 200 where known]")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Give a trained language model of transformers fewer states: calibrate, cut, distil, store."""
+    from compressm.integrations.post_training import compress_checkpoint
+
+    numbers: dict[str, Any] = {"states": states, "sequences": sequences, "length": length, "held_out": held_out}
+    outcome = compress_checkpoint(checkpoint, out, data, **numbers, multiple_of=multiple_of, refine=refine, device=device)
+    if as_json:
+        print(json.dumps(outcome.to_dict()))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, before, after in outcome.rows():
+        table.add_row(name, before, after)
+    console = Console()
+    console.print(table)
+    console.print(f"{outcome.seconds:.1f} s, stored in {out}", highlight=False)
 
 
 @app.command()

@@ -16,8 +16,13 @@ TINY = {
     "plain_loop": ["--steps", "12", "--d-state", "12"],
     "lightning_callback": ["--epochs", "1", "--d-state", "12"],
     "transformers_trainer": ["--steps", "8", "--length", "24", "--state-size", "8", "--keep", "3"],
+    "fine_tune_hybrid": ["--steps", "8", "--length", "24"],
 }
-NEEDS = {"lightning_callback": ["lightning"], "transformers_trainer": ["transformers", "accelerate"]}
+NEEDS = {
+    "lightning_callback": ["lightning"],
+    "transformers_trainer": ["transformers", "accelerate"],
+    "fine_tune_hybrid": ["transformers", "accelerate"],
+}
 
 
 @pytest.mark.slow

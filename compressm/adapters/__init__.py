@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, Reduced
+from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, Reduced
 from compressm.adapters.gated_delta_net import GATED_DELTA_NETS, GatedDeltaNetAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
@@ -43,6 +43,7 @@ for _name in ("fla.layers.gated_deltanet.GatedDeltaNet", *GATED_DELTA_NETS):
 __all__ = [
     "Adapter",
     "Analysis",
+    "Distiller",
     "GatedDeltaNetAdapter",
     "LRUAdapter",
     "LTIAdapter",

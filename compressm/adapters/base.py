@@ -153,6 +153,37 @@ class Meter(ABC):
         """
 
 
+class Distiller(ABC):
+    """Trains some tensors of an edit so that the reduced layer gives what the old one gives, on inputs that were recorded.
+
+    Attributes:
+        groups: parameter groups of Adam: leaves that begin as the edit has them, in float32, each group with its first ``lr``.
+    """
+
+    groups: list[dict[str, Any]]
+
+    @abstractmethod
+    def take(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What is recorded of a call of the old layer, tensors (sequences, steps, ...), in a forward hook."""
+
+    @abstractmethod
+    def prepare(self, calls: TensorMap) -> dict[str, Tensor]:
+        """What :meth:`loss` takes: all that stays as it is in training, tensors (sequences, ...), of what was recorded."""
+
+    @abstractmethod
+    def loss(self, sequences: TensorMap, random: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """|o - o'|^2, differentiable in the leaves, and |o|^2 of the layer's old output o and its new one o'.
+
+        Args:
+            sequences: some of those prepared.
+            random: chooses a part of the output that stands for it; None: all of it.
+        """
+
+    @abstractmethod
+    def deltas(self) -> dict[str, Tensor]:
+        """By name in ``LayerEdit.tensors``, what training has added: float64, zero where nothing is trained."""
+
+
 class Adapter(ABC, Generic[Kind]):
     """How one family of layers reads as a system, and which tensors change together.
 
@@ -163,6 +194,7 @@ class Adapter(ABC, Generic[Kind]):
     conventions: tuple[str, ...] = ("real", "complex")  # those that analyse() knows
     forms: tuple[str, ...] = ()  # what a reduced layer may be, where there is a choice; see :meth:`in_form`
     optional: tuple[str, ...] = ()  # names of parameters, relative to the layer, that a layer may lack and get by a reduction
+    distils = False  # whether distiller() knows any of its edits
 
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
@@ -262,6 +294,10 @@ class Adapter(ABC, Generic[Kind]):
     @abstractmethod
     def edit(self, module: nn.Module, reduction: Kind) -> LayerEdit:
         """Describe how the layer becomes the reduced system."""
+
+    def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
+        """Trains what an edit of the layer as it is now leaves; None, by default, where there is nothing of the kind."""
+        return None
 
     @abstractmethod
     def blank(self, module: nn.Module, rank: int) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.adapters._mamba2_distiller import mamba2_distiller
 from compressm.adapters._mamba2_meter import Mamba2Meter
-from compressm.adapters.base import check_finite, label, own_parameter, plain_parameters, precision
+from compressm.adapters.base import Distiller, LayerEdit, check_finite, label, own_parameter, plain_parameters, precision
 from compressm.adapters.matrix import MatrixAdapter, Rows
 from compressm.control import MatrixMoments, MatrixReduction, projection
 from compressm.errors import ModelError, bad_argument
@@ -44,6 +45,7 @@ class Mamba2Adapter(MatrixAdapter):
     last_axes = ("init_states",)
     multiple = 16  # Triton kernels of mamba_ssm are no faster in between
     remedy = "transformers' mixers have some after compressm.integrations.transformers.accelerate_(model)"
+    distils = True
 
     def independent(self, module: nn.Module) -> tuple[str, ...]:
         return INDEPENDENT
@@ -125,6 +127,9 @@ class Mamba2Adapter(MatrixAdapter):
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Mamba2Meter:
         device = self.checked(module, name)["A_log"].device
         return Mamba2Meter(layout(module).groups, self.rank(module), device, sequences, rows_per_state, seed)
+
+    def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
+        return mamba2_distiller(module, edit, self.attributes(module, edit.rank_after).get("mup_vector"))
 
     def checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         parameters = plain_parameters(module, (*SCAN, *self.parameters(module)), name)

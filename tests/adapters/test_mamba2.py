@@ -115,7 +115,7 @@ def test_the_strict_form_is_a_layer_of_the_kept_channels(rank):
         kept = rows[head // 2]
         y[:, :, head] = torch.einsum("blnp,bln->blp", S[:, :, head, kept], C[:, :, head // 2, kept])
     expected = layer.out_proj(layer.norm(y.flatten(2), layer.in_proj(hidden)[..., : layer.d_ssm]))
-    report = compressm.compress(layer, compressm.FixedRank(rank), calibration=[hidden], form="strict")
+    report = compressm.compress(layer, compressm.FixedRank(rank), calibration=[hidden], form="strict", refine=0)
     assert layer.d_state == rank
     assert layer.conv1d.out_channels == layer.conv1d.weight.shape[0] == 16 + 4 * rank
     assert layer.in_proj.out_features == layer.in_proj.weight.shape[0] == 36 + 4 * rank
@@ -131,7 +131,7 @@ def test_the_projected_form_has_smaller_maps(options):
     moments = measure(layer, [hidden], rows_per_state=None)
     reduction = ADAPTER.analyse(layer, "", "real", moments).reduce(3)
     weights = {name: value.clone() for name, value in layer.named_parameters() if not name.endswith("_map")}
-    report = compressm.compress(layer, compressm.FixedRank(3), calibration=[hidden])
+    report = compressm.compress(layer, compressm.FixedRank(3), calibration=[hidden], refine=0)
     assert (layer.d_state, layer.d_features) == (3, options["d_features"])
     assert layer.B_map.shape == (2, 3, options["d_features"])
     for name, value in weights.items():
@@ -174,7 +174,7 @@ def test_cutting_dead_channels_changes_no_output(options):
         layer.conv1d.weight[dead] = 0
         layer.conv1d.bias[dead] = 0
     before = layer(hidden)
-    report = compressm.compress(layer, compressm.FixedRank(4), calibration=[hidden])
+    report = compressm.compress(layer, compressm.FixedRank(4), calibration=[hidden], refine=0)
     assert layer.d_state == 4
     torch.testing.assert_close(layer(hidden), before, rtol=1e-6, atol=1e-6)
     assert report.layers[0].output_error < 1e-5
@@ -311,7 +311,7 @@ def test_mixers_of_transformers(name):
     full, average = copy.deepcopy(layer), torch.optim.swa_utils.AveragedModel(layer)
     mask = torch.ones(3, 12)
     mask[0, :5] = 0
-    report = compressm.compress(layer, compressm.FixedRank(12), calibration=[hidden], ema=average)
+    report = compressm.compress(layer, compressm.FixedRank(12), calibration=[hidden], refine=0, ema=average)
     assert report.layers[0].output_error < 1e-4
     assert layer.ssm_state_size == 12
     assert layer.conv_dim == layer.conv1d.groups == layer.conv1d.weight.shape[0] == 64

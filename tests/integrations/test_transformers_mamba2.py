@@ -125,7 +125,7 @@ def test_there_and_back_and_after_a_cut(pair):
     plain, ours = pair
     with torch.no_grad():
         for model in pair:
-            compress(model, FixedRank(4), calibration=[{"input_ids": tokens()}], multiple_of=1)
+            compress(model, FixedRank(4), calibration=[{"input_ids": tokens()}], multiple_of=1, refine=0)
         torch.testing.assert_close(ours(tokens()).logits, plain(tokens()).logits, rtol=1e-4, atol=1e-4)
     assert ours.state_dict().keys() == plain.state_dict().keys()
     accelerate_(ours, mode=False)

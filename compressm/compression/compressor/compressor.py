@@ -18,6 +18,7 @@ from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.cadence import Cadence
 from compressm.compression.compressor.progress import STATE_FORMAT, Progress, check_progress, check_state
 from compressm.compression.compressor.recipes import check_kind, check_policy, choose_recipe, execute, finish, in_form, log
+from compressm.compression.compressor.refining import Refinement, chosen_steps
 from compressm.compression.distributed.wrapped import team_of
 from compressm.compression.guard.probation import Guard, Probation
 from compressm.compression.guard.rollback import Rollback
@@ -83,6 +84,8 @@ class Compressor:
         uniform: all layers keep as many states as the one that needs most, for servers that expect one state size; a Budget
             is met all the same.
         sequences: at most so many calibration sequences, over all processes.
+        refine: steps of local distillation in every reduction: what the cut leaves of a layer learns, on calibration sequences,
+            to give what the layer gave, before training goes on.  For Mamba-2; None: 0, as training closes the gap by itself.
         guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
 
     Raises:
@@ -110,6 +113,7 @@ class Compressor:
         uniform: bool = False,
         sequences: int = 64,
         guard: Rollback | None = None,
+        refine: int | None = None,
     ) -> None:
         self.optimizers = as_optimizers(optimizer)
         self.team = team_of(model, self.optimizers)
@@ -123,6 +127,7 @@ class Compressor:
         self.ema = ema
         check_moments(self.moments)
         self.calibration = Calibration(replayable(calibration), forward, sequences, self.team)
+        self.refine = chosen_steps(refine, 0, self.layers, calibration, self.team)
         self.team.check(self.layers, ema)
         self.policy = check_policy(policy, self.layers, self.demands, self.recipe, calibration)
         if self.optimizers:
@@ -226,7 +231,7 @@ class Compressor:
     def _attempt(self, candidates: Mapping[str, Candidate], planned: Planned, started: float) -> ReductionReport | GuardReport:
         words = ""
         if self.guard is None or not planned.plan.changed:
-            self._execute(planned)
+            planned = self._execute(planned)
         else:
             outcome = self.guard.attempt(
                 self._parts(),
@@ -370,8 +375,10 @@ class Compressor:
     def _choose(self, candidates: Mapping[str, Candidate]) -> Planned:
         return make_plan(candidates, self._policy_now, keep=self._keep(), demands=self.demands, team=self.team)
 
-    def _execute(self, planned: Planned) -> None:
-        execute(self.model, planned, optimizers=self.optimizers, ema=self.ema, moments=self.moments, team=self.team)
+    def _execute(self, planned: Planned) -> Planned:
+        refinement = Refinement(self.refine, self.calibration) if self.refine else None
+        options: dict[str, Any] = {"optimizers": self.optimizers, "ema": self.ema, "moments": self.moments, "team": self.team}
+        return execute(self.model, planned, **options, refinement=refinement)
 
     @property
     def _policy_now(self) -> Policy:

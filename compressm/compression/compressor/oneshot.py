@@ -12,7 +12,9 @@ from compressm.adapters import check_known
 from compressm.compression.common.models import compressible_layers, plain_model
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.recipes import check_policy, choose_recipe, execute, finish, in_form
+from compressm.compression.compressor.refining import STEPS, Refinement, chosen_steps
 from compressm.compression.distributed.team import Team
+from compressm.compression.planning.batches import replayable
 from compressm.compression.planning.plans import Calibration, Demands, analyse, make_plan
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import ReductionReport
@@ -34,11 +36,13 @@ def compress(
     multiple_of: int | None = None,
     uniform: bool = False,
     sequences: int = 64,
+    refine: int | None = None,
 ) -> ReductionReport:
     """Reduce a model once, in place, for example after training.
 
-    Arguments and errors as for :class:`Compressor`.  Use data Gramians (``calibration``) where there will be no training
-    afterwards: they are what makes the cut itself harmless.
+    Arguments and errors as for :class:`Compressor`, but for ``refine``: None are 200 steps where there are calibration data and
+    layers that can be distilled.  Use data Gramians (``calibration``) where there will be no training afterwards: they are what
+    makes the cut itself harmless.
     """
     plain = plain_model(model)
     optimizers = as_optimizers(optimizer)
@@ -52,9 +56,12 @@ def compress(
     check_moments(moments)
     if optimizers:
         check_optimizers(layers, plain, optimizers)
+    measured = Calibration(replayable(calibration), forward, sequences)
+    steps = chosen_steps(refine, STEPS, layers, calibration, measured.team)
     started = time.perf_counter()
     with ordinary():
-        candidates = analyse(plain, layers, chosen.convention, Calibration(calibration, forward, sequences))
+        candidates = analyse(plain, layers, chosen.convention, measured)
         planned = make_plan(candidates, policy, demands=demands)
-        execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments)
+        refinement = Refinement(steps, measured) if steps else None
+        planned = execute(plain, planned, optimizers=optimizers, ema=ema, moments=moments, refinement=refinement)
     return finish(planned, 0, f"one-shot, {policy}, recipe {chosen.name}", started)

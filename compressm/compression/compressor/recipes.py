@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from compressm.compression.common.models import Layers
+from compressm.compression.compressor.refining import Errors, Refinement, refine
 from compressm.compression.distributed.team import Team
 from compressm.compression.planning.plans import Demands, Planned, describe_edits, with_new_kernels
 from compressm.compression.planning.policies import Policy
-from compressm.compression.planning.report import ReductionReport, describe
+from compressm.compression.planning.report import LayerReduction, ReductionPlan, ReductionReport, describe
 from compressm.compression.surgery.audit import Ema, Optimizers
 from compressm.compression.surgery.edits import apply_edits
 from compressm.compression.surgery.optimizer_state import masters_of
@@ -58,8 +59,17 @@ def execute(
     ema: Ema | None,
     moments: str,
     team: Team | None = None,
-) -> None:
-    """Carry a plan out: describe every edit, then apply all of them or none, on all processes of the team."""
+    refinement: Refinement | None = None,
+) -> Planned:
+    """Carry a plan out: describe every edit, then apply all of them or none, on all processes of the team.
+
+    Args:
+        refinement: how edits are refined in between; None: not at all.
+
+    Returns:
+        the plan, whose records say what refining came to.
+    """
+    errors: dict[str, Errors] = {}
 
     def apply(names: Sequence[str]) -> None:
         part = replace(planned, reductions={name: planned.reductions[name] for name in names})
@@ -68,7 +78,11 @@ def execute(
         try:
             needed = {name: adapter.needs(module) for name, (module, adapter) in layers.items()}
             give(layers, {name: keys for name, keys in needed.items() if keys}, optimizers, ema)
-            if edits := describe_edits(part):
+            edits = describe_edits(part)
+            if refinement is not None:
+                edits, found = refine(model, planned.layers, edits, refinement)
+                errors.update(found)
+            if edits:
                 apply_edits(model, edits, planned.layers, optimizers=optimizers, ema=ema, moments=moments)
         except BaseException:
             before.restore()
@@ -76,6 +90,12 @@ def execute(
 
     changing = {name: planned.layers[name] for name in planned.reductions}
     (Team(model) if team is None else team).carry_out(apply, changing, optimizers, ema)
+    return replace(planned, plan=ReductionPlan(tuple(_with_errors(layer, errors) for layer in planned.plan.layers)))
+
+
+def _with_errors(layer: LayerReduction, errors: Mapping[str, Errors]) -> LayerReduction:
+    before, after = errors.get(layer.name, (None, None))
+    return replace(layer, refine_error_before=before, refine_error_after=after)
 
 
 def finish(planned: Planned, step: int, reason: str, started: float) -> ReductionReport:

@@ -72,7 +72,7 @@ class Guard:
         planned: Planned,
         *,
         progress: Mapping[str, Any],
-        execute: Callable[[Planned], None],
+        execute: Callable[[Planned], Planned],
         gentler: Callable[[Planned], Planned | None],
     ) -> tuple[Planned, str] | GuardReport:
         """Carry a plan out, or a gentler one, if the metric allows it.
@@ -81,7 +81,7 @@ class Guard:
             parts: what to put aside.
             planned: what to do.
             progress: of the Compressor; ``step``, and ``reduced`` for how many reductions are in force.
-            execute: carries a plan out, or raises and changes nothing.
+            execute: carries a plan out and returns it as it was carried out, or raises and changes nothing.
             gentler: the plan with ranks half-way to the present ones, or None where there are none.
 
         Returns:
@@ -129,7 +129,7 @@ class Guard:
         planned: Planned | None,
         probation: Probation,
         reference: float,
-        execute: Callable[[Planned], None],
+        execute: Callable[[Planned], Planned],
         gentler: Callable[[Planned], Planned | None],
     ) -> tuple[Planned | None, float, list[str]]:
         """Cut by a plan, then by gentler ones, until the metric allows it.
@@ -146,7 +146,7 @@ class Guard:
         value = reference
         try:
             while planned is not None and len(tried) <= rule.tries:
-                execute(planned)
+                planned = execute(planned)
                 value = reference if rule.jump is None else self._measure(parts, quick, name)
                 tried.append(f"{value:.5g} with {'/'.join(map(str, planned.plan.ranks.values()))} states")
                 if rule.jump is None or rule.passes(value, reference, rule.jump):

@@ -128,6 +128,18 @@ def collect(
     return {name: meter.result(name) for name, meter in meters.items()}
 
 
+@contextmanager
+def attached(hooks: Mapping[str, Callable[..., Any]], layers: Layers) -> Iterator[None]:
+    """Forward hooks ``hook(module, args, kwargs, output)`` on layers, by name."""
+    # First of all hooks: those of a sharding wrapper take the layer's parameters away.
+    handles = [layers[name][0].register_forward_hook(hook, with_kwargs=True, prepend=True) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _check_count(sequences: Any) -> None:
     if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
         raise bad_argument("sequences", got=repr(sequences), expected="a positive integer")
@@ -160,20 +172,12 @@ class _Run:
 
     def batches(self, batches: list[Any], seed: Callable[[int], int]) -> None:
         """Run all of them; ``seed(index)`` belongs to a batch."""
-        # First of all hooks: those of a sharding wrapper take the layer's parameters away.
-        handles = [
-            module.register_forward_hook(_hook(self.meters[name]), with_kwargs=True, prepend=True)
-            for name, (module, _) in self.layers.items()
-        ]
-        try:
-            with _differentiable_checkpoints():
-                for index, batch in enumerate(batches):
-                    for meter in self.meters.values():
-                        meter.begin(seed(index))
-                    self._probe(batch, seed(index))
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = {name: _hook(meter) for name, meter in self.meters.items()}
+        with attached(hooks, self.layers), _differentiable_checkpoints():
+            for index, batch in enumerate(batches):
+                for meter in self.meters.values():
+                    meter.begin(seed(index))
+                self._probe(batch, seed(index))
 
     def _probe(self, batch: Any, seed: int) -> None:
         """One forward pass and one backward pass of random probes."""

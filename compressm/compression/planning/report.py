@@ -32,6 +32,9 @@ class LayerReduction:
         output_error: relative root mean square error of the layer's output on the calibration data, where it is known.
         state_bytes_before, state_bytes_after: what the layer carries from one token to the next, per sequence, in bytes (see
             ``Adapter.state_bytes``); None in histories of versions that did not say.
+        refine_error_before, refine_error_after: the same error before local distillation and after it, on sequences that were
+            recorded and not trained on; None where there was none.  If it did not become less, the layer is what the cut alone
+            made of it.
     """
 
     name: str
@@ -49,6 +52,8 @@ class LayerReduction:
     output_error: float | None = None
     state_bytes_before: int | None = None
     state_bytes_after: int | None = None
+    refine_error_before: float | None = None
+    refine_error_after: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -247,6 +252,9 @@ def describe(layer: LayerReduction) -> str:
     )
     if layer.output_error is not None:
         text += f", {layer.output_error:.3g} relative error of its output"
+    if layer.refine_error_before is not None and layer.refine_error_after is not None:
+        words = "refined" if layer.refine_error_after < layer.refine_error_before else "not refined, as its error would go"
+        text += f", {words} {layer.refine_error_before:.3g} -> {layer.refine_error_after:.3g}"
     if layer.kernel_plan_before != layer.kernel_plan_after:
         text += f"; kernel {layer.kernel_plan_before or 'none yet'} -> {layer.kernel_plan_after or 'none yet'}"
     return text
