@@ -210,7 +210,7 @@ def test_the_whole_command(tmp_path):
     result = run("train", "recall", "--out", out, *assigned, "--set", f"runs={json.dumps(runs)}")
     assert result.exit_code == 0
     assert "strict, backward subset" in " ".join(result.output.split())
-    assert "Small, projected" in result.output
+    assert "small, projected architecture: 8 steps" in " ".join(result.output.split())
     data = json.loads((out / "report.json").read_text())
     assert [entry["name"] for entry in data["runs"]] == runs
     assert data["metric"] == "accuracy"
