@@ -47,8 +47,11 @@ class _Whole(Settings):
             raise ValueError("runs must differ")
         model, methods = kind(self), [METHODS[name] for name in self.runs]
         model.check(reduced=any(method.reduced for method in methods))
-        for method in methods:
+        for place, method in enumerate(methods):
             method.check(self, model)
+            for other in method.needs(self, model):
+                if other not in self.runs[:place]:
+                    raise ValueError(f"runs: {method.name!r} takes over from {other!r}, which must come before it")
         return self
 
 

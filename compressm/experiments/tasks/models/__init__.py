@@ -2,7 +2,8 @@
 
 from compressm.experiments.registry import Registry
 from compressm.experiments.tasks.models.lru import Lru
+from compressm.experiments.tasks.models.lru_system import LruSystem
 from compressm.experiments.tasks.models.mamba import ByteMamba
 from compressm.experiments.tasks.parts import Model
 
-MODELS: Registry[type[Model]] = Registry("model", Lru, ByteMamba)
+MODELS: Registry[type[Model]] = Registry("model", Lru, ByteMamba, LruSystem)
