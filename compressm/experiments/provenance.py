@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import subprocess
 from collections.abc import Iterable
@@ -12,8 +13,12 @@ import compressm
 RESULTS = "benchmarks/results"  # what a run itself changes in a checkout
 
 
+@functools.cache
 def commit() -> str:
-    """Of the checkout that the package runs from, ending in ``-dirty`` where files differ; empty outside of one."""
+    """Of the checkout that the package runs from, ending in ``-dirty`` where files differ; empty outside of one.
+
+    As it was when this was first asked: what runs was imported before.
+    """
     root = Path(compressm.__file__).parents[1]
     found = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--", ".", f":!{RESULTS}")

@@ -96,8 +96,8 @@ def settings_class(parts: Parts, methods: Iterable[Method]) -> type[Settings]:
         ConfigError: two of them declare the same key.
     """
     owners: list[Owner] = [*parts, *methods]
-    for one, other in itertools.combinations(owners, 2):
-        mine, theirs = own_keys(one.Settings), own_keys(other.Settings)
+    keys = [(owner, own_keys(owner.Settings)) for owner in owners]
+    for (one, mine), (other, theirs) in itertools.combinations(keys, 2):
         if twice := [key for key in mine if key in theirs and mine[key] is not theirs[key]]:
             raise ConfigError(
                 f"the key {twice[0]!r} is declared by {one.name!r} and by {other.name!r}. Rename one, or let both inherit it"

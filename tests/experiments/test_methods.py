@@ -21,7 +21,9 @@ SYSID = {
     "steps": 20, "batch_size": 4, "d_state": 9, "rank": 4, "sequences": 48, "length": 20, "log_every": 1, "eval_every": 20,
     "calibration_sequences": 4,
 }  # fmt: skip
-DIGITS = {"steps": 6, "batch_size": 8, "d_state": 6, "d_model": 4, "log_every": 1, "eval_every": 6, "tau": 0.3, "reduce_until": 0.5}
+DIGITS = {
+    "steps": 6, "batch_size": 8, "d_state": 6, "d_model": 4, "log_every": 1, "eval_every": 6, "tau": 0.3, "reduce_until": 0.5,
+}  # fmt: skip
 
 
 class Silent:

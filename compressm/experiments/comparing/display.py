@@ -61,7 +61,7 @@ class ComparisonDisplay:
         self.done += 1
         self.progress.update(self._all, completed=self.done)
         entry = read_entry(job.path(self.out, ".json"))
-        result = f"diverged ({entry.diverged})" if entry.diverged else entry.measure.text(entry.score)
+        result = "diverged" if entry.diverged else entry.measure.text(entry.score)
         took = duration(entry.run.final.seconds_total)
         self.message(f"{self.done}/{self.total} {_words(job)}: {result}, {took}")
 
