@@ -31,7 +31,7 @@ def results(comparison: Comparison) -> Picture | None:
             half = 0.0 if score.error is None else metric.factor * score.error
             ax.errorbar(metric.factor * score.mean, row, xerr=half, color=own.colour, marker="|", markersize=11, capsize=3)
         _rows(ax, [arm.title for arm in arms])
-        ax.set_title(f"test {_axis(comparison)}", loc="left")
+        ax.set_xlabel(f"test {_axis(comparison)}")
         svg = svg_of(figure)
     caption = "Every point is one run; the bar is the mean of its method, with the standard error."
     return Picture("Results of all seeds", caption, svg)
@@ -56,7 +56,7 @@ def differences(comparison: Comparison) -> Picture | None:
         ours = [comparison.arm(pair.ours).title for pair in pairs]
         _rows(ax, titles if same else [f"{a} - {b}" for a, b in zip(ours, titles, strict=True)])
         words = f"{ours[0]} minus others" if same else "differences"
-        ax.set_title(f"{words}, {metric.gap_unit}{_direction(comparison)}", loc="left")
+        ax.set_xlabel(f"{words}, {metric.gap_unit}{_direction(comparison)}")
         svg = svg_of(figure)
     caption = f"Mean difference on the same seeds with its {PERCENT} t-interval. Filled and thick: resolved, corrected."
     return Picture("Paired differences", caption, svg)

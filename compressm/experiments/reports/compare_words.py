@@ -122,7 +122,8 @@ def pairs_table(comparison: Comparison) -> Table:
     """A line for each pair."""
     metric = comparison.metric
     more = "more is better" if metric.higher_is_better else "less is better"
-    caption = f"p: paired t-test, corrected for {len(comparison.pairs)} comparisons (Holm); {more}"
+    corrected = f"corrected for {len(comparison.pairs)} comparisons (Holm), which intervals are not"
+    caption = f"p: paired t-test, {corrected}; {more}"
     table = _table(f"Paired differences, {metric.gap_unit}", caption)
     table.add_column("pair", overflow="fold", max_width=52)
     for heading in ("seeds", "difference", f"{PERCENT} interval", "p", "verdict"):
