@@ -86,6 +86,61 @@ def train(
 
 
 @app.command()
+def compare(
+    task: Preset,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated; the first is compared with all others.  [default: the task's]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method, paired by their seeds.")] = 5,
+    tune: Annotated[
+        str | None, typer.Option(metavar="lr=1,2,3", help="Multiples of the learning rate, tried on other seeds and data.")
+    ] = None,
+    tune_seeds: Annotated[int, typer.Option(help="Runs of each multiple.")] = 2,
+    budget: Annotated[str | None, typer.Option(help="Stop after this time, such as 30m, and report on what is done.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    quality: Annotated[
+        float | None, typer.Option(help="Count steps and time until the metric has this value.  [default: the median method's]")
+    ] = None,
+    all_pairs: Annotated[bool, typer.Option("--all-pairs", help="Compare every method with every other.")] = False,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data, as for train.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; its runs are kept.  [default: runs/compare-TASK]", show_default=False)
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; may be repeated.")
+    ] = None,
+) -> None:
+    """Compare methods over several seeds, their learning rates tuned apart, with statistics."""
+    from compressm.experiments import comparing
+    from compressm.experiments.settings import parse_assignments
+
+    design = comparing.plan(
+        task,
+        parse_assignments(assignments or []),
+        None if methods is None else [name.strip() for name in methods.split(",")],
+        seeds=seeds,
+        multiples=() if tune is None else comparing.parse_tune(tune),
+        tuning_seeds=tune_seeds,
+        data_dir=None if data_dir is None else str(data_dir.resolve()),
+    )
+    seconds = None if budget is None else comparing.parse_budget(budget)
+    out = Path("runs") / f"compare-{task}" if out is None else out
+    console = Console()
+    with _stop_on_signal() as stopped:
+        found = comparing.run(
+            design, out, console, lambda: bool(stopped), workers=jobs, budget=seconds, quality=quality, all_pairs=all_pairs
+        )
+    if stopped:
+        console.print("stopped; everything is saved.  The same command goes on.", highlight=False)
+        raise typer.Exit(128 + stopped[0])
+    if found is None:
+        console.print("no run is done that can be reported on.  The same command goes on.", highlight=False)
+        raise typer.Exit(1)
+    console.print(comparing.tables(found))
+    console.print(f"page: {out / comparing.PAGE_FILE}  numbers: {out / comparing.RESULT_FILE}", highlight=False)
+
+
+@app.command()
 def report(folder: RunFolder) -> None:
     """Print the table of a finished command again, and draw its report.html anew."""
     from compressm.experiments.reports.data import read_report

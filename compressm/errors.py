@@ -13,7 +13,7 @@ from typing import Any
 EXTRAS = {
     "train": {
         "typer": "typer", "pydantic": "pydantic", "matplotlib": "matplotlib", "jinja2": "jinja2", "sklearn": "scikit-learn",
-        "pooch": "pooch", "PIL": "pillow",
+        "pooch": "pooch", "PIL": "pillow", "scipy": "scipy",
     },
     "integrations": {
         "transformers": "transformers", "accelerate": "accelerate", "lightning": "lightning",

@@ -89,7 +89,7 @@ except DependencyError as error:
 
 
 def test_every_command_says_what_is_missing(tmp_path):
-    lines = ["", "--help", "train digits", "report .", "inspect x.safetensors", "bench lru"]
+    lines = ["", "--help", "train digits", "compare digits", "report .", "inspect x.safetensors", "bench lru"]
     for line, printed in answers(EVERYTHING, lines, tmp_path).items():
         assert printed == ["", f"compressm: {missing('typer')}\n"], line
     assert not list(tmp_path.iterdir())
@@ -103,6 +103,7 @@ def test_every_command_says_what_is_missing(tmp_path):
         ("jinja2", "report ."),
         ("sklearn", "train digits --steps 20"),
         ("pooch", "train smnist --steps 20"),
+        ("scipy", "compare sysid"),
     ],
 )
 def test_a_part_of_the_extra_is_named(package, line, tmp_path):

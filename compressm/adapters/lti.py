@@ -7,6 +7,7 @@ on the model's output.  Both live in the real coordinates [Re x; Im x].
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters.base import Adapter, Analysis, Meter
-from compressm.control import Balanced, DiagonalSystem, Reduction, balance, blend, real_gramians
+from compressm.control import (
+    Balanced,
+    Criterion,
+    DiagonalSystem,
+    Reduction,
+    balance,
+    best_modes,
+    blend,
+    keep_modes,
+    real_gramians,
+)
 from compressm.errors import DataError, NumericalError
 from compressm.kernels import diagonal_scan
 
@@ -69,8 +80,51 @@ class LTIAnalysis(Analysis[Reduction]):
         return self.hsv[: reduction.real_order]
 
 
+@dataclass(frozen=True, eq=False)
+class ModalAnalysis(Analysis[Reduction]):
+    """Modes ranked by a criterion, the best of which are kept as they are.
+
+    Attributes:
+        system: the layer's.
+        criterion: that ranks them; the spectrum is its scores, one for every mode.
+    """
+
+    system: DiagonalSystem
+    criterion: Criterion
+    hsv: Tensor = field(init=False, repr=False)
+    convention: str = field(init=False, default="modal")
+    gramians: str = field(init=False, default="data-free")
+    bounded: bool = field(init=False, default=False)
+    _scores: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_scores", self.criterion.scores(self.system))
+        object.__setattr__(self, "hsv", self._scores.sort(descending=True).values)
+
+    def modes(self, order: int) -> int:
+        return min(order, self.system.order)
+
+    def reduce(self, rank: int) -> Reduction:
+        return keep_modes(self.system, best_modes(self._scores, rank), self.criterion.name)
+
+    def spectrum_after(self, reduction: Reduction) -> Tensor:
+        return self.hsv[: reduction.order]
+
+
 class LTIAdapter(Adapter[Reduction]):
-    """Adapter of layers that :meth:`read` as a DiagonalSystem; says how calibration taps them."""
+    """Adapter of layers that :meth:`read` as a DiagonalSystem; says how calibration taps them.
+
+    Attributes:
+        criterion: ranks single modes, of which the best are kept, in the place of balanced truncation; None by default.
+    """
+
+    criterion: Criterion | None = None
+
+    def judged_by(self, criterion: Criterion) -> LTIAdapter:
+        """The same adapter with that criterion."""
+        judged = copy.copy(self)
+        judged.criterion = criterion
+        return judged
 
     @abstractmethod
     def read(self, module: nn.Module, name: str = "") -> DiagonalSystem:
@@ -102,11 +156,15 @@ class LTIAdapter(Adapter[Reduction]):
         return False
 
     def bounded(self, convention: str, measured: bool) -> bool:
-        return not measured or convention == "complex"
+        return self.criterion is None and (not measured or convention == "complex")
 
-    def analyse(self, module: nn.Module, name: str, convention: str, measured: DataGramians | None) -> LTIAnalysis:
+    def analyse(
+        self, module: nn.Module, name: str, convention: str, measured: DataGramians | None
+    ) -> Analysis[Reduction]:
         """Balanced with the data Gramians, or data-free where there are none or the convention is the paper's."""
         system = self.read(module, name)
+        if self.criterion is not None:
+            return ModalAnalysis(system, self.criterion)
         if measured is None or convention == "complex":
             return LTIAnalysis(balance(system, convention=convention), "data-free")
         white_P, white_Q = real_gramians(system)

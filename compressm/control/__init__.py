@@ -2,6 +2,16 @@
 
 from compressm.control.balancing import Balanced, Reduction, balance, singular_values
 from compressm.control.coordinates import blend, real_gramians, slots
+from compressm.control.criteria import (
+    Criterion,
+    ImpulseEnergy,
+    Magnitude,
+    PeakGain,
+    RandomModes,
+    best_modes,
+    keep_modes,
+)
+from compressm.control.hankel_norm import hankel_nuclear_norm
 from compressm.control.matrix_states import (
     MatrixMoments,
     MatrixReduction,
@@ -17,16 +27,24 @@ from compressm.control.system import DiagonalSystem
 
 __all__ = [
     "Balanced",
+    "Criterion",
     "DiagonalSystem",
+    "ImpulseEnergy",
+    "Magnitude",
     "MatrixMoments",
     "MatrixReduction",
     "MeanSystem",
+    "PeakGain",
+    "RandomModes",
     "Reduction",
     "SelectiveMoments",
     "SelectiveReduction",
     "balance",
+    "best_modes",
     "blend",
     "erasing_projection",
+    "hankel_nuclear_norm",
+    "keep_modes",
     "mean_subset",
     "pair_spectrum",
     "projection",

@@ -342,6 +342,12 @@ def singular_values(P: Tensor, Q: Tensor) -> Tensor:
     return hsv
 
 
+def balancing_bases(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """T and W, each (n, m): W^H T = 1, and W^H P W = T^H Q T = diag of the m Hankel singular values that are not zero."""
+    bases = _balance(P, Q)
+    return bases.right, bases.left.mH
+
+
 def _complex_modes(eigenvalues: Tensor, E: Tensor, T: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
     """Eigenvalues, right and left bases of all modes, and the condition of their eigenvectors."""
     condition = _condition(E)

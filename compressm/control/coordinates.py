@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compressm.control.system import DiagonalSystem
 from compressm.errors import bad_argument
+from compressm.kernels import Gramians
 
 CONVENTIONS = ("real", "complex")
 
@@ -30,7 +31,11 @@ def real_gramians(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
 
     P_R = 1/2 [[Re(P + S), Im(S - P)], [Im(S - P)^T, Re(P - S)]]; Q_R is that of the dual system (conj(lam), C^H).
     """
-    g = system.gramians()
+    return gramians_of_real(system.gramians())
+
+
+def gramians_of_real(g: Gramians) -> tuple[Tensor, Tensor]:
+    """P and Q as :func:`real_gramians` gives them, from those of the complex system; differentiable."""
     return _real_gramian(g.P, g.S), _real_gramian(g.Q, g.S_Q)
 
 

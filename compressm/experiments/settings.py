@@ -47,8 +47,11 @@ class _Whole(Settings):
             raise ValueError("runs must differ")
         model, methods = kind(self), [METHODS[name] for name in self.runs]
         model.check(reduced=any(method.reduced for method in methods))
-        for method in methods:
+        for place, method in enumerate(methods):
             method.check(self, model)
+            for other in method.needs(self, model):
+                if other not in self.runs[:place]:
+                    raise ValueError(f"runs: {method.name!r} takes over from {other!r}, which must come before it")
         return self
 
 
@@ -93,8 +96,8 @@ def settings_class(parts: Parts, methods: Iterable[Method]) -> type[Settings]:
         ConfigError: two of them declare the same key.
     """
     owners: list[Owner] = [*parts, *methods]
-    for one, other in itertools.combinations(owners, 2):
-        mine, theirs = own_keys(one.Settings), own_keys(other.Settings)
+    keys = [(owner, own_keys(owner.Settings)) for owner in owners]
+    for (one, mine), (other, theirs) in itertools.combinations(keys, 2):
         if twice := [key for key in mine if key in theirs and mine[key] is not theirs[key]]:
             raise ConfigError(
                 f"the key {twice[0]!r} is declared by {one.name!r} and by {other.name!r}. Rename one, or let both inherit it"

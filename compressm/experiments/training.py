@@ -19,7 +19,6 @@ from compressm.compression import GuardReport
 from compressm.errors import CheckpointError, ConfigError, NumericalError
 from compressm.experiments.methods import Method
 from compressm.experiments.tasks.batches import step_seed
-from compressm.experiments.tasks.settings import Settings
 from compressm.experiments.tasks.task import Task
 
 CHECKPOINT_SECONDS = 30.0
@@ -62,20 +61,6 @@ class Record:
         self.curve = [point for point in self.curve if point["step"] <= step]
         self.evaluations = [evaluation for evaluation in self.evaluations if evaluation["step"] < step]
         self.reductions = [reduction for reduction in self.reductions if reduction["step"] < step]
-
-
-def learning_rate(settings: Settings) -> Callable[[int], float]:
-    """Factor on the peak learning rate by step: linear warm-up, then constant or cosine to ``min_lr_ratio``."""
-    warmup, least = settings.warmup * settings.steps, settings.min_lr_ratio
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if not settings.cosine:
-            return 1.0
-        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, settings.steps - warmup)))
-
-    return factor
 
 
 class _Recent:
@@ -123,9 +108,10 @@ class TrainingRun:
 
     def __init__(self, method: Method, task: Task, path: Path, finished: Sequence[TrainingRun] = ()) -> None:
         self.method, self.task, self.settings, self.path = method, task, task.settings, path
+        self.finished = tuple(finished)
         self.model = method.start(task, method.states(task, finished))
         self.optimizer = torch.optim.AdamW(task.model.parameter_groups(self.model), fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, learning_rate(self.settings))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, method.rate(self.settings))
         self.state = method.state(self, finished)
         self.compressor = method.compressor(self)
         if self.compressor is not None:

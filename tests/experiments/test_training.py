@@ -17,8 +17,9 @@ from compressm.experiments.tasks.batches import SEEDS_PER_BLOCK, Batches, step_s
 from compressm.experiments.tasks.models.lru import Classifier, parameter_groups
 from compressm.experiments.tasks.objectives.classification import evaluate
 from compressm.experiments.tasks.presets import PRESETS
+from compressm.experiments.tasks.rates import learning_rate
 from compressm.experiments.tasks.task import make_task
-from compressm.experiments.training import TrainingRun, learning_rate, pick_device
+from compressm.experiments.training import TrainingRun, pick_device
 
 TINY = {"steps": 24, "d_state": 12, "d_model": 4, "batch_size": 16, "eval_every": 10, "log_every": 4, "reduce_until": 0.5}
 
@@ -256,7 +257,7 @@ def test_wrong_settings_name_the_allowed_ones():
         resolve("digits", {"steps": "many"})
     with pytest.raises(ConfigError, match="train longer or reduce later"):
         resolve("digits", {"steps": 2})
-    with pytest.raises(ConfigError, match="'compressed', which must be the first run"):
+    with pytest.raises(ConfigError, match="'small' takes over from 'compressed', which must come before it"):
         resolve("digits", {"runs": ["small"]})
     with pytest.raises(ConfigError, match="expected key=value"):
         parse_assignments(["tau"])

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from compressm.adapters import Adapter, find_layers, supported_layers
+from compressm.adapters import Adapter, LTIAdapter, find_layers, supported_layers
+from compressm.control import Criterion
 from compressm.errors import ModelError, bad_argument
 
 Layers = Mapping[str, tuple[nn.Module, Adapter]]  # state-space layers with their adapters, by module name
@@ -74,3 +75,23 @@ def compressible_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]
             f"{', '.join(supported_layers())}. Register others with compressm.register_adapter"
         )
     return layers
+
+
+def judged(layers: Layers, criterion: Criterion | None) -> Layers:
+    """The layers with adapters that rank modes by a criterion; as they are without one.
+
+    Raises:
+        ArgumentError: it is none, or a layer is not time-invariant.
+    """
+    if criterion is None:
+        return layers
+    if not isinstance(criterion, Criterion):
+        got = f"the class {criterion.__name__}" if isinstance(criterion, type) else repr(criterion)
+        raise bad_argument("criterion", got=got, expected="a compressm.control.Criterion instance, or None")
+    found = {}
+    for name, (module, adapter) in layers.items():
+        if not isinstance(adapter, LTIAdapter):
+            got = f"{criterion.name} for layer {name!r} ({type(module).__name__})"
+            raise bad_argument("criterion", got=got, expected="None, as this one ranks modes of time-invariant layers")
+        found[name] = (module, adapter.judged_by(criterion))
+    return found

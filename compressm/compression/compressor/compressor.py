@@ -13,7 +13,7 @@ from torch import nn
 
 from compressm.adapters import check_known
 from compressm.compression.common.described import described
-from compressm.compression.common.models import compressible_layers
+from compressm.compression.common.models import compressible_layers, judged
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.cadence import Cadence
 from compressm.compression.compressor.progress import STATE_FORMAT, Progress, check_progress, check_state
@@ -31,6 +31,7 @@ from compressm.compression.planning.report import GuardReport, ReductionPlan, Re
 from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
 from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_ema, check_optimizers
 from compressm.compression.surgery.moments import check_moments
+from compressm.control import Criterion
 from compressm.errors import CompressmError, bad_argument
 
 
@@ -84,6 +85,9 @@ class Compressor:
         uniform: all layers keep as many states as the one that needs most, for servers that expect one state size; a Budget
             is met all the same.
         sequences: at most so many calibration sequences, over all processes.
+        criterion: ranks the modes of time-invariant layers, the best of which are kept as they are, in the place of balanced
+            truncation (``compressm.control.Magnitude``, ``PeakGain``, ``ImpulseEnergy``, ``RandomModes``, or a ``Criterion`` of
+            yours); policies see its scores as the spectrum.
         refine: steps of local distillation in every reduction: what the cut leaves of a layer learns, on calibration sequences,
             to give what the layer gave, before training goes on.  For Mamba-2; None: 0, as training closes the gap by itself.
         guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
@@ -112,13 +116,15 @@ class Compressor:
         multiple_of: int | None = None,
         uniform: bool = False,
         sequences: int = 64,
+        criterion: Criterion | None = None,
         guard: Rollback | None = None,
         refine: int | None = None,
     ) -> None:
         self.optimizers = as_optimizers(optimizer)
         self.team = team_of(model, self.optimizers)
         self.model = self.team.model
-        self.layers = in_form(compressible_layers(self.model), form, self.team, self.optimizers)
+        layers = in_form(compressible_layers(self.model), form, self.team, self.optimizers)
+        self.layers = judged(layers, criterion)
         check_known(self.layers)
         self.schedule = check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compressm.errors import bad_argument
+from compressm.experiments.tasks.rates import Rate, learning_rate
 from compressm.experiments.tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Method:
         reference: whether the others are compared with it.
         reduced: whether its model ends smaller than full size.
         shrinks: whether it does so in training: a report is about the first run that does.
+        teachers: the methods whose training a run of its own costs as well.
     """
 
     name: ClassVar[str]
@@ -79,6 +81,7 @@ class Method:
     reference: ClassVar[bool] = False
     reduced: ClassVar[bool] = False
     shrinks: ClassVar[bool] = False
+    teachers: ClassVar[tuple[str, ...]] = ()
 
     def unfit(self, model: type[Model]) -> str:
         """Why it cannot be used with a family of models, such as ``changes initial phases, mamba has none``; else empty."""
@@ -86,6 +89,14 @@ class Method:
 
     def check(self, settings: Any, model: Model) -> None:
         """Raise ValueError where the settings of a command that runs it contradict each other."""
+
+    def needs(self, settings: Any, model: Model) -> tuple[str, ...]:
+        """The methods whose runs must be finished before it begins, as it takes over something of theirs."""
+        return self.teachers
+
+    def rate(self, settings: Any) -> Rate:
+        """Factor on the peak learning rate by step."""
+        return learning_rate(settings)
 
     def states(self, task: Task, finished: Sequence[TrainingRun]) -> list[int]:
         """Of every block at the start; ``finished`` are the runs before this one."""

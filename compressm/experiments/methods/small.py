@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressm.experiments.methods.base import Look, Method
 from compressm.experiments.methods.compressed import Compressed
-from compressm.experiments.tasks.settings import Settings
 
 if TYPE_CHECKING:
     from compressm.experiments.tasks.parts import Model
     from compressm.experiments.tasks.task import Task
     from compressm.experiments.training import TrainingRun
+
+
+def sized_by(model: Model) -> tuple[str, ...]:
+    """The methods whose runs say how small a model shall be; none where that is known beforehand."""
+    return (Compressed.name,) if model.small_states() is None else ()
+
+
+def small_states(task: Task, finished: Sequence[TrainingRun]) -> list[int]:
+    """States of every block of a small model: those that the compressed run ended with, or what the model knows beforehand."""
+    compressed = next((run for run in finished if run.name == Compressed.name), None)
+    return task.model.small_states() if compressed is None else compressed.model.states
 
 
 class Small(Method):
@@ -24,10 +34,8 @@ class Small(Method):
     look = Look("#d55e00", "#f2893c", line=(0, (4, 1.6)), layer=3.0)
     reduced = True
 
-    def check(self, settings: Settings, model: Model) -> None:
-        if model.small_states() is None and settings.runs[0] != Compressed.name:
-            raise ValueError(f"small runs take their states from {Compressed.name!r}, which must be the first run")
+    def needs(self, settings: Any, model: Model) -> tuple[str, ...]:
+        return sized_by(model)
 
     def states(self, task: Task, finished: Sequence[TrainingRun]) -> list[int]:
-        compressed = next((run for run in finished if run.name == Compressed.name), None)
-        return task.model.small_states() if compressed is None else compressed.model.states
+        return small_states(task, finished)

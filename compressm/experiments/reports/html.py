@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from compressm.errors import DataError
@@ -35,7 +35,15 @@ def write_html(report: Mapping[str, Any] | Report, path: str | Path) -> Path:
     Raises:
         DataError: not a report, or the file cannot be written.
     """
-    page = render(parse_report(report))
+    return write_page(render(parse_report(report)), path)
+
+
+def write_page(page: str, path: str | Path) -> Path:
+    """Write a page; its folder is made.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,15 +53,25 @@ def write_html(report: Mapping[str, Any] | Report, path: str | Path) -> Path:
     return path
 
 
+def template(name: str) -> Template:
+    """One of the templates beside this file."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_source)
+    )
+    environment.filters |= {"whole": summary.whole, "svg": Markup}
+    return environment.get_template(name)
+
+
+def _source(name: str) -> str:
+    return resources.files("compressm.experiments.reports").joinpath(name).read_text(encoding="utf-8")
+
+
 def render(report: Report) -> str:
     """The page."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"whole": summary.whole, "svg": Markup}
-    text = resources.files("compressm.experiments.reports").joinpath(TEMPLATE).read_text(encoding="utf-8")
     metric = report.measure
     score = f"{metric.watched} {metric.name}"
     drawn = {words.format(score=score): make(report) for words, make in plots.PICTURES.items()}
-    return environment.from_string(text).render(
+    return template(TEMPLATE).render(
         looks=looks(),
         title=clean(report.title) or "Training runs",
         preset=clean(report.preset),
@@ -70,7 +88,7 @@ def render(report: Report) -> str:
         missing=[words for words, picture in drawn.items() if picture is None],
         tau=_tau(report),
         reductions=[_reduction(report, run, number) for run in report.runs for number in range(len(run.reductions))],
-        details=[(name, _facts(values)) for name, values in _details(report).items()],
+        details=[(name, facts(values)) for name, values in _details(report).items()],
     )
 
 
@@ -212,7 +230,8 @@ def _details(report: Report) -> dict[str, Mapping[str, Any]]:
     return {"Configuration": report.config, "Dataset": report.dataset, "Machine": report.machine}
 
 
-def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+def facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values as text."""
     return [(clean(str(key)), clean(_plain(value))) for key, value in values.items()]
 
 

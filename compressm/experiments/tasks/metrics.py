@@ -82,4 +82,8 @@ BITS_PER_BYTE = Metric(
     "bits_per_byte", "bits per byte", "bits/byte", higher_is_better=False, factor=1.0, digits=3, unit="",
     heading="bits/byte", gap_unit="bits per byte", better="better than", worse="worse than", watched="validation",
 )  # fmt: skip
-METRICS = {metric.key: metric for metric in (ACCURACY, BITS_PER_BYTE)}
+ERROR_DB = Metric(
+    "error_db", "error", "error", higher_is_better=False, factor=1.0, digits=2, unit=" dB", heading="error, dB",
+    gap_unit="dB", better="dB better than", worse="dB worse than", watched="test",
+)  # fmt: skip
+METRICS = {metric.key: metric for metric in (ACCURACY, BITS_PER_BYTE, ERROR_DB)}

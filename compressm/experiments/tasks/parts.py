@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.compression import Policy
+from compressm.errors import DataError
 from compressm.experiments.tasks.metrics import Metric
 from compressm.experiments.tasks.settings import BlockSettings, Settings
 from compressm.kernels import KernelPlan
@@ -41,6 +42,14 @@ class Data(ABC):
     @abstractmethod
     def describe(self) -> dict[str, int | str]:
         """For the report, and to tell whether a checkpoint was trained on other data."""
+
+    def held_out(self) -> Data:
+        """The same with a part held out of training in the place of its test part, for choices that must not see that.
+
+        Raises:
+            DataError: there is no such part.
+        """
+        raise DataError(f"--tune: {self.kind} have no part to tune on (no {type(self).__name__}.held_out). Leave --tune out")
 
 
 class Part:
@@ -224,6 +233,15 @@ class Objective(Part, ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """The metric under its key, the ``loss`` and what else belongs to them, on ``"test"`` or what the metric watches."""
+
+    def imitation(self, scores: Tensor, taught: Tensor, temperature: float) -> Tensor:
+        """The loss of a student's scores of classes, along the last axis, beside those of its teacher.
+
+        Cross-entropy of the two distributions at a temperature, times its square, so that gradients keep their size (Hinton,
+        Vinyals and Dean, arXiv 1503.02531).
+        """
+        soft = (taught / temperature).softmax(-1)
+        return -(temperature**2) * (soft * (scores / temperature).log_softmax(-1)).sum(-1).mean()
 
     def result(self, model: nn.Module, last: dict[str, float]) -> dict[str, Any]:
         """What a run ends with, on ``"test"``; ``last`` is its last evaluation, which is the answer where it watches that."""

@@ -55,4 +55,9 @@ PRESETS |= {
         "weight_decay": 0.05, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "min_lr_ratio": 0.1,
         "reduce_until": 0.4375, "log_every": 10, "eval_every": 50,
     },
+    "sysid": {
+        "title": "Identification of a linear system of order 8", "dataset": "sysid", **_FOUR,
+        "d_state": 64, "rank": 12, "steps": 1000, "batch_size": 8, "lr": 1e-2, "warmup": 0.05, "cosine": True, "log_every": 20,
+        "eval_every": 100,
+    },
 }  # fmt: skip

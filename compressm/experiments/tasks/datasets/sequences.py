@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressm.errors import DataError
 from compressm.experiments.tasks.parts import Data
 
 
@@ -42,6 +43,16 @@ class Sequences(Data):
         n, length, channels = self.train_x.shape
         sizes = {"train": n, "test": len(self.test_x), "length": length, "channels": channels, "classes": self.classes}
         return {"name": self.name, **sizes}
+
+    def held_out(self) -> Sequences:
+        """A sixth of the training sequences, drawn once and for all, stands for the test sequences."""
+        order = torch.randperm(len(self.train_y), generator=torch.Generator().manual_seed(0)).to(self.train_y.device)
+        count = min(len(self.test_y), len(order) // 6)
+        if not count:
+            raise DataError(f"{self.name}: {len(order)} training sequences, expected at least 6 to hold some out for tuning")
+        out, rest = order[:count], order[count:]
+        x, y = self.train_x, self.train_y
+        return Sequences(self.name, x[rest], y[rest], x[out], y[out], self.classes)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel of the training pixels, float32."""

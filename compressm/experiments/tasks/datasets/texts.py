@@ -57,6 +57,10 @@ class Text(Tokens):
         version = {"python": self.python} if self.python else {}
         return {"name": self.name, **version, "files": self.files, **sizes, "sha256": self.sha256}
 
+    def held_out(self) -> Text:
+        """The validation part stands for the test part."""
+        return replace(self, splits={**self.splits, "test": self.splits["validation"]})
+
     def windows(self, split: str, length: int, limit: int) -> Tensor:
         """Windows for measuring, evenly spaced over a part and overlapping in no predicted byte.
 

@@ -1,0 +1,71 @@
+"""What methods have in common that train at full size, cut at the end, and train on: in as many steps as all others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+import compressm
+from compressm.control import Criterion
+from compressm.experiments.methods.base import Method
+from compressm.experiments.methods.random_subset import to_states
+from compressm.experiments.methods.small import sized_by, small_states
+from compressm.experiments.tasks.rates import Rate, rise_and_fall
+from compressm.experiments.tasks.settings import Settings
+
+if TYPE_CHECKING:
+    from compressm.experiments.tasks.parts import Model
+    from compressm.experiments.training import TrainingRun
+
+
+class FinetunedSettings(Settings):
+    """The last fraction ``finetune`` of the steps comes after the cut, with ``finetune_lr`` times the learning rate."""
+
+    finetune: float = Field(0.3, gt=0, lt=1)
+    finetune_lr: float = Field(0.3, gt=0)
+
+
+class Finetuned(Method):
+    """Full size with a whole schedule of the learning rate, cut when that is over, then a second one for what is left.
+
+    Attributes:
+        criterion: what ranks the states; None: balanced truncation with data Gramians.
+    """
+
+    Settings = FinetunedSettings
+    reduced = True
+    criterion: ClassVar[Criterion | None] = None
+
+    def unfit(self, model: type[Model]) -> str:
+        if self.criterion is None or model.mixer == "lru":
+            return ""
+        return f"keeps modes of time-invariant layers, the model {model.name!r} has none"
+
+    def check(self, settings: FinetunedSettings, model: Model) -> None:
+        if not 0 < self.cut_after(settings) < settings.steps:
+            raise ValueError("steps * finetune must leave at least one step before the cut and one after it")
+
+    def needs(self, settings: Any, model: Model) -> tuple[str, ...]:
+        return sized_by(model)
+
+    def cut_after(self, settings: FinetunedSettings) -> int:
+        """The step after which the model is cut."""
+        return round(settings.steps * (1 - settings.finetune))
+
+    def rate(self, settings: FinetunedSettings) -> Rate:
+        cut = self.cut_after(settings)
+        first = rise_and_fall(cut, settings.warmup, cosine=settings.cosine, least=settings.min_lr_ratio)
+        second = rise_and_fall(settings.steps - cut, settings.warmup, cosine=settings.cosine, least=settings.min_lr_ratio)
+        return lambda step: first(step) if step < cut else settings.finetune_lr * second(step - cut)
+
+    def compressor(self, run: TrainingRun) -> compressm.Compressor:
+        return compressm.Compressor(
+            run.model,
+            run.optimizer,
+            policy=to_states(run.task, small_states(run.task, run.finished)),
+            schedule=compressm.At([self.cut_after(run.settings)], run.settings.steps),
+            calibration=run.task.calibration() if self.criterion is None else None,
+            sequences=run.settings.calibration_sequences,
+            criterion=self.criterion,
+        )

@@ -1,0 +1,115 @@
+"""Linear systems in series: LRUs alone, for the identification of systems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+import compressm
+from compressm.experiments.tasks.datasets.signals import Signals
+from compressm.experiments.tasks.models.lru import parameter_groups
+from compressm.experiments.tasks.parts import Cut, Model
+from compressm.experiments.tasks.settings import BlockSettings
+from compressm.kernels import KernelPlan
+from compressm.layers import LRU
+
+
+class LruSystemSettings(BlockSettings):
+    """Initial eigenvalues as of :class:`compressm.layers.LRU`; ``rank`` is the number of states that a reduction leaves in
+    every layer.  The channels are those of the data.
+    """
+
+    rank: int = Field(12, ge=1)
+    r_min: float = Field(0.9, ge=0, lt=1)
+    r_max: float = Field(0.999, gt=0, lt=1)
+    max_phase: float = Field(6.28, gt=0, le=6.2831853)
+
+    @model_validator(mode="after")
+    def _ring(self) -> LruSystemSettings:
+        if self.r_min >= self.r_max:
+            raise ValueError("r_min must be below r_max")
+        return self
+
+
+class LinearBlock(nn.Module):
+    """One linear system.
+
+    Args:
+        channels: in and out.
+        d_state: complex states.
+        ring: see :class:`compressm.layers.LRU`.
+    """
+
+    def __init__(self, channels: int, d_state: int, **ring: float) -> None:
+        super().__init__()
+        self.lru = LRU(channels, d_state, **ring)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, L, channels) -> the same shape."""
+        return self.lru(x)
+
+
+class LinearModel(nn.Module):
+    """Linear systems one after the other.
+
+    Args:
+        channels: in and out.
+        d_states: states of every system.
+        ring: see :class:`compressm.layers.LRU`.
+    """
+
+    def __init__(self, channels: int, d_states: Sequence[int], **ring: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(LinearBlock(channels, n, **ring) for n in d_states)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, L, channels) -> the same shape."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    @property
+    def states(self) -> list[int]:
+        """States of every system now."""
+        return [block.lru.d_state for block in self.blocks]
+
+
+class LruSystem(Model):
+    """Which signal a system answers with, by LRUs alone."""
+
+    name = "lru_system"
+    Settings = LruSystemSettings
+    settings: LruSystemSettings
+    reads = Signals
+    mixer = "lru"
+
+    def small_states(self) -> list[int]:
+        return [self.settings.rank] * self.settings.blocks
+
+    def build(self, data: Signals, states: Sequence[int]) -> LinearModel:
+        s = self.settings
+        return LinearModel(data.train_x.shape[-1], states, r_min=s.r_min, r_max=s.r_max, max_phase=s.max_phase)
+
+    def blank(self, facts: Mapping[str, Any]) -> LinearModel:
+        return LinearModel(int(facts["inputs"]), self.full_states())
+
+    def parameter_groups(self, model: nn.Module) -> list[dict]:
+        return parameter_groups(model, self.settings.lr, 1.0, self.settings.weight_decay)
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(compressm.FixedRank(self.settings.rank))
+
+    def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
+        N, H = self.settings.d_state, self.settings.channels
+        shapes = {"u": (self.settings.batch_size, length, H), "B": (N, H), "C": (H, N)}
+        return compressm.kernels.plan("lti_scan", shapes, device=device)
+
+    def check(self, *, reduced: bool) -> None:
+        s = self.settings
+        if reduced and s.rank >= s.d_state:
+            raise ValueError(f"rank = {s.rank} must be below d_state = {s.d_state}")
