@@ -16,7 +16,8 @@ from compressm.compression.common.models import compressible_layers
 from compressm.compression.surgery.audit import full_name
 from compressm.errors import bad_argument
 
-SIZE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size")  # what configs call the number of states of all layers
+# What configs call the number of states of all layers.
+SIZE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size", "linear_key_head_dim")
 
 ScheduleArgument = Schedule | Callable[[int], Schedule]
 

@@ -39,7 +39,7 @@ class AcceleratedMamba2Mixer(nn.Module):
             conv_state, state = cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
         seq_idx = kwargs.get("seq_idx")
         z, xBC, dt = project(mixer, hidden_states, attention_mask)
-        xBC = self._convolve(xBC, cache, conv_state, seq_idx)
+        xBC = convolved(mixer, xBC, cache, conv_state, seq_idx)
         inputs = scan_inputs(mixer, without_padding(xBC, attention_mask), sizes)
         y: Any
         if state is not None and length == 1:
@@ -56,19 +56,6 @@ class AcceleratedMamba2Mixer(nn.Module):
         y = y.flatten(-2)
         return mixer.out_proj((mixer.norm(y, z) if normed(mixer) else y).to(hidden_states.dtype))
 
-    def _convolve(self, xBC: Tensor, cache: Any, conv_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-        """silu(causal convolution) of (B, L, channels) behind what the cache remembers."""
-        mixer: Any = self
-        length = xBC.shape[1]
-        if conv_state is not None and length == 1 and not cache.is_recording_past(mixer.layer_idx):
-            return convolve_step(mixer, xBC[:, 0], conv_state)[:, None]
-        x = xBC.mT
-        if cache is not None:
-            x = cache.update_conv_state(x, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
-        if seq_idx is not None:
-            x = x[..., -length:]
-        return convolve(mixer, x, seq_idx=seq_idx)[..., -length:].mT
-
     @property
     def kernel_plan(self) -> KernelPlan | None:
         """The kernel that runs the scan at the present number of states; None before the first call.
@@ -80,6 +67,25 @@ class AcceleratedMamba2Mixer(nn.Module):
         (device, dtype, batch, length), sizes = self._last_call, layout(self)
         x = batch, length, sizes.heads, sizes.headdim
         return plan("ssd", {"x": x, "B": (batch, length, sizes.groups, states(self))}, dtype, device)
+
+
+def convolved(mixer: Any, x: Tensor, cache: Any, conv_state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """silu(causal convolution) of x (B, L, channels) behind what the library's cache remembers, which is written.
+
+    Args:
+        cache: None: there is nothing in front.
+        conv_state: what it remembers, or None.
+        seq_idx: (B, L) numbers of packed sequences, or None.
+    """
+    length = x.shape[1]
+    if conv_state is not None and length == 1 and not cache.is_recording_past(mixer.layer_idx):
+        return convolve_step(mixer, x[:, 0], conv_state)[:, None]
+    inputs = x.mT
+    if cache is not None:
+        inputs = cache.update_conv_state(inputs, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
+    if seq_idx is not None:
+        inputs = inputs[..., -length:]
+    return convolve(mixer, inputs, seq_idx=seq_idx)[..., -length:].mT
 
 
 @functools.cache

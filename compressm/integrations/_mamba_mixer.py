@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from compressm.adapters.mamba2 import TRANSFORMERS
+from compressm.adapters.gated_delta_net import GATED_DELTA_NETS
+from compressm.adapters.mamba2 import TRANSFORMERS as MAMBA2S
 from compressm.errors import ModelError
-from compressm.integrations._mamba2_mixer import accelerated
+from compressm.integrations._gated_delta_mixer import accelerated as accelerated_delta
+from compressm.integrations._mamba2_mixer import accelerated as accelerated_mamba2
 from compressm.kernels import KernelPlan, plan, selective_scan, selective_state_update
 from compressm.layers.mamba2_mixer import without_padding
 from compressm.layers.mamba_mixer import SILU, convolve, convolve_step, decay, mix, project, select, working_dtype
@@ -80,14 +82,14 @@ class AcceleratedMambaMixer(MambaMixer):
 
 
 def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
-    """Run every Mamba mixer of a transformers model, Mamba-1 and Mamba-2, on compressm's kernels; in place.
+    """Run every Mamba-1, Mamba-2 and gated delta rule mixer of a transformers model on compressm's kernels; in place.
 
     Outputs, cache and state_dict are the library's; they differ where a cache is continued by several tokens at once, as
     there the library forgets the scan's state, and where a Mamba-2 has a ``time_step_limit``, which the library does not apply
     in decoding.
 
-    Mamba-2 mixers can be reduced in form ``"projected"`` then.  ``save_pretrained`` of a model with maps raises ModelError: the
-    library could not load them; store it with ``compressm.save``.
+    Mamba-2 and gated delta rule mixers can be reduced in form ``"projected"`` then.  ``save_pretrained`` of a model with maps
+    raises ModelError: the library could not load them; store it with ``compressm.save``.
 
     Args:
         model: such as ``MambaForCausalLM``, or a hybrid, whose other layers are left alone; before or after reductions.
@@ -97,18 +99,18 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
         the model.
 
     Raises:
-        ModelError: no Mamba mixer, one with another activation than SiLU, one whose forward has been replaced, or, going back,
+        ModelError: no such mixer, one with another activation than SiLU, one whose forward has been replaced, or, going back,
             one with maps; nothing has changed.
     """
     mixers = {name: module for name, module in model.named_modules() if _own_class(module) is not None}
     if not mixers:
-        expected = "transformers' Mamba-1 or Mamba-2 model"
-        raise ModelError(f"model: {type(model).__name__} has no MambaMixer or Mamba2Mixer, expected {expected}")
+        expected = "one of transformers' Mamba-1, Mamba-2 or gated delta rule models"
+        raise ModelError(f"model: {type(model).__name__} has no mixer that compressm knows, expected {expected}")
     own: Any
     for name, mixer in mixers.items():
         if mode:
             _check(name, mixer)
-        elif mixer._parameters.get("B_map") is not None:
+        elif _mapped(mixer):
             own = _own_class(mixer)
             raise ModelError(f"layer {name!r}: has maps, expected none, as {own.__name__} has no place for them")
     for mixer in mixers.values():
@@ -126,7 +128,7 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
 
 def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """``save_pretrained`` of models without maps."""
-    mapped = [name for name, module in model.named_modules() if module._parameters.get("B_map") is not None]
+    mapped = [name for name, module in model.named_modules() if _mapped(module)]
     if mapped:
         raise ModelError(
             f"save_pretrained: {', '.join(mapped[:4])} have maps (form 'projected'), which from_pretrained would leave out, "
@@ -135,15 +137,22 @@ def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return type(model).save_pretrained(model, *args, **kwargs)
 
 
+def _mapped(module: nn.Module) -> bool:
+    """Whether a mixer has maps behind its convolution."""
+    return any(module._parameters.get(name) is not None for name in ("B_map", "k_map"))
+
+
 def _own_class(module: nn.Module) -> type[nn.Module] | None:
     """The library's class of a mixer; None of another module."""
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
     kinds = dict(zip(names, type(module).__mro__, strict=True))
-    return next((kind for name, kind in kinds.items() if kind is MambaMixer or name in TRANSFORMERS), None)
+    return next((kind for name, kind in kinds.items() if kind is MambaMixer or name in (*MAMBA2S, *GATED_DELTA_NETS)), None)
 
 
 def _accelerated(own: Any) -> type[nn.Module]:
-    return AcceleratedMambaMixer if own is MambaMixer else accelerated(own)
+    if own is MambaMixer:
+        return AcceleratedMambaMixer
+    return accelerated_delta(own) if f"{own.__module__}.{own.__qualname__}" in GATED_DELTA_NETS else accelerated_mamba2(own)
 
 
 def _check(name: str, mixer: Any) -> None:
