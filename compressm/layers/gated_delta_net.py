@@ -76,7 +76,7 @@ class GatedDeltaNet(MambaLayer):
                 raise bad_argument(name, got=repr(size), expected="a positive integer")
         if heads % num_heads:
             raise bad_argument("num_v_heads", got=heads, expected=f"a multiple of num_heads = {num_heads}")
-        values = int(head_dim * expand_v)
+        values = round(head_dim * expand_v)
         if values < 1 or not math.isclose(values, head_dim * expand_v, abs_tol=1e-5):
             got = f"{expand_v}, so {head_dim * expand_v} channels of a value with head_dim {head_dim}"
             raise bad_argument("expand_v", got=got, expected="a positive whole number of channels")

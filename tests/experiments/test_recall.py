@@ -149,9 +149,15 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_result(make, name, stops):
             assert torch.equal(a, b), (stop, key)
 
 
-@pytest.mark.parametrize(("d_features", "form", "features"), [(None, "strict", 3), (8, "projected", 8), (11, "projected", 11)])
-def test_the_form_of_a_cut_follows_the_layer_and_is_reported(make, d_features, form, features):
-    made = finished(make("compressed", d_features=d_features))
+@pytest.mark.parametrize(
+    ("options", "form", "features"),
+    [
+        ({}, "projected", 8), ({"form": "strict"}, "strict", 3), ({"d_features": 8}, "projected", 8),
+        ({"d_features": 11}, "projected", 11),
+    ],
+)
+def test_the_form_of_a_cut_is_chosen_and_reported(make, options, form, features):
+    made = finished(make("compressed", **options))
     (cut,) = made.record.reductions
     assert [layer["method"].partition(",")[0] for layer in cut["layers"]] == [form]
     assert cut["layers"][0]["gramians"] == "data"
@@ -209,7 +215,7 @@ def test_the_whole_command(tmp_path):
     assigned = [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
     result = run("train", "recall", "--out", out, *assigned, "--set", f"runs={json.dumps(runs)}")
     assert result.exit_code == 0
-    assert "strict, backward subset" in " ".join(result.output.split())
+    assert "projected, balanced pair" in " ".join(result.output.split())
     assert "small, projected architecture: 8 steps" in " ".join(result.output.split())
     data = json.loads((out / "report.json").read_text())
     assert [entry["name"] for entry in data["runs"]] == runs
@@ -248,10 +254,28 @@ def test_wrong_settings_say_what_is_allowed():
         ({"min_lr_ratio": 1.5}, "min_lr_ratio: got 1.5"),
         ({"tau": 0.1}, "tau has no meaning for the dataset 'recall', expected one of .*d_features"),
         ({"model": "mamba", "headdim": 4}, "headdim has no meaning"),
-        ({"model": "mamba3"}, r"did you mean 'mamba2?'\?\), expected one of lru, mamba, mamba2$"),
+        ({"model": "mamba3"}, r"did you mean 'mamba2?'\?\), expected one of lru, mamba, mamba2, gated_delta_net"),
+        ({"d_features": 64, "form": "strict"}, "form = 'strict' does not go with d_features = 64"),
+        ({"model": "gated_delta_net", "heads": 3}, r"heads = 3 must divide expand \* d_model = 64"),
         ({"model": "lru"}, "'lru' reads labelled sequences of pixels, the dataset 'recall' gives pairs of keys and values"),
         ({"objective": "next_byte"}, "objective: 'next_byte' reads bytes of text.*expected one of answers"),
         ({"pair": 3}, r"unknown key 'pair' \(did you mean 'pairs'\?\)"),
     ):
         with pytest.raises(ConfigError, match=words):
             resolve("recall", overrides)
+
+
+@pytest.mark.parametrize("form", ["strict", "projected"])
+def test_gated_delta_net_shrinks_and_is_restored(form, tmp_path):
+    options = {key: value for key, value in TINY.items() if key != "headdim"}
+    made_task = make_task(resolve("recall", {**options, "model": "gated_delta_net", "form": form}), None, CPU)
+    made = finished(TrainingRun(METHODS["compressed"], made_task, tmp_path / "run.safetensors", ()))
+    (cut,) = made.record.reductions
+    assert cut["layers"][0]["method"].startswith(form)
+    assert made.model.states == [3]
+    model, calibration = restore_model(tmp_path / "run.safetensors")
+    assert torch.equal(model(calibration[0]), made.model(calibration[0]))
+    control = TrainingRun(METHODS["small_projected"], made_task, tmp_path / "control.safetensors", ())
+    layer = control.model.blocks[0].layer
+    assert (layer.head_k_dim, layer.d_state, layer.head_v_dim) == (8, 3, 4)
+    control.train_step()

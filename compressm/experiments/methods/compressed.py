@@ -45,6 +45,7 @@ class Compressed(Method):
             schedule=compressm.Warmup(settings.steps, settings.reduce_until, cut.attempts),
             calibration=None if cut.recipe == "paper" else run.task.calibration(),
             recipe=cut.recipe,
+            form=cut.form,
             multiple_of=cut.multiple_of,
             sequences=settings.calibration_sequences,
         )

@@ -108,13 +108,14 @@ class Cut:
     Attributes:
         policy: how many states a reduction leaves.
         attempts: reductions, spread evenly over the time that a method gives them.
-        recipe, multiple_of: see there.
+        recipe, multiple_of, form: see there.
     """
 
     policy: Policy
     attempts: int = 1
     recipe: str = "default"
     multiple_of: int = 1
+    form: str = "auto"
 
 
 class Model(Part, ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +27,15 @@ class TokenSettings(BlockSettings):
     rank: int = Field(12, ge=1)
     expand: int = Field(2, ge=1)
     tied: bool = True
+
+
+class MatrixSettings(TokenSettings):
+    """``form`` is what reductions make of the layers, as the Compressor takes it; with ``d_features`` these have maps from so
+    many channels of keys and queries to their states from the start.
+    """
+
+    form: Literal["auto", "strict", "projected"] = "auto"
+    d_features: int | None = Field(None, ge=1)
 
 
 class Block(nn.Module):
@@ -64,7 +73,7 @@ class LanguageModel(nn.Module):
         d_model: H.
         d_states: states of every block.
         mixer: the attribute of a block that holds its layer.
-        layer: makes a layer of that many states; its projection out is ``out_proj``.
+        layer: makes a layer of that many states; its projection out is ``out_proj`` or ``o_proj``.
         vocabulary: number of different tokens.
         tied: whether the last projection is the embedding, transposed.
     """
@@ -87,7 +96,8 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         with torch.no_grad():
             for block in self.blocks:
-                block.layer.out_proj.weight /= math.sqrt(len(self.blocks))
+                layer: Any = block.layer
+                (layer.out_proj if hasattr(layer, "out_proj") else layer.o_proj).weight /= math.sqrt(len(self.blocks))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, L), any integer dtype -> scores (batch, L, vocabulary) of what is behind each."""
@@ -150,9 +160,15 @@ class TokenModel(Model):
 
     @property
     def cut(self) -> Cut:
-        return Cut(compressm.FixedRank(self.settings.rank))
+        s = self.settings
+        return Cut(compressm.FixedRank(s.rank), form=s.form if isinstance(s, MatrixSettings) else "auto")
 
     def check(self, *, reduced: bool) -> None:
         s = self.settings
         if reduced and s.rank >= s.d_state:
             raise ValueError(f"rank = {s.rank} must be below d_state = {s.d_state}")
+        if isinstance(s, MatrixSettings) and s.d_features is not None:
+            if s.d_features < s.d_state:
+                raise ValueError(f"d_features = {s.d_features} must be at least d_state = {s.d_state}, or left out")
+            if s.form == "strict":
+                raise ValueError(f"form = 'strict' does not go with d_features = {s.d_features}: such layers have maps")

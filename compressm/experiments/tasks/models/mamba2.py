@@ -6,18 +6,15 @@ import torch
 from pydantic import Field
 
 import compressm
-from compressm.experiments.tasks.models.language_model import TokenModel, TokenSettings
+from compressm.experiments.tasks.models.language_model import MatrixSettings, TokenModel
 from compressm.kernels import KernelPlan
 from compressm.layers import Mamba2
 
 
-class Mamba2Settings(TokenSettings):
-    """``headdim`` is the number of channels of a head; with ``d_features`` layers have maps from that many channels of B and C
-    to their states, and are cut in the projected form.
-    """
+class Mamba2Settings(MatrixSettings):
+    """``headdim`` is the number of channels of a head."""
 
     headdim: int = Field(32, ge=1)
-    d_features: int | None = Field(None, ge=1)
 
 
 class Mamba2Model(TokenModel):
@@ -28,7 +25,7 @@ class Mamba2Model(TokenModel):
     settings: Mamba2Settings
     notes = (
         "States are counted per channel of a head, as d_state of Mamba-2 is.",
-        "Each reduction says its form: strict keeps a subset of the states; projected, with d_features, mixes them.",
+        "Each reduction says its form: strict keeps a subset of the states; projected mixes them.",
     )
 
     def layer(self, states: int) -> Mamba2:
@@ -46,5 +43,3 @@ class Mamba2Model(TokenModel):
         s = self.settings
         if s.expand * s.d_model % s.headdim:
             raise ValueError(f"headdim = {s.headdim} must divide expand * d_model = {s.expand * s.d_model}")
-        if s.d_features is not None and s.d_features < s.d_state:
-            raise ValueError(f"d_features = {s.d_features} must be at least d_state = {s.d_state}, or left out")

@@ -1,0 +1,49 @@
+"""Language models of Gated DeltaNet layers."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+import compressm
+from compressm.experiments.tasks.models.language_model import MatrixSettings, TokenModel
+from compressm.kernels import KernelPlan
+from compressm.layers import GatedDeltaNet
+
+
+class GatedDeltaNetSettings(MatrixSettings):
+    """``heads`` share the ``expand * d_model`` channels of values; each has ``d_state`` channels of keys, or ``d_features``
+    with maps to ``d_state`` of them.
+    """
+
+    heads: int = Field(2, ge=1)
+
+
+class GatedDeltaNetModel(TokenModel):
+    """Which token comes next, by blocks of Gated DeltaNet layers."""
+
+    name = mixer = "gated_delta_net"
+    Settings = GatedDeltaNetSettings
+    settings: GatedDeltaNetSettings
+    notes = (
+        "States are counted per channel of a head's values: they are the channels of a key.",
+        "Each reduction says its form: strict keeps a subset of the states; projected mixes them.",
+    )
+
+    def layer(self, states: int) -> GatedDeltaNet:
+        s = self.settings
+        keys, values = s.d_features or states, s.expand * s.d_model // s.heads
+        maps = None if s.d_features is None else states
+        return GatedDeltaNet(s.d_model, values / keys, head_dim=keys, num_heads=s.heads, d_state=maps)
+
+    def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
+        s = self.settings
+        steps = s.batch_size, length, s.heads
+        shapes = {"k": (*steps, s.d_state), "v": (*steps, s.expand * s.d_model // s.heads)}
+        return compressm.kernels.plan("gated_delta_rule", shapes, device=device)
+
+    def check(self, *, reduced: bool) -> None:
+        super().check(reduced=reduced)
+        s = self.settings
+        if s.expand * s.d_model % s.heads:
+            raise ValueError(f"heads = {s.heads} must divide expand * d_model = {s.expand * s.d_model}")
