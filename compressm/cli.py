@@ -196,10 +196,12 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Give a trained language model of transformers fewer states: calibrate, cut, distil, store."""
+    from compressm.experiments.training import pick_device
     from compressm.integrations.post_training import compress_checkpoint
 
     numbers: dict[str, Any] = {"states": states, "sequences": sequences, "length": length, "held_out": held_out}
-    outcome = compress_checkpoint(checkpoint, out, data, **numbers, multiple_of=multiple_of, refine=refine, device=device)
+    options: dict[str, Any] = {"multiple_of": multiple_of, "refine": refine, "device": pick_device(device)}
+    outcome = compress_checkpoint(checkpoint, out, data, **numbers, **options)
     if as_json:
         print(json.dumps(outcome.to_dict()))
         return

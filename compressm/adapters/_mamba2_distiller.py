@@ -78,14 +78,16 @@ class _Mamba2Distiller(Distiller):
         xBC = without_padding(convolve(self.module, xBC.mT).mT, real)
         x, B, C = (part.float() for part in scan_inputs(self.module, xBC, self.sizes))
         fixed = {"x": x, "dt": dt.float(), "z": z.float(), "real": real}
-        target = self._read(self._scan(fixed, B, C, self.before), None)
+        target = self._read(self._scan(fixed, B, C, self.before), slice(None))
         return {**fixed, "target": target, **self._sources(hidden, real, xBC)}
 
     def loss(self, sequences: TensorMap, random: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        target, channels = sequences["target"], None
-        if random is not None and target.shape[-1] > CHANNELS:
-            channels = torch.randperm(target.shape[-1], generator=random, device="cpu")[:CHANNELS].to(target.device)
-            target = target[..., channels]
+        target, channels = sequences["target"], slice(None)
+        if random is not None:
+            blocks = -(-target.shape[-1] // CHANNELS)
+            begin = CHANNELS * int(torch.randint(blocks, (1,), generator=random, device="cpu"))
+            channels = slice(begin, begin + CHANNELS)
+        target = target[..., channels]
         output = self._read(self._scan(sequences, *self._features(sequences), self.after), channels)
         real = sequences["real"][..., None]
         return ((output - target) * real).square().sum(), (target * real).square().sum()
@@ -125,14 +127,13 @@ class _Mamba2Distiller(Distiller):
         y = y.flatten(-2)
         return self.module.norm(y, z).float() if normed(self.module) else y
 
-    def _read(self, y: Tensor, channels: Tensor | None) -> Tensor:
-        """What the output projection makes of it, all channels or some: the mixer's output but for what is the same in both."""
+    def _read(self, y: Tensor, channels: slice) -> Tensor:
+        """What the output projection makes of it, some channels: the mixer's output but for what is the same in both."""
         if self.readout is not None:
-            return F.linear(y, self.readout if channels is None else self.readout[channels])
+            return F.linear(y, self.readout[channels])
         project, owner = self.module.out_proj, vars(self.module)
         beside = owner["d_inner"] - owner["d_ssm"] if "d_ssm" in owner else 0  # channels of a gated MLP
-        output = project(F.pad(y, (beside, 0)).to(precision(project, y.dtype))).float()
-        return output if channels is None else output[..., channels]
+        return project(F.pad(y, (beside, 0)).to(precision(project, y.dtype)))[..., channels].float()
 
 
 class _Rows(_Mamba2Distiller):

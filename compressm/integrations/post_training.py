@@ -65,7 +65,7 @@ def compress_checkpoint(
     held_out: int = 16,
     multiple_of: int | None = None,
     refine: int | None = None,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
 ) -> Outcome:
     """Give a causal language model of transformers fewer states, and store it so that ``from_pretrained`` loads it.
 

@@ -147,6 +147,8 @@ def test_what_is_wrong_is_named_and_nothing_written(tmp_path, text):
         (folder, 8, text, out, ["--multiple-of", "3"], ConfigError, "--states 8: expected a multiple of 3"),
         (folder, 16, text, out, [], ConfigError, "--states 16: the layers have 16"),
         (folder, 0, text, out, [], ConfigError, "--states: got 0"),
+        (folder, 8, text, out, ["--device", "nonsense"], ConfigError, "device: got 'nonsense'"),
+        (folder, 8, text, out, ["--refine", "-1"], ArgumentError, "refine: expected a number of steps"),
         (folder, 8, text, out, ["--length", "1"], ConfigError, "--length: got 1, expected 2"),
         (folder, 8, text, out, ["--length", "1000"], DataError, "2000 tokens, expected at least 8000"),
         (folder, 8, tmp_path / "nothing", out, [], DataError, "nothing: no such file"),
