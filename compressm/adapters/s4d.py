@@ -98,7 +98,8 @@ class ChannelAnalysis(Analysis[ChannelReduction]):
     """A balanced system for every channel, and one spectrum: value i is the sum of all channels' values i.
 
     All channels keep as many states, since the parameters have one N.  Twice the sum of the values cut is at least twice the
-    tail of every channel, hence bounds the error of each and of all channels side by side.
+    tail of every channel, hence bounds the error of each and of all channels side by side.  A bound relative to the largest
+    value is one of sums: that of the channels' errors over that of their gains.
     """
 
     channels: tuple[Balanced, ...]
@@ -182,6 +183,9 @@ class S4DAdapter(DiagonalAdapter):
             Q = white_Q if measured.Q is None else blend(measured.Q[index].to(white_Q), white_Q, BLEND)
             channels.append(balance(system, convention=convention, P=P, Q=Q, fallback_Q=white_Q))
         return ChannelAnalysis(tuple(channels), "data P, data-free Q" if measured.Q is None else "data")
+
+    def remark(self, module: nn.Module) -> str:
+        return "states of every channel, spectra summed over channels; of one input and output each, expect modest gains"
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, Any]:
         return {"n": 2 * rank} if hasattr(module, "n") else {}
