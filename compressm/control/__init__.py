@@ -1,7 +1,7 @@
 """Control theory on frozen systems; it knows no nn.Module."""
 
 from compressm.control.balancing import Balanced, Reduction, balance
-from compressm.control.coordinates import blend, real_gramians, slots
+from compressm.control.coordinates import blend, real_gramians, slots, white_gramians
 from compressm.control.factors import singular_values
 from compressm.control.matrix_states import (
     MatrixMoments,
@@ -44,4 +44,5 @@ __all__ = [
     "subset_spectrum",
     "time_limited_gramians",
     "truncation",
+    "white_gramians",
 ]
