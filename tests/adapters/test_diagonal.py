@@ -98,7 +98,7 @@ def test_reads_the_system_behind_the_layer(kind):
 
 @every
 @CONVENTIONS
-@pytest.mark.parametrize("rank", [1, 4, 6])
+@pytest.mark.parametrize("rank", [2, 6])
 def test_the_edited_layer_is_the_reduced_system(kind, convention, rank):
     layer, adapter = made(kind)
     reduction = adapter.analyse(layer, "", convention, None).reduce(rank)
@@ -222,7 +222,7 @@ class Model(nn.Module):
         return self.head(torch.tanh(signal_of(self.layer, x)).mean(1))
 
 
-@every
+@pytest.mark.parametrize("kind", ["bilinear", "bidir", "shared", "published", "lin", "standalone"])
 def test_shrinks_in_training(kind):
     model = Model(kind)
     average = torch.optim.swa_utils.AveragedModel(model)
@@ -382,7 +382,7 @@ def test_one_sequence_at_a_time_and_steps_of_a_call():
         compressm.compress(layer, compressm.FixedRank(2), calibration=[x], forward=lambda model, batch: model(batch, 2.0))
 
 
-@pytest.mark.parametrize("kind", ["zoh", "shared", "lin", "standalone"])
+@pytest.mark.parametrize("kind", ["shared", "standalone"])
 def test_files_of_reduced_layers_are_read_into_full_ones(kind, tmp_path):
     model, fresh, x = Model(kind), Model(kind), torch.randn(3, 9, H, dtype=torch.float64)
     compressm.compress(model, compressm.FixedRank(3))
