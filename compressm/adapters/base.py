@@ -314,6 +314,10 @@ class Adapter(ABC, Generic[Kind]):
     def check_rank(self, module: nn.Module, rank: int) -> None:
         """Raise ArgumentError where the layer's own kernels cannot run ``rank`` states; not asked with a ``multiple_of``."""
 
+    def remark(self, module: nn.Module) -> str:
+        """What to expect of a reduction of such layers, in one sentence for ``inspect``; empty by default."""
+        return ""
+
     def kernel_plan(self, module: nn.Module) -> str:
         """Which kernel runs the layer now, in one line; empty before the first forward pass."""
         plan = getattr(module, "kernel_plan", None)

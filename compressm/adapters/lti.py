@@ -26,7 +26,7 @@ from compressm.control import (
     best_modes,
     blend,
     keep_modes,
-    real_gramians,
+    white_gramians,
 )
 from compressm.errors import DataError, NumericalError
 from compressm.kernels import diagonal_scan
@@ -165,13 +165,8 @@ class LTIAdapter(Adapter[Reduction]):
         system = self.read(module, name)
         if self.criterion is not None:
             return ModalAnalysis(system, self.criterion)
-        if measured is None or convention == "complex":
-            return LTIAnalysis(balance(system, convention=convention), "data-free")
-        white_P, white_Q = real_gramians(system)
-        P = blend(measured.P.to(white_P), white_P, BLEND)
-        Q = white_Q if measured.Q is None else blend(measured.Q.to(white_Q), white_Q, BLEND)
-        balanced = balance(system, convention=convention, P=P, Q=Q, fallback_Q=white_Q)
-        return LTIAnalysis(balanced, "data P, data-free Q" if measured.Q is None else "data")
+        used = used_of(measured, convention)
+        return LTIAnalysis(balanced(system, convention, white_gramians(system, convention), used), kind_of(used))
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> LTIMeter:
         return LTIMeter(self, self.read(module, name), sequences, rows_per_state, seed, self.bidirectional(module))
@@ -183,6 +178,30 @@ class LTIAdapter(Adapter[Reduction]):
 def planar(weight: Tensor) -> Tensor:
     """[Re; Im], (..., 2N, H), of a complex matrix (..., N, H)."""
     return torch.cat([weight.real, weight.imag], -2).contiguous()
+
+
+def used_of(measured: DataGramians | None, convention: str) -> DataGramians | None:
+    """What of a measurement a convention uses: the complex one is the paper's, which is data-free."""
+    return None if convention == "complex" else measured
+
+
+def kind_of(used: DataGramians | None) -> str:
+    """What Gramians are computed from, in words."""
+    if used is None:
+        return "data-free"
+    return "data P, data-free Q" if used.Q is None else "data"
+
+
+def balanced(
+    system: DiagonalSystem, convention: str, white: tuple[Tensor, Tensor], used: DataGramians | None
+) -> Balanced:
+    """A system balanced with the data Gramians and a share of the data-free (``white``) ones, or with these alone."""
+    white_P, white_Q = white
+    if used is None:
+        return balance(system, convention, white_P, white_Q)
+    P = blend(used.P.to(white_P), white_P, BLEND)
+    Q = white_Q if used.Q is None else blend(used.Q.to(white_Q), white_Q, BLEND)
+    return balance(system, convention, P, Q, fallback_Q=white_Q)
 
 
 class LTIMeter(Meter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from compressm.adapters._diagonal_form import DiagonalForm, Modes, Scalars
 from compressm.adapters.base import Analysis, own_parameter, plain_parameters, wide
 from compressm.adapters.diagonal import DiagonalAdapter, tensor_input
-from compressm.adapters.lti import BLEND, DataGramians, LTIMeter
-from compressm.control import Balanced, DiagonalSystem, Reduction, balance, blend, real_gramians
+from compressm.adapters.lti import DataGramians, LTIMeter, balanced, kind_of, used_of
+from compressm.control import Balanced, DiagonalSystem, Reduction, white_gramians
 from compressm.kernels.lti_scan.op import without_autocast
 from compressm.layers._discretization import zoh
 from compressm.layers._vandermonde import response
@@ -98,7 +98,8 @@ class ChannelAnalysis(Analysis[ChannelReduction]):
     """A balanced system for every channel, and one spectrum: value i is the sum of all channels' values i.
 
     All channels keep as many states, since the parameters have one N.  Twice the sum of the values cut is at least twice the
-    tail of every channel, hence bounds the error of each and of all channels side by side.
+    tail of every channel, hence bounds the error of each and of all channels side by side.  A bound relative to the largest
+    value is one of sums: that of the channels' errors over that of their gains.
     """
 
     channels: tuple[Balanced, ...]
@@ -172,16 +173,16 @@ class S4DAdapter(DiagonalAdapter):
         return stacked(reduction)
 
     def analyse(self, module: nn.Module, name: str, convention: str, measured: DataGramians | None) -> Any:
-        systems = self.read(module, name).unbatched()
-        if measured is None or convention == "complex":
-            return ChannelAnalysis(tuple(balance(system, convention=convention) for system in systems), "data-free")
+        system, used = self.read(module, name), used_of(measured, convention)
+        P, Q = white_gramians(system, convention)
         channels = []
-        for index, system in enumerate(systems):
-            white_P, white_Q = real_gramians(system)
-            P = blend(measured.P[index].to(white_P), white_P, BLEND)
-            Q = white_Q if measured.Q is None else blend(measured.Q[index].to(white_Q), white_Q, BLEND)
-            channels.append(balance(system, convention=convention, P=P, Q=Q, fallback_Q=white_Q))
-        return ChannelAnalysis(tuple(channels), "data P, data-free Q" if measured.Q is None else "data")
+        for h, channel in enumerate(system.unbatched()):
+            own = None if used is None else replace(used, P=used.P[h], Q=None if used.Q is None else used.Q[h])
+            channels.append(balanced(channel, convention, (P[h], Q[h]), own))
+        return ChannelAnalysis(tuple(channels), kind_of(used))
+
+    def remark(self, module: nn.Module) -> str:
+        return "states of every channel, spectra summed over channels; of one input and output each, expect modest gains"
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, Any]:
         return {"n": 2 * rank} if hasattr(module, "n") else {}

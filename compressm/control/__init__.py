@@ -1,7 +1,7 @@
 """Control theory on frozen systems; it knows no nn.Module."""
 
-from compressm.control.balancing import Balanced, Reduction, balance, singular_values
-from compressm.control.coordinates import blend, real_gramians, slots
+from compressm.control.balancing import Balanced, Reduction, balance
+from compressm.control.coordinates import blend, real_gramians, slots, white_gramians
 from compressm.control.criteria import (
     Criterion,
     ImpulseEnergy,
@@ -11,6 +11,7 @@ from compressm.control.criteria import (
     best_modes,
     keep_modes,
 )
+from compressm.control.factors import singular_values
 from compressm.control.hankel_norm import hankel_nuclear_norm
 from compressm.control.matrix_states import (
     MatrixMoments,
@@ -23,7 +24,9 @@ from compressm.control.matrix_states import (
 )
 from compressm.control.selective import MeanSystem, SelectiveMoments, SelectiveReduction, mean_subset, refitted_subset
 from compressm.control.siso import siso_hankel_singular_values
+from compressm.control.state_space import StateSpace, sampled, singular_perturbation, truncation
 from compressm.control.system import DiagonalSystem
+from compressm.control.weighted_gramians import frequency_weighted_gramians, time_limited_gramians
 
 __all__ = [
     "Balanced",
@@ -39,10 +42,12 @@ __all__ = [
     "Reduction",
     "SelectiveMoments",
     "SelectiveReduction",
+    "StateSpace",
     "balance",
     "best_modes",
     "blend",
     "erasing_projection",
+    "frequency_weighted_gramians",
     "hankel_nuclear_norm",
     "keep_modes",
     "mean_subset",
@@ -50,9 +55,14 @@ __all__ = [
     "projection",
     "real_gramians",
     "refitted_subset",
+    "sampled",
+    "singular_perturbation",
     "singular_values",
     "siso_hankel_singular_values",
     "slots",
     "subset",
     "subset_spectrum",
+    "time_limited_gramians",
+    "truncation",
+    "white_gramians",
 ]

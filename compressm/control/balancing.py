@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from compressm.control.coordinates import Coordinates, check_convention, slots, white_gramians
+from compressm.control.factors import factor, power_of_two, singular_values
 from compressm.control.obs import obs_subset
 from compressm.control.system import DiagonalSystem, check_rank
 from compressm.errors import NumericalError, bad_argument
 
-DROP = 1e-15  # eigenvalues of a scaled Gramian below this share of the largest are rounding noise
 NUMERICAL_RANK = 1e-13  # singular values below this share of the largest cannot be balanced
 MAX_CONDITION = 1e4  # of the eigenvectors of the reduced A
 MAX_MODULUS = 1 - 1e-6
@@ -117,6 +117,11 @@ class Balanced:
     def hsv(self) -> Tensor:
         """(n,) float64 Hankel singular values, descending."""
         return self._bases.hsv
+
+    @property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """left (k, n) and right (n, k) of the k states that can be balanced: z = left @ x, x = right @ z, left @ right = 1."""
+        return self._bases.left, self._bases.right
 
     def reduce(self, rank: int) -> Reduction:
         """Truncate to ``rank`` complex states and diagonalise.
@@ -315,33 +320,6 @@ def _checked(
     return prepared("P", P), prepared("Q", Q), None if fallback_Q is None else prepared("fallback_Q", fallback_Q)
 
 
-def factor(gramian: Tensor) -> Tensor:
-    """L (n, k) with L L^H = gramian up to rounding, k the numerical rank.
-
-    The Gramian is scaled to a unit diagonal first, so that small states keep their relative accuracy.
-    """
-    scale = gramian.diagonal().real.clamp(min=0).sqrt()
-    alive = scale > 0
-    if not bool(alive.any()):
-        return gramian.new_zeros(gramian.shape[0], 0)
-    inverse = torch.where(alive, 1 / torch.where(alive, scale, 1.0), 0.0)
-    correlation = gramian * inverse[:, None] * inverse[None, :]
-    correlation = 0.5 * (correlation + correlation.mH)
-    eigenvalues, vectors = torch.linalg.eigh(correlation)
-    keep = eigenvalues > DROP * eigenvalues[-1]
-    return scale[:, None] * vectors[:, keep] * eigenvalues[keep].sqrt()
-
-
-def singular_values(P: Tensor, Q: Tensor) -> Tensor:
-    """Hankel singular values of a pair of Gramians, descending, without bases."""
-    L_p, L_q = factor(P), factor(Q)
-    unit_p, unit_q = _power_of_two(L_p), _power_of_two(L_q)
-    hsv = torch.zeros(P.shape[0], dtype=torch.float64, device=P.device)
-    sigma = torch.linalg.svdvals((L_q / unit_q).mH @ (L_p / unit_p))
-    hsv[: len(sigma)] = sigma * (unit_p * unit_q)
-    return hsv
-
-
 def balancing_bases(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     """T and W, each (n, m): W^H T = 1, and W^H P W = T^H Q T = diag of the m Hankel singular values that are not zero."""
     bases = _balance(P, Q)
@@ -382,7 +360,7 @@ def _condition(matrix: Tensor) -> float:
 def _balance(P: Tensor, Q: Tensor) -> _Bases:
     # Powers of two around the square root of the traces keep products of extreme Gramians inside the floating-point range.
     L_p, L_q = factor(P), factor(Q)
-    unit_p, unit_q = (_power_of_two(L) for L in (L_p, L_q))
+    unit_p, unit_q = (power_of_two(L) for L in (L_p, L_q))
     L_p, L_q = L_p / unit_p, L_q / unit_q
     U, sigma, Vh = torch.linalg.svd(L_q.mH @ L_p, full_matrices=False)
     hsv = torch.zeros(P.shape[0], dtype=torch.float64, device=P.device)
@@ -393,11 +371,6 @@ def _balance(P: Tensor, Q: Tensor) -> _Bases:
     right = (L_p @ Vh[:rank].mH / root) * ratio
     left = ((U[:, :rank] / root).mH @ L_q.mH) / ratio
     return _Bases(hsv, right, left, rank)
-
-
-def _power_of_two(L: Tensor) -> float:
-    size = float(torch.linalg.vector_norm(L)) if L.numel() else 0.0
-    return 2.0 ** round(math.log2(size)) if size > 0 else 1.0
 
 
 def _multiplicity(count: int, convention: str, like: Tensor) -> Tensor:

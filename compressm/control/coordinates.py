@@ -36,10 +36,11 @@ def real_gramians(system: DiagonalSystem) -> tuple[Tensor, Tensor]:
 
 def gramians_of_real(g: Gramians) -> tuple[Tensor, Tensor]:
     """P and Q as :func:`real_gramians` gives them, from those of the complex system; differentiable."""
-    return _real_gramian(g.P, g.S), _real_gramian(g.Q, g.S_Q)
+    return real_gramian(g.P, g.S), real_gramian(g.Q, g.S_Q)
 
 
-def _real_gramian(P: Tensor, S: Tensor) -> Tensor:
+def real_gramian(P: Tensor, S: Tensor) -> Tensor:
+    """The real system's Gramian in coordinates [Re x; Im x], of sums over x x^H and over x x^T."""
     off = (S - P).imag
     top = torch.cat([(P + S).real, off], -1)
     return 0.5 * torch.cat([top, torch.cat([off.mT, (P - S).real], -1)], -2)

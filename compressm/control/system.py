@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from compressm.kernels.gramians.op import check_system
 
 if TYPE_CHECKING:
     from compressm.control.balancing import Balanced
+    from compressm.control.state_space import StateSpace
 
 MIN_LOG_MODULUS = -700.0  # stands for an eigenvalue of zero: gone after one step in float64
 
@@ -59,6 +60,40 @@ class DiagonalSystem:
         lam = lam.to(torch.complex128)
         modulus = lam.abs().log().clamp(min=MIN_LOG_MODULUS)
         return cls(torch.complex(modulus, lam.angle()), B, C)
+
+    @classmethod
+    def from_state_space(
+        cls, model: Any, B: Any = None, C: Any = None, *, step: float | None = None, method: str = "bilinear"
+    ) -> DiagonalSystem:
+        """From a real model x_{t+1} = A x_t + B u_t, y_t = C x_t, or x' = A x + B u; one mode for every conjugate pair.
+
+        Gramians and Hankel singular values in the real convention are the model's (and further zeros).  Outputs come one step
+        early, y_t = Re(C h_t) with h_t = x_{t+1}, and a feedthrough D is no part of the system: reductions leave it as it is.
+
+        Args:
+            model: A (n, n), a :class:`compressm.control.StateSpace`, or an object with ``A``, ``B``, ``C`` and ``dt`` such as
+                scipy's and python-control's.
+            B, C: (n, inputs) and (outputs, n) with a matrix A.
+            step: samples continuous time at this step; None for discrete time.
+            method: ``"bilinear"``, with B and C scaled such that Hankel singular values stay, or ``"zoh"``.
+
+        Raises:
+            ArgumentError: shapes do not fit, or a step is missing, or given for a model of discrete time.
+            NumericalError: A is not diagonalisable, says how far from it, or not stable.
+        """
+        from compressm.control.state_space import diagonalised
+
+        return diagonalised(model, B, C, step=step, method=method)
+
+    def to_state_space(self) -> StateSpace:
+        """The real model of 2N states [Re h; Im h] with these Gramians, in the timing of :meth:`from_state_space`; D is zero.
+
+        Raises:
+            ArgumentError: a batch of systems.
+        """
+        from compressm.control.state_space import state_space
+
+        return state_space(self)
 
     @property
     def order(self) -> int:
@@ -119,9 +154,7 @@ class DiagonalSystem:
             self.log_lam.real[..., None, :].expand(*self.log_lam.shape[:-1], len(omega), -1),
             self.log_lam.imag[..., None, :] - omega[:, None],
         )
-        decay, phase = shifted.real, shifted.imag
-        e = decay.exp()
-        resolvent = 1 / torch.complex(-torch.expm1(decay) + 2 * e * torch.sin(phase / 2) ** 2, -e * torch.sin(phase))
+        resolvent = 1 / one_minus_exp(shifted)
         return (self.C[..., None, :, :] * resolvent[..., None, :]) @ self.B[..., None, :, :]
 
     def unbatched(self) -> list[DiagonalSystem]:
@@ -137,6 +170,13 @@ class DiagonalSystem:
         if not self.batch_shape:
             return function(self)
         return torch.stack([function(system) for system in self.unbatched()]).unflatten(0, self.batch_shape)
+
+
+def one_minus_exp(z: Tensor) -> Tensor:
+    """1 - exp(z) of complex z, accurate near zero."""
+    decay, phase = z.real, z.imag
+    e = decay.exp()
+    return torch.complex(-torch.expm1(decay) + 2 * e * torch.sin(phase / 2) ** 2, -e * torch.sin(phase))
 
 
 def _balance(system: DiagonalSystem, convention: str) -> Balanced:

@@ -54,6 +54,7 @@ class LayerInspection:
         slowest: largest modulus of an eigenvalue.
         state_bytes: what the layer carries from one token to the next, per sequence, in bytes.
         spectra: with the data first, if there are some, then data-free: the default's, then the paper's.
+        remark: what to expect of layers of this kind; empty where there is nothing to say.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerInspection:
     slowest: float
     state_bytes: int
     spectra: tuple[SpectrumInspection, ...]
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def inspect(
     for name, (module, adapter) in layers.items():
         rank = adapter.rank(module)
         size = adapter.state_bytes(module, rank)
-        found.append(LayerInspection(name, type(module).__name__, rank, adapter.slowest(module), size, inspected[name]))
+        slowest, remark = adapter.slowest(module), adapter.remark(module)
+        found.append(LayerInspection(name, type(module).__name__, rank, slowest, size, inspected[name], remark))
     return Inspection(tuple(found))
 
 
@@ -190,6 +193,8 @@ def _layer_table(layer: LayerInspection) -> Table:
             *(str(spectrum.ranks[tau]) for tau in TAUS),
             "-" if spectrum.error_bounds is None else f"{spectrum.error_bounds[TAUS[1]]:.3g}",
         )
+    if layer.remark:
+        table.caption, table.caption_justify, table.caption_style = layer.remark, "left", "dim italic"
     return table
 
 
