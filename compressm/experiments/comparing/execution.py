@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -104,15 +105,16 @@ def _one_by_one(design: Design, out: Path, display: Display, todo: Sequence[Job]
 def _side_by_side(
     design: Design, out: Path, display: Display, todo: Sequence[Job], over: Callable[[], bool], workers: int
 ) -> bool:
-    steps, waiting = design.base.steps, list(todo)
+    steps, waiting = design.base.steps, {job: design.before(job) for job in todo}
     running: dict[Future[bool], Job] = {}
     with _pool(workers) as (pool, stop, told):
         while waiting or running:
             if over():
                 stop.set()
                 waiting.clear()
-            for job in _ready(design, out, waiting)[: workers - len(running)]:
-                waiting.remove(job)
+            ready = [job for job, others in waiting.items() if all(is_done(other, out) for other in others)]
+            for job in ready[: workers - len(running)]:
+                del waiting[job]
                 display.started(job, steps)
                 running[pool.submit(_work, design, job, out)] = job
             done, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
@@ -123,11 +125,6 @@ def _side_by_side(
                 if future.result():
                     display.finished(job)
     return all(is_done(job, out) for job in todo)
-
-
-def _ready(design: Design, out: Path, waiting: Sequence[Job]) -> list[Job]:
-    """Those that nothing they need keeps from beginning."""
-    return [job for job in waiting if all(is_done(other, out) for other in design.before(job))]
 
 
 @contextmanager
@@ -159,16 +156,25 @@ _shared: dict[str, Any] = {}  # of a process that works for a comparison
 
 
 def _begin(stop: Any, told: Any, threads: int) -> None:
-    """Prepare such a process: the terminal's signals are its parent's, which stops it."""
+    """Prepare such a process: the terminal's signals are its parent's, which stops it, and it does not outlive that."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    _shared.update(stop=stop, told=told, parent=os.getppid())
+    _shared.update(stop=stop, told=told, orphaned=threading.Event(), busy=threading.Lock())
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End the process when its parent has: after the run that it works on is saved."""
+    multiprocessing.parent_process().join()
+    _shared["orphaned"].set()
+    with _shared["busy"]:
+        os._exit(1)
 
 
 def _work(design: Design, job: Job, out: Path) -> bool:
     def stopped() -> bool:
-        return _shared["stop"].is_set() or os.getppid() != _shared["parent"]
+        return _shared["orphaned"].is_set() or _shared["stop"].is_set()
 
-    with freed_memory_kept():
+    with _shared["busy"], freed_memory_kept():
         return run_job(design, job, out, StepObserver(job, lambda job, step: _shared["told"].put((job, step))), stopped)

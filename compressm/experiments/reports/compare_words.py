@@ -124,12 +124,15 @@ def pairs_table(comparison: Comparison) -> Table:
     more = "more is better" if metric.higher_is_better else "less is better"
     corrected = f"corrected for {len(comparison.pairs)} comparisons (Holm), which intervals are not"
     caption = f"p: paired t-test, {corrected}; {more}"
-    table = _table(f"Paired differences, {metric.gap_unit}", caption)
-    table.add_column("pair", overflow="fold", max_width=52)
+    same = len({pair.ours for pair in comparison.pairs}) == 1
+    minus = f" of {clean(comparison.arm(comparison.pairs[0].ours).title)}" if same else ""
+    table = _table(f"Paired differences{minus}, {metric.gap_unit}", caption)
+    table.add_column("minus" if same else "pair", overflow="fold", min_width=20, max_width=40)
     for heading in ("seeds", "difference", f"{PERCENT} interval", "p", "verdict"):
         table.add_column(heading, justify="right", no_wrap=True)
     for pair in comparison.pairs:
-        name = f"{comparison.arm(pair.ours).title} - {comparison.arm(pair.theirs).title}"
+        ours, theirs = comparison.arm(pair.ours).title, comparison.arm(pair.theirs).title
+        name = theirs if same else f"{ours} - {theirs}"
         gap = metric.signed(pair.difference.mean)
         table.add_row(
             Text(clean(name)), str(pair.difference.count), gap, interval(metric, pair), p_value(pair), pair.verdict
