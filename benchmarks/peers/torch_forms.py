@@ -20,13 +20,15 @@ def built_in(name: str) -> Make:
 
 
 LOOPS = [*(op for op, record in OPS.items() if not record.rivals), "lru", "mamba"]
+NAMES = sorted({name for record in OPS.values() for name in record.rivals})
+RIVALS = {name: [op for op, record in OPS.items() if name in record.rivals] for name in NAMES}
 PEERS = [
     Peer(REFERENCE, "torch", "torch", dict.fromkeys(LOOPS, built_in(REFERENCE))),
     Peer(
         COMPILED, "torch", "torch",
         dict.fromkeys((op for op, record in OPS.items() if record.compiled), built_in(COMPILED)),  # more would take minutes
     ),
-    *(Peer(name, "torch", "torch", {op: built_in(name)}) for op, record in OPS.items() for name in record.rivals),
+    *(Peer(name, "torch", "torch", dict.fromkeys(ops, built_in(name))) for name, ops in RIVALS.items()),
     Peer(DISK, "torch", "torch", {"rollback": built_in(DISK)}),
     Peer(SAVE, "torch", "torch", {"rollback": built_in(SAVE)}),
 ]  # fmt: skip

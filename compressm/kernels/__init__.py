@@ -8,6 +8,7 @@ from compressm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gated_delta_rule import gated_delta_rule
+from compressm.kernels.gated_delta_rule_update import gated_delta_rule_update
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.planning import OPS, plan
@@ -23,6 +24,7 @@ __all__ = [
     "causal_conv1d_update",
     "diagonal_scan",
     "gated_delta_rule",
+    "gated_delta_rule_update",
     "gramians",
     "gramians_many",
     "lti_scan",

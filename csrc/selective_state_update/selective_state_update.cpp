@@ -6,12 +6,12 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "core/pool.h"
 #include "core/tensor.h"
 #include "selective_scan/selective_scan.h"
 
@@ -27,31 +27,6 @@ void check(const OptionalTensor& t, const char* name, at::IntArrayRef shape) {
   if (t) check(*t, name, shape);
 }
 
-// The tensor in float32; an axis along which it is expanded stays so.
-Tensor floats(const Tensor& t) {
-  if (t.scalar_type() == at::kFloat) return t;
-  Tensor narrow = t;
-  for (int64_t axis = 0; axis < t.dim(); ++axis) {
-    if (t.stride(axis) == 0 && t.size(axis) > 1) narrow = narrow.narrow(axis, 0, 1);
-  }
-  return narrow.to(at::kFloat).expand(t.sizes());
-}
-
-// The numbers of a tensor in float32, one after the other; null where there is none.
-class Numbers {
- public:
-  Numbers() = default;
-  explicit Numbers(const Tensor& t) : held_(floats(t).contiguous()), data_(held_.const_data_ptr<float>()) {}
-  explicit Numbers(const OptionalTensor& t) {
-    if (t) *this = Numbers(*t);
-  }
-  const float* at(int64_t offset) const { return data_ == nullptr ? nullptr : data_ + offset; }
-
- private:
-  Tensor held_;
-  const float* data_ = nullptr;
-};
-
 // Whether there is but one number along the last `axes` axes, in memory too.
 bool one(const Tensor& t, int64_t axes) {
   bool same = t.numel() > 0;
@@ -63,49 +38,6 @@ Tensor first_of(Tensor t, int64_t axes) {
   for (; axes > 0; --axes) t = t.select(-1, 0);
   return t;
 }
-
-// Rows of the pool that the entries of a batch read and write, negative for none.
-struct Slots {
-  std::vector<int64_t> from, to;
-  std::vector<int64_t> writer;  // of each row of the pool: the last entry that writes it, or a negative number
-  bool apart = true;            // whether every entry writes, and none a row that another one reads or writes
-
-  Slots(int64_t batch, int64_t pool, const OptionalTensor& indices, const OptionalTensor& targets, int64_t pad)
-      : writer(pool, -1) {
-    from = rows(indices, "state_batch_indices", batch, pool, pad);
-    to = targets ? rows(targets, "dst_state_batch_indices", batch, pool, pad) : from;
-    for (int64_t i = 0; i < batch; ++i) {
-      if (from[i] < 0) to[i] = -1;
-      if (to[i] < 0) {
-        apart &= from[i] < 0;
-        continue;
-      }
-      apart &= writer[to[i]] < 0;
-      writer[to[i]] = i;
-    }
-    for (int64_t i = 0; i < batch; ++i) apart &= from[i] < 0 || writer[from[i]] < 0 || writer[from[i]] == i;
-  }
-
- private:
-  static std::vector<int64_t> rows(const OptionalTensor& indices, const char* name, int64_t batch, int64_t pool, int64_t pad) {
-    std::vector<int64_t> rows(batch);
-    if (!indices) {
-      TORCH_CHECK(batch == pool, "state: expected ", batch, " rows, one for each entry of x, got ", pool);
-      for (int64_t i = 0; i < batch; ++i) rows[i] = i;
-      return rows;
-    }
-    TORCH_CHECK(indices->device().is_cpu() && indices->sizes() == at::IntArrayRef({batch}) &&
-                    (indices->scalar_type() == at::kInt || indices->scalar_type() == at::kLong),
-                name, ": expected int32 or int64 (batch,) on the CPU");
-    const Tensor wide = indices->to(at::kLong).contiguous();
-    const int64_t* given = wide.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < batch; ++i) {
-      rows[i] = given[i] == pad ? -1 : std::max<int64_t>(given[i], -1);
-      TORCH_CHECK_VALUE(rows[i] < pool, name, ": expected rows of a pool of ", pool, ", got ", given[i]);
-    }
-    return rows;
-  }
-};
 
 // The arguments of a step, and where those of an entry's head begin.
 struct Step {
@@ -144,12 +76,6 @@ struct Step {
   }
 };
 
-// Whether the states of a head lie one after the other in memory.
-bool dense_heads(const Tensor& state) {
-  return state.numel() == 0 || ((state.size(3) == 1 || state.stride(3) == 1) &&
-                                (state.size(2) == 1 || state.stride(2) == state.size(3)));
-}
-
 // Entry i's step from row from[i] to row to[i] of a float32 pool with dense heads; zero for an entry that has none.
 Tensor run(const Step& step, const Tensor& pool, const std::vector<int64_t>& from, const std::vector<int64_t>& to) {
   Tensor out = at::empty({step.batch, step.heads, step.width}, pool.options());
@@ -179,22 +105,9 @@ Tensor selective_step(Tensor state, const Tensor& x, const Tensor& dt, const Ten
   at::assert_no_internal_overlap(state);
   const Step step(state, x, dt, A, B, C, D, z, dt_bias, softplus);
   const Slots slots(step.batch, state.size(0), state_batch_indices, dst_state_batch_indices, pad);
-  if (state.scalar_type() == at::kFloat && slots.apart && dense_heads(state)) {
-    return run(step, state, slots.from, slots.to).to(x.scalar_type());
-  }
-  std::vector<int64_t> read, own(step.batch, -1), kept, written;  // rows of the pool and of the copies
-  for (int64_t i = 0; i < step.batch; ++i) {
-    if (slots.from[i] < 0) continue;
-    own[i] = static_cast<int64_t>(read.size());
-    read.push_back(slots.from[i]);
-    if (slots.to[i] < 0 || slots.writer[slots.to[i]] != i) continue;
-    kept.push_back(own[i]), written.push_back(slots.to[i]);
-  }
-  const Tensor copies = state.index_select(0, at::tensor(read, at::kLong)).to(at::kFloat).contiguous();
-  const Tensor out = run(step, copies, own, own);
-  state.index_copy_(0, at::tensor(written, at::kLong),
-                    copies.index_select(0, at::tensor(kept, at::kLong)).to(state.scalar_type()));
-  return out.to(x.scalar_type());
+  return step_in_pool(state, slots, [&](const Tensor& pool, const std::vector<int64_t>& from, const std::vector<int64_t>& to) {
+           return run(step, pool, from, to);
+         }).to(x.scalar_type());
 }
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {

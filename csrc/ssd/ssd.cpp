@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "chunked/chunks.h"
+#include "chunked/tensors.h"
 #include "core/autograd.h"
 #include "core/partial_sums.h"
 #include "core/tasks.h"
@@ -22,19 +23,6 @@ namespace compressm {
 namespace {
 
 constexpr int64_t kRows = 16;  // of a state, that pass from chunk to chunk in one task
-
-void check(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == at::kFloat && t.sizes() == shape, name,
-              ": expected a float32 CPU tensor of shape ", shape, ", got ", t.sizes(), " of ", t.scalar_type());
-}
-
-// The tensor, or a copy whose last axis is contiguous where the rows of `dims` axes are read as they lie.
-Tensor readable(const Tensor& t, int64_t dims = 4) { return t.dim() < dims || t.stride(-1) == 1 ? t : t.contiguous(); }
-
-// The kernels read what they do not write through the same kind of view.
-SsdRows rows_of(const Tensor& t) {
-  return {const_cast<float*>(t.const_data_ptr<float>()), t.stride(0), t.stride(1), t.stride(2)};
-}
 
 // The arguments of a scan, checked; holds the copies that the kernels point to.
 struct Scan {
@@ -146,20 +134,6 @@ std::tuple<Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& 
     ssd_kernels().outputs(scan.in, piece, group, data, rows, scratch);
   });
   return {out, last};
-}
-
-// A tensor that the kernels can write to, laid out as `t` where that is possible; empty for None.
-Tensor like(const OptionalTensor& t) {
-  if (!t) return at::empty({0}, at::kFloat);
-  const Tensor found = at::empty_like(*t);
-  return readable(found).is_same(found) ? found : at::empty(t->sizes(), t->options());
-}
-
-// The gradient in the layout of torch's empty_like.
-Tensor as_like(const Tensor& grad, const OptionalTensor& t) {
-  if (!t) return grad;
-  const Tensor home = at::empty_like(*t);
-  return home.strides() == grad.strides() ? grad : home.copy_(grad);
 }
 
 struct ChunkGradients {

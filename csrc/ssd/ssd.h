@@ -17,12 +17,7 @@
 
 namespace compressm {
 
-// A (batch, time, head or group, ...) tensor of floats and the strides of the first three axes; a fourth is contiguous.
-struct SsdRows {
-  float* data = nullptr;
-  std::int64_t batch = 0, time = 0, head = 0;
-  float* at(const Chunk& chunk, std::int64_t h) const { return data + chunk.row * batch + chunk.start * time + h * head; }
-};
+using SsdRows = HeadRows;  // of heads or of groups
 
 struct SsdInputs {
   std::int64_t heads, channels, groups, states, chunk;  // chunk: most steps of one

@@ -61,6 +61,13 @@ def evaluate(inputs, dtype, backend, *, call=gated_delta_rule, **options):
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
+def mixed_decays(inputs):
+    """Some steps forget nothing, some nearly all, some all."""
+    kinds = torch.tensor([0.0, -1e-4, -0.3, -20.0, -3.0, -300.0], dtype=torch.float64)
+    draw = torch.Generator().manual_seed(3)
+    return {**inputs, "g": kinds[torch.randint(len(kinds), inputs["g"].shape, generator=draw)]}
+
+
 def check(results, oracle, assert_close, dtype):
     """Every result of ``evaluate`` within the table for ``dtype``."""
     assert set(results) == set(oracle)

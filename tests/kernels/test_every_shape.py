@@ -40,6 +40,12 @@ def heads(x, A, mix, **options):
     return K.ssd(x, x[..., 0], A, steps, steps, z=x, dt_softplus=True, **options).flatten(2)
 
 
+def delta(x, mix, channelwise=False):
+    keys, values = (x @ mix).unsqueeze(2), x.unflatten(-1, (2, H // 2))
+    g = keys.abs().expand(-1, -1, 2, -1) if channelwise else values[..., 0].abs()
+    return K.gated_delta_rule(keys, keys, values, -g, values[..., 1].sigmoid(), use_qk_l2norm_in_kernel=True)[0].flatten(2)
+
+
 def lti(x, decay, phase, B, C, **options):
     eigenvalues = torch.complex(-decay.exp(), phase)
     return K.lti_scan(x, eigenvalues, torch.complex(B, B), torch.complex(C, C), **options)
@@ -70,6 +76,8 @@ MODULES = {
     "selective_scan, reference": lambda: Op(partial(scan, backend="reference"), decay(), torch.randn(H, N)),
     "ssd": lambda: Op(heads, -torch.rand(2) - 0.1, torch.randn(H, N)),
     "ssd, reference": lambda: Op(partial(heads, backend="reference"), -torch.rand(2) - 0.1, torch.randn(H, N)),
+    "gated_delta_rule": lambda: Op(delta, torch.randn(H, N)),
+    "gated_delta_rule, decays of channels": lambda: Op(partial(delta, channelwise=True), torch.randn(H, N)),
     "lti_scan": lambda: Op(lti, torch.randn(N), torch.randn(N), torch.randn(N, H), torch.randn(H, N)),
     "lti_scan, reference": lambda: Op(
         partial(lti, backend="reference"), torch.randn(N), torch.randn(N), torch.randn(N, H), torch.randn(H, N)
@@ -178,6 +186,12 @@ STEPS = {  # a function of a batch size to a call's arguments, and the call
             torch.randn(9, 4, 8, 16), torch.randn(b, 4, 8), torch.rand(b, 4, 8), torch.randn(b, 2, 16), torch.arange(b).int()
         ),
         decode_of_heads,
+    ),
+    "gated_delta_rule_update": (
+        lambda b: (
+            torch.randn(9, 4, 8, 16), torch.randn(b, 2, 8), torch.randn(b, 4, 16), torch.rand(b, 4), torch.arange(b).int()
+        ),
+        lambda state, q, v, beta, rows: K.gated_delta_rule_update(state, q, q, v, -beta, beta, state_batch_indices=rows),
     ),
     "causal_conv1d_update": (
         lambda b: (torch.randn(b, H), torch.randn(b, H, 3), torch.randn(H, 4)),

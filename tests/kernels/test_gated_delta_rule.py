@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from kernels.gated_delta_rule_cases import GOLDEN, TENSORS, check, evaluate, random_inputs
+from kernels.gated_delta_rule_cases import GOLDEN, TENSORS, check, evaluate, mixed_decays, random_inputs
 
 from compressm.errors import ArgumentError, BackendError
 from compressm.kernels import gated_delta_rule, plan
@@ -105,13 +105,6 @@ def test_chunks_of_packed_sequences(assert_close, bounds, chunk):
     options = {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
     oracle = evaluate(inputs, torch.float64, "reference", **options)
     check(evaluate(inputs, torch.float64, None, call=in_chunks(chunk), **options), oracle, assert_close, torch.float64)
-
-
-def mixed_decays(inputs):
-    """Some steps forget nothing, some nearly all, some all."""
-    kinds = torch.tensor([0.0, -1e-4, -0.3, -20.0, -3.0, -300.0], dtype=torch.float64)
-    draw = torch.Generator().manual_seed(3)
-    return {**inputs, "g": kinds[torch.randint(len(kinds), inputs["g"].shape, generator=draw)]}
 
 
 @pytest.mark.parametrize("channelwise", [False, True])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 LEAST, MOST, GRAIN = 32, 64, 16
+TIMES = 6.0  # as measured on a CPU with AVX-512
 
 
 def chunk_length(keys: int, values: int, length: int) -> int:
     """Steps of a chunk.
 
-    Per step and head, the products within a chunk of T steps cost as T (K + V), and those with the state as 3 K V, but the
-    latter are slow where T is small.
+    Per step and head, the products within a chunk of T steps cost as T (K + V), and the states that the backward keeps as
+    K V / T: the best T is as the square root of K V / (K + V).
 
     Args:
         keys: K; values: V; length: L.
     """
-    best = GRAIN * round(keys * values / max(keys + values, 1) / GRAIN)
+    best = GRAIN * round(TIMES * math.sqrt(keys * values / max(keys + values, 1)) / GRAIN)
     return max(1, min(max(best, LEAST), MOST, length))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import custom_op, in_cpp, plain_call, recomputed_gradients, transformed
-from compressm.kernels.core.dispatch import Candidate, chooser
+from compressm.kernels.core.dispatch import chooser, cpp_or_reference
 from compressm.kernels.core.dtypes import cast, common_dtype
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.gated_delta_rule import chunked, reference
@@ -82,7 +82,7 @@ def gated_delta_rule(
 
 
 # Of (device type, the dtype that the tensors promote to): C++ on a CPU, else the reference.
-choose_backend = chooser("gated_delta_rule", lambda device, dtype: (Candidate("reference", lambda: None),))
+choose_backend = chooser("gated_delta_rule", cpp_or_reference)
 
 
 def plan_for_shapes(device: str, dtype: torch.dtype, keys: int, length: int, values: int, backend: str | None) -> KernelPlan:

@@ -32,8 +32,8 @@ def draw(
         channelwise: each channel of the keys has its decay.
         states: with initial and final states.
     """
-    batch, length, shared, heads = (sizes[name] for name in ("batch", "length", "key_heads", "heads"))
-    keys, values = sizes["keys"], sizes["values"]
+    batch, length, shared, heads = (sizes[name] for name in ("batch", "length", "groups", "heads"))
+    keys, values = sizes["states"], sizes["channels"]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
@@ -63,10 +63,10 @@ def draw(
 
 def cost(sizes: Mapping[str, int], word: int, backward: bool) -> Cost:
     """With a decay a head, and keys and queries brought to length one."""
-    batch, length, heads, keys = (sizes[name] for name in ("batch", "length", "heads", "keys"))
+    batch, length, heads, keys = (sizes[name] for name in ("batch", "length", "heads", "states"))
     steps = batch * length * heads
-    wide, cells = steps * sizes["values"], steps * sizes["values"] * keys
-    shared = batch * length * sizes["key_heads"] * keys
+    wide, cells = steps * sizes["channels"], steps * sizes["channels"] * keys
+    shared = batch * length * sizes["groups"] * keys
     flops, exponentials = 7 * cells + 2 * wide + 6 * shared, steps
     moved = word * (2 * wide + 2 * shared + 2 * steps)
     if backward:
@@ -86,7 +86,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str,
 
 def in_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
     """In torch's own products."""
-    chunk = chunk_length(sizes["keys"], sizes["values"], sizes["length"])
+    chunk = chunk_length(sizes["states"], sizes["channels"], sizes["length"])
 
     def call(p: dict[str, Tensor]) -> Tensor:
         return chunked.gated_delta_rule(p["q"], p["k"], p["v"], p["g"], p["beta"], None, None, None, True, chunk)[0]
@@ -100,10 +100,10 @@ def in_compiled_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function
 
 
 def measured(gpu: bool) -> tuple[Measured, ...]:
-    large = {"batch": 8, "length": 2048, "key_heads": 16, "heads": 32}
-    small = {"batch": 2, "length": 1024, "key_heads": 4, "heads": 4}
-    base = {**(large if gpu else small), "values": 128}
-    return (Measured(tuple({**base, "keys": n} for n in (128, 32))),)
+    large = {"batch": 8, "length": 2048, "groups": 16, "heads": 32}
+    small = {"batch": 2, "length": 1024, "groups": 4, "heads": 4}
+    base = {**(large if gpu else small), "channels": 128}
+    return (Measured(tuple({**base, "states": n} for n in (128, 32))),)
 
 
 OPS = (
@@ -112,9 +112,9 @@ OPS = (
         title="Gated delta rule",
         about="the gated delta rule of Gated DeltaNet, with keys of length one",
         function=gated_delta_rule,
-        sizes={"batch": 2, "length": 1024, "key_heads": 4, "heads": 4, "keys": 128, "values": 128},
+        sizes={"batch": 2, "length": 1024, "groups": 4, "heads": 4, "states": 128, "channels": 128},
         small=tuple(
-            {"batch": b, "length": n, "key_heads": h, "heads": v, "keys": s, "values": p}
+            {"batch": b, "length": n, "groups": h, "heads": v, "states": s, "channels": p}
             for b, n, h, v, s, p in ((2, 33, 2, 4, 5, 7), (1, 1, 3, 3, 13, 16), (3, 65, 1, 2, 1, 5), (1, 40, 1, 1, 100, 17))
         ),
         draw=draw,

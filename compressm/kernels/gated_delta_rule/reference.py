@@ -105,3 +105,17 @@ def _scan(operands: Operands) -> tuple[Tensor, Tensor]:
         o, state = step(state, *row)
         outputs.append(o)
     return torch.stack(outputs, 1) if outputs else operands.v, state
+
+
+def gated_delta_rule_update(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """(o, new state) of one token; arguments as in :func:`compressm.kernels.gated_delta_rule_update`.
+
+    Nothing is written in place.
+    """
+    work = torch.promote_types(v.dtype, state.dtype)
+    q, k, v, g, beta = (t.unsqueeze(1) for t in (q, k, v, g, beta))
+    operands = prepare(q, k, v.to(work), g, beta, state, None, scale, normalize)
+    o, new = step(operands.start, *(t.squeeze(1) for t in operands[:-1]))
+    return o.to(v.dtype), new
