@@ -114,10 +114,11 @@ class Op:
     gpu: str | None = None
 
     def run(self, tensors: Mapping[str, Tensor], options: Mapping[str, Any], backend: str | None = None) -> dict[str, Tensor]:
-        """The outputs by name, those that are written in place last."""
+        """The outputs by name, those that are written in place last; None is no output."""
         found = self.function(**tensors, **options, backend=backend)
         outputs = found if isinstance(found, tuple) else (found,)
-        return dict(zip(self.returns, outputs, strict=False)) | {name: tensors[name] for name in self.writes}
+        named = {name: t for name, t in zip(self.returns, outputs, strict=False) if t is not None}
+        return named | {name: tensors[name] for name in self.writes}
 
     def gpu_cases(self) -> Any:
         """The module ``gpu``, imported."""

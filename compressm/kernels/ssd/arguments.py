@@ -60,8 +60,7 @@ def check(
     _check_packing(seq_idx, cu_seqlens, batch, length)
     if x.device.type == "cpu" and plain_call(A, seq_idx, cu_seqlens):  # else there may be no values to look at
         _check_values(A, seq_idx, cu_seqlens, length)
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise bad_argument("chunk_size", got=repr(chunk_size), expected="a whole number of steps, 1 or more, or None")
+    check_chunk_size(chunk_size)
     return _limits(dt_limit)
 
 
@@ -87,12 +86,17 @@ def _check_packing(seq_idx: Tensor | None, cu_seqlens: Tensor | None, batch: int
             got = f"{tuple(seq_idx.shape)} of {seq_idx.dtype}"
             raise bad_argument("seq_idx", got=got, expected=f"int32 or int64 (batch, L) = {(batch, length)}")
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in INTEGERS:
-            got = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
-            raise bad_argument("cu_seqlens", got=got, expected="int32 or int64 (sequences + 1,), from 0 to L")
-        if batch != 1:
-            expected = "a batch of 1, as cu_seqlens packs the sequences along L"
-            raise bad_argument("x", got=f"a batch of {batch}", expected=expected)
+        check_cu_seqlens(cu_seqlens, "x", batch)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, packed: str, batch: int) -> None:
+    """Raise ArgumentError unless these can be bounds of sequences in the tensor ``packed`` of this batch."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in INTEGERS:
+        got = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+        raise bad_argument("cu_seqlens", got=got, expected="int32 or int64 (sequences + 1,), from 0 to L")
+    if batch != 1:
+        expected = "a batch of 1, as cu_seqlens packs the sequences along L"
+        raise bad_argument(packed, got=f"a batch of {batch}", expected=expected)
 
 
 def _check_values(A: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
@@ -105,9 +109,20 @@ def _check_values(A: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, 
         got = "numbers that decrease from a step to the next"
         raise bad_argument("seq_idx", got=got, expected="numbers that never decrease along a row")
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
-            raise bad_argument("cu_seqlens", got=bounds, expected=f"numbers that rise from 0 to L = {length}")
+        check_bounds(cu_seqlens, length)
+
+
+def check_bounds(cu_seqlens: Tensor, length: int) -> None:
+    """Raise ArgumentError unless the numbers themselves rise from 0 to L."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise bad_argument("cu_seqlens", got=bounds, expected=f"numbers that rise from 0 to L = {length}")
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise ArgumentError unless these can be the steps of a chunk."""
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise bad_argument("chunk_size", got=repr(chunk_size), expected="a whole number of steps, 1 or more, or None")
 
 
 def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
