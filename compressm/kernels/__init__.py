@@ -8,6 +8,7 @@ from compressm.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
+from compressm.kernels.linear_attention import linear_attention, linear_attention_update, mlstm
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.planning import OPS, plan
 from compressm.kernels.selective_scan import selective_scan
@@ -23,8 +24,11 @@ __all__ = [
     "diagonal_scan",
     "gramians",
     "gramians_many",
+    "linear_attention",
+    "linear_attention_update",
     "lti_scan",
     "lti_scan_planar",
+    "mlstm",
     "plan",
     "selective_scan",
     "selective_state_update",

@@ -40,6 +40,12 @@ def heads(x, A, mix, **options):
     return K.ssd(x, x[..., 0], A, steps, steps, z=x, dt_softplus=True, **options).flatten(2)
 
 
+def attention(x, mix, of_channels, **options):
+    q, v = (x @ mix).unsqueeze(2), x.unflatten(-1, (2, H // 2))
+    g = -x.abs().unflatten(-1, (2, N)) if of_channels else -x[..., :2].abs()
+    return K.linear_attention(q, q, v, g, **options)[0].flatten(2)
+
+
 def lti(x, decay, phase, B, C, **options):
     eigenvalues = torch.complex(-decay.exp(), phase)
     return K.lti_scan(x, eigenvalues, torch.complex(B, B), torch.complex(C, C), **options)
@@ -70,6 +76,9 @@ MODULES = {
     "selective_scan, reference": lambda: Op(partial(scan, backend="reference"), decay(), torch.randn(H, N)),
     "ssd": lambda: Op(heads, -torch.rand(2) - 0.1, torch.randn(H, N)),
     "ssd, reference": lambda: Op(partial(heads, backend="reference"), -torch.rand(2) - 0.1, torch.randn(H, N)),
+    "linear_attention": lambda: Op(partial(attention, of_channels=True), torch.randn(H, N)),
+    "linear_attention of heads": lambda: Op(partial(attention, of_channels=False), torch.randn(H, N)),
+    "linear_attention, reference": lambda: Op(partial(attention, of_channels=True, backend="reference"), torch.randn(H, N)),
     "lti_scan": lambda: Op(lti, torch.randn(N), torch.randn(N), torch.randn(N, H), torch.randn(H, N)),
     "lti_scan, reference": lambda: Op(
         partial(lti, backend="reference"), torch.randn(N), torch.randn(N), torch.randn(N, H), torch.randn(H, N)
