@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -204,6 +205,16 @@ class LinearAttention(MambaLayer):
         wide = torch.promote_types(weight.dtype, torch.float32)
         conv_state = torch.zeros(batch_size, *window, device=weight.device, dtype=dtype or weight.dtype)
         return conv_state, torch.zeros(batch_size, *state, device=weight.device, dtype=dtype or wide)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> LinearAttention:
+        """Fixed decays and frequencies, which half precision cannot tell from others, stay in float32 at least."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype.itemsize < 4:
+                self._buffers[name] = buffer.to(moved.device, torch.float32)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
         """The norm's weight has other names where it is fused with its gate, and where there is none."""

@@ -1,4 +1,4 @@
-"""What the layers of both Mambas share: prompts, decoding from a cache, and sequences that are packed into a row."""
+"""What the layers of both Mambas and of linear attention share: prompts, decoding from a cache, packed sequences."""
 
 from __future__ import annotations
 

@@ -185,6 +185,18 @@ def test_half_precision_and_autocast():
     assert (y.double() - expected).norm() < 4e-2 * expected.norm()
 
 
+def test_fixed_decays_and_frequencies_keep_their_digits():
+    layer = LinearAttention(8, num_heads=2, decay="fixed", rotary=True)
+    decays, frequencies = layer.log_decay.clone(), layer.inv_freq.clone()
+    layer.bfloat16()
+    assert layer.q_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.log_decay, decays)
+    assert torch.equal(layer.inv_freq, frequencies)
+    assert layer(torch.randn(2, 5, 8).bfloat16()).dtype == torch.bfloat16
+    assert layer.double().log_decay.dtype == torch.float64
+    assert torch.equal(layer.float().log_decay, decays)
+
+
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "g_proj", "gk_proj", "g_norm", "o_proj", "k_conv1d"])
 def test_hooks_on_sub_modules_act(name, decay):
