@@ -10,6 +10,7 @@ from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gated_delta_rule import gated_delta_rule
 from compressm.kernels.gated_delta_rule_update import gated_delta_rule_update
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
+from compressm.kernels.linear_attention import linear_attention, linear_attention_update, mlstm
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.planning import OPS, plan
 from compressm.kernels.selective_scan import selective_scan
@@ -27,8 +28,11 @@ __all__ = [
     "gated_delta_rule_update",
     "gramians",
     "gramians_many",
+    "linear_attention",
+    "linear_attention_update",
     "lti_scan",
     "lti_scan_planar",
+    "mlstm",
     "plan",
     "selective_scan",
     "selective_state_update",

@@ -33,7 +33,8 @@ struct Scan {
 
   Scan(const Tensor& given_x, const Tensor& given_dt, const Tensor& a, const Tensor& b, const Tensor& c,
        const OptionalTensor& d, const OptionalTensor& gate, const OptionalTensor& dt_bias, const OptionalTensor& initial_states,
-       const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool softplus, double low, double high, int64_t chunk)
+       const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool softplus, double low, double high, bool scaled,
+       int64_t chunk)
       : batch(axis(given_x, 0)), length(axis(given_x, 1)), heads(axis(given_x, 2)), channels(axis(given_x, 3)),
         groups(axis(b, 2)), states(axis(b, 3)), pieces(batch, length, chunk, seq_idx, cu_seqlens) {
     TORCH_CHECK(groups > 0 && heads % groups == 0, "B: expected a number of groups that divides H, got ", groups);
@@ -55,8 +56,8 @@ struct Scan {
     }
     const int64_t width = ssd_kernels().width;
     pitch = (channels + width - 1) / width * width;
-    in = {heads, channels, groups, states, std::min(chunk, std::max<int64_t>(length, 1)), softplus, static_cast<float>(low),
-          static_cast<float>(high), rows_of(x), rows_of(dt), rows_of(B), rows_of(C), gate ? rows_of(z) : SsdRows{},
+    in = {heads, channels, groups, states, std::min(chunk, std::max<int64_t>(length, 1)), softplus, scaled,
+          static_cast<float>(low), static_cast<float>(high), rows_of(x), rows_of(dt), rows_of(B), rows_of(C), gate ? rows_of(z) : SsdRows{},
           A.const_data_ptr<float>(), pointer(D), pointer(bias)};
   }
 
@@ -120,8 +121,9 @@ void carry(const Scan& scan, const Tensor& added, const Tensor& left, const Tens
 std::tuple<Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                                const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& dt_bias,
                                const OptionalTensor& initial_states, const OptionalTensor& seq_idx,
-                               const OptionalTensor& cu_seqlens, bool softplus, double low, double high, int64_t chunk) {
-  const Scan scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, softplus, low, high, chunk);
+                               const OptionalTensor& cu_seqlens, bool softplus, double low, double high, bool scaled,
+                               int64_t chunk) {
+  const Scan scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, softplus, low, high, scaled, chunk);
   const Tensor out = scan.numbers(x.sizes()), last = scan.numbers({scan.pieces.states, scan.heads, scan.channels, scan.states});
   const Tensor states = scan.chunk_states(), left = scan.numbers({scan.pieces.count(), scan.heads});
   float *const data = states.data_ptr<float>(), *const left_data = left.data_ptr<float>();
@@ -160,8 +162,8 @@ SsdGradientTensors ssd_backward(const OptionalTensor& grad_out, const OptionalTe
                                 const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
                                 const OptionalTensor& z, const OptionalTensor& dt_bias, const OptionalTensor& initial_states,
                                 const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool softplus, double low,
-                                double high, int64_t chunk) {
-  const Scan scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, softplus, low, high, chunk);
+                                double high, bool scaled, int64_t chunk) {
+  const Scan scan(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, softplus, low, high, scaled, chunk);
   const int64_t states_of = scan.pieces.states;
   const Tensor out = grad_out ? readable(*grad_out) : at::zeros(x.sizes(), x.options());
   check(out, "grad_out", x.sizes());
@@ -195,12 +197,12 @@ SsdGradientTensors ssd_backward(const OptionalTensor& grad_out, const OptionalTe
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {
   m.def("ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_states,"
-        " Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low, float high, int chunk)"
+        " Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low, float high, bool scaled, int chunk)"
         " -> (Tensor out, Tensor last)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(ssd)));
   m.def("ssd_backward(Tensor? grad_out, Tensor? grad_last, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D,"
         " Tensor? z, Tensor? dt_bias, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float low,"
-        " float high, int chunk) -> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,"
+        " float high, bool scaled, int chunk) -> (Tensor grad_x, Tensor grad_dt, Tensor grad_A, Tensor grad_B, Tensor grad_C, Tensor grad_D,"
         " Tensor grad_z, Tensor grad_dt_bias, Tensor grad_initial_states)",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(ssd_backward)));
   register_gradient(m, "ssd");

@@ -1,4 +1,5 @@
 // Mamba-2's scan on CPU: S_t = exp(step_t A) S_{t-1} + step_t x_t B_t^T, out_t = (S_t C_t + D x_t) silu(z_t), per head.
+// Without `scaled` the step sizes only decay: what is written is x_t B_t^T.
 //
 // A sequence is cut into chunks.  Each chunk adds to its heads' states (`write`), the states pass from chunk to chunk
 // (`carry`), and each chunk reads the state in front of it and its own steps (`outputs`).  The backward does the same with
@@ -21,7 +22,7 @@ using SsdRows = HeadRows;  // of heads or of groups
 
 struct SsdInputs {
   std::int64_t heads, channels, groups, states, chunk;  // chunk: most steps of one
-  bool softplus;
+  bool softplus, scaled;
   float low, high;  // limits of a step
   SsdRows x, dt, B, C, z;
   const float *A, *D, *bias;  // (heads), (heads, channels) or null, (heads) or null; contiguous

@@ -6,7 +6,7 @@ from compressm.benchmarking.cases import OPS, Case, case
 
 SMALL = {
     "batch": 2, "length": 37, "channels": 16, "states": 7, "width": 4, "layers": 2, "rank": 3, "blocks": 1,
-    "heads": 4, "groups": 2,
+    "heads": 4, "groups": 2, "key_heads": 2, "keys": 7, "values": 5,
 }  # fmt: skip
 
 

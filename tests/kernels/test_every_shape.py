@@ -46,6 +46,12 @@ def delta(x, mix, channelwise=False):
     return K.gated_delta_rule(keys, keys, values, -g, values[..., 1].sigmoid(), use_qk_l2norm_in_kernel=True)[0].flatten(2)
 
 
+def attention(x, mix, of_channels, **options):
+    q, v = (x @ mix).unsqueeze(2), x.unflatten(-1, (2, H // 2))
+    g = -x.abs().unflatten(-1, (2, N)) if of_channels else -x[..., :2].abs()
+    return K.linear_attention(q, q, v, g, **options)[0].flatten(2)
+
+
 def lti(x, decay, phase, B, C, **options):
     eigenvalues = torch.complex(-decay.exp(), phase)
     return K.lti_scan(x, eigenvalues, torch.complex(B, B), torch.complex(C, C), **options)
@@ -78,6 +84,9 @@ MODULES = {
     "ssd, reference": lambda: Op(partial(heads, backend="reference"), -torch.rand(2) - 0.1, torch.randn(H, N)),
     "gated_delta_rule": lambda: Op(delta, torch.randn(H, N)),
     "gated_delta_rule, decays of channels": lambda: Op(partial(delta, channelwise=True), torch.randn(H, N)),
+    "linear_attention": lambda: Op(partial(attention, of_channels=True), torch.randn(H, N)),
+    "linear_attention of heads": lambda: Op(partial(attention, of_channels=False), torch.randn(H, N)),
+    "linear_attention, reference": lambda: Op(partial(attention, of_channels=True, backend="reference"), torch.randn(H, N)),
     "lti_scan": lambda: Op(lti, torch.randn(N), torch.randn(N), torch.randn(N, H), torch.randn(H, N)),
     "lti_scan, reference": lambda: Op(
         partial(lti, backend="reference"), torch.randn(N), torch.randn(N), torch.randn(N, H), torch.randn(H, N)

@@ -21,7 +21,7 @@ def in_chunks(chunk):
     """ssd by torch's own products in chunks of this many steps, whatever the dtype."""
 
     def call(*, backend, dt_softplus, return_final_states, dt_limit=(0.0, math.inf), seq_idx=None, cu_seqlens=None, **tensors):
-        return chunked.ssd(*(tensors[name] for name in TENSORS), seq_idx, cu_seqlens, dt_softplus, *dt_limit, chunk)
+        return chunked.ssd(*(tensors[name] for name in TENSORS), seq_idx, cu_seqlens, dt_softplus, *dt_limit, True, chunk)
 
     return call
 
@@ -282,7 +282,7 @@ def test_custom_op_is_well_formed(packed, backend):
     arguments = [t.float().requires_grad_() for t in inputs.values()]
     bounds = torch.tensor([0, 3, 3, 20]) if packed else None
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
-    settings = (True, 0.0, math.inf, 0, backend)
+    settings = (True, 0.0, math.inf, True, 0, backend)
     torch.library.opcheck(ssd_op.op, (*arguments, None, bounds, *settings), test_utils=tests)
 
 

@@ -146,7 +146,7 @@ def test_custom_op_is_well_formed(device, packed):
     arguments = [t.float().to(device).requires_grad_() for t in inputs.values()]
     bounds = torch.tensor([0, 3, 3, 20], device=device) if packed else None
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ssd_op.op, (*arguments, None, bounds, True, 0.0, math.inf, 0, "triton"), test_utils=tests)
+    torch.library.opcheck(ssd_op.op, (*arguments, None, bounds, True, 0.0, math.inf, True, 0, "triton"), test_utils=tests)
 
 
 def test_plans_are_consistent(device):

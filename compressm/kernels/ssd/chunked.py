@@ -27,38 +27,40 @@ def ssd(
     dt_softplus: bool,
     low: float,
     high: float,
+    scaled: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """(out, final states), as the reference's, in chunks of ``chunk`` steps."""
     work = torch.promote_types(x.dtype, torch.float32)
     step = step_sizes(dt, dt_bias, dt_softplus, low, high, work)
     wide, A, B, C = x.to(work), A.to(work), B.to(work), C.to(work)
+    drive = step[..., None] * wide if scaled else wide
     start = first_states(x, B, initial_states, cu_seqlens)
 
     def scan(part: slice, h: Tensor) -> tuple[Tensor, Tensor]:
         sequence = None if seq_idx is None else seq_idx[:, part]
-        return _scan(wide[:, part], step[:, part], A, B[:, part], C[:, part], h, sequence, chunk)
+        return _scan(drive[:, part], step[:, part], A, B[:, part], C[:, part], h, sequence, chunk)
 
     y, last = in_sequences(scan, start, cu_seqlens)
     return skip_and_gate(y, wide, D, z).to(x.dtype), last
 
 
 def _scan(
-    x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, sequence: Tensor | None, chunk: int
+    drive: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, sequence: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """(y, last state).  A step of size zero changes no state: the last chunk is filled up with them."""
-    length = x.shape[1]
+    length = drive.shape[1]
     if length == 0:
-        return x, h
+        return drive, h
     missing = -length % chunk
 
     def cut(t: Tensor) -> Tensor:
         filled = pad(t, (*[0, 0] * (t.dim() - 2), 0, missing)) if missing else t
         return filled.unflatten(1, (-1, chunk))
 
-    heads = x.shape[2]
-    u, decay = cut(step[..., None] * x), cut(step * A).cumsum(2)
-    steps = torch.arange(chunk, device=x.device)
+    heads = drive.shape[2]
+    u, decay = cut(drive), cut(step * A).cumsum(2)
+    steps = torch.arange(chunk, device=drive.device)
     within = (steps[:, None] >= steps)[..., None]
     enters = leaves = passes = None  # whether the state in front reaches a step, a step the state behind, the one the other
     if sequence is not None:

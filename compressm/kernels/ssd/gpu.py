@@ -70,7 +70,7 @@ def machine_code(target: Any) -> Iterator[MachineCode]:
     for dtype, states in (("bf16", 128), ("fp32", 128), ("bf16", 16)) if main else (("bf16", 128),):
         for name, kernel, config, elements in of_products(target, dtype, states):
             yield case(f"{name}_{dtype}_N{states}", kernel, dtype, config, elements)
-    constants = _ABSENT | {"T": 64, "BH": triton_launch.HEADS, "SOFTPLUS": True, **triton_launch.SMALL}
+    constants = _ABSENT | {"T": 64, "BH": triton_launch.HEADS, "SOFTPLUS": True, "SCALED": True, **triton_launch.SMALL}
     elements = triton_launch.HEADS * 64 // (triton_launch.SMALL["num_warps"] * target.warp_size)
     yield case("ssd_decays", triton_forward._ssd_decays_kernel, "bf16", constants, elements, False)
     yield case("ssd_steps", triton_backward._ssd_steps_kernel, "bf16", constants, elements, False)
@@ -116,7 +116,7 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> t
     torch.manual_seed(0)
     p = draw(_sizes(*shape), dtype, torch.device(device)).tensors
     tensors = (*(p[name] for name in ("x", "dt", "A", "B", "C", "D")), None, p["dt_bias"], None, None, None)
-    return (*tensors, True, 0.0, math.inf)
+    return (*tensors, True, 0.0, math.inf, True)
 
 
 def _planned(shape: Shape) -> Config:

@@ -77,19 +77,37 @@ def ssd(
             tensors only: on a GPU looking would wait for it).
         BackendError: the named backend cannot run.
     """
-    tensors: Any = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     low, high = check(*tensors, seq_idx, cu_seqlens, chunk_size, dt_limit)
+    out, last = scan(tensors, seq_idx, cu_seqlens, (dt_softplus, low, high, True), chunk_size, backend)
+    return (out, last) if return_final_states else out
+
+
+def scan(
+    tensors: Any,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    of_steps: tuple[bool, float, float, bool],
+    chunk_size: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, final states) on the backend that is chosen; the arguments are those of :func:`ssd`, and not looked at.
+
+    Args:
+        tensors: x, dt, A, B, C, D, z, dt_bias, initial_states.
+        of_steps: dt_softplus, low, high and scaled, as :func:`ssd_op` has them.
+    """
+    x, dt, _, B, C, _, z, *_ = tensors
     chosen = choose_backend(x.device.type, common_dtype(x, dt, B, C, z), backend=backend)
     form = "chunked" if chosen == "reference" and not stepwise(x.dtype, backend) else chosen
-    settings = (dt_softplus, low, high, 0 if chunk_size is None else chunk_size, form)
+    settings = (*of_steps, 0 if chunk_size is None else chunk_size, form)
     if chosen == "cpp":
         tensors = tuple(cast(t, torch.float32) for t in tensors)
     if chosen == "reference" and (plain_call(*tensors, seq_idx, cu_seqlens) or transformed()):
         out, last = _in_torch(*tensors, seq_idx, cu_seqlens, *settings)
     else:
         out, last = ssd_op(*tensors, seq_idx, cu_seqlens, *settings)
-    out = cast(out, x.dtype)
-    return (out, last) if return_final_states else out
+    return cast(out, x.dtype), last
 
 
 # Of (device type, the dtype that the tensors promote to): Triton on a GPU, C++ on a CPU, else the reference.
@@ -158,12 +176,14 @@ def ssd_op(
     dt_softplus: bool,
     low: float,
     high: float,
+    scaled: bool,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """ssd on a backend: ``"cpp"``, which takes float32 alone, ``"triton"``, ``"reference"``, or ``"chunked"``, torch's own.
 
     Args:
+        scaled: the step sizes scale what is written, as in Mamba-2; else they only decay, and step A is a log decay.
         chunk: steps of a chunk; 0: as planned for the sizes.  Triton's chunks are always those of its plan.
 
     Returns:
@@ -171,17 +191,17 @@ def ssd_op(
     """
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
     if backend == "cpp":
-        return cpp.library().ssd(*tensors, dt_softplus, low, high, _chunk(x, B, chunk))
+        return cpp.library().ssd(*tensors, dt_softplus, low, high, scaled, _chunk(x, B, chunk))
     if backend == "triton":
         from compressm.kernels.ssd import triton_launch
 
-        return triton_launch.forward(*tensors, dt_softplus, low, high)
-    out, last = _in_torch(*tensors, dt_softplus, low, high, chunk, backend)
+        return triton_launch.forward(*tensors, dt_softplus, low, high, scaled)
+    out, last = _in_torch(*tensors, dt_softplus, low, high, scaled, chunk, backend)
     return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
 
 @ssd_op.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, chunk, backend):
+def _(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled, chunk, backend):
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = (sequences, x.shape[2], x.shape[3], B.shape[3])
     return x.new_empty(x.shape), x.new_empty(states, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -205,6 +225,7 @@ def ssd_backward_op(
     dt_softplus: bool,
     low: float,
     high: float,
+    scaled: bool,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -212,23 +233,23 @@ def ssd_backward_op(
     tensors, packing = (x, dt, A, B, C, D, z, dt_bias, initial_states), (seq_idx, cu_seqlens)
     if backend == "cpp":
         chunk = _chunk(x, B, chunk)
-        return cpp.library().ssd_backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high, chunk)
+        return cpp.library().ssd_backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high, scaled, chunk)
     if backend == "triton":
         from compressm.kernels.ssd import triton_launch
 
-        gradients: Any = triton_launch.backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high)
+        gradients: Any = triton_launch.backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high, scaled)
         return gradients
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _in_torch(*leaves, *packing, dt_softplus, low, high, chunk, backend)
+        return _in_torch(*leaves, *packing, dt_softplus, low, high, scaled, chunk, backend)
 
     return recomputed_gradients(run, tensors, (grad_out, grad_last))
 
 
 @ssd_backward_op.register_fake
 def _(
-    grad_out, grad_last, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, chunk,
-    backend,
+    grad_out, grad_last, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled,
+    chunk, backend,
 ):  # fmt: skip
     arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     return tuple(x.new_empty((0,)) if t is None else torch.empty_like(t) for t in arguments)
@@ -243,7 +264,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_last):
     saved = ctx.saved_tensors
     grads = ssd_backward_op(grad_out, grad_last, *saved, *ctx.settings)
-    return (*(None if t is None else grad for t, grad in zip(saved[:9], grads, strict=True)), *[None] * 7)
+    return (*(None if t is None else grad for t, grad in zip(saved[:9], grads, strict=True)), *[None] * 8)
 
 
 ssd_op.register_autograd(_backward, _setup_context)

@@ -95,7 +95,8 @@ def in_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
 
     def call(p: dict[str, Tensor]) -> Tensor:
         return chunked.ssd(
-            p["x"], p["dt"], p["A"], p["B"], p["C"], p["D"], None, p["dt_bias"], None, None, None, True, 0.0, math.inf, chunk
+            p["x"], p["dt"], p["A"], p["B"], p["C"], p["D"], None, p["dt_bias"], None, None, None, True, 0.0, math.inf, True,
+            chunk,
         )[0]
 
     return call

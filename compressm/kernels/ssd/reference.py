@@ -37,20 +37,22 @@ def ssd(
     dt_softplus: bool,
     low: float,
     high: float,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, final states); arguments and shapes as in :func:`compressm.kernels.ssd`, dt_limit as (low, high).
 
-    Half precision computes in float32.
+    scaled: the step sizes scale what is written; else they only decay.  Half precision computes in float32.
     """
     work = torch.promote_types(x.dtype, torch.float32)
     step = step_sizes(dt, dt_bias, dt_softplus, low, high, work)
     wide, A = x.to(work), A.to(work)
+    drive = step[..., None] * wide if scaled else wide
     B, C = (of_heads(t.to(work), x.shape[2]) for t in (B, C))
     start = first_states(x, B, initial_states, cu_seqlens)
 
     def scan(part: slice, h: Tensor) -> tuple[Tensor, Tensor]:
         fresh = None if seq_idx is None else seq_idx[:, part].diff(dim=1) != 0
-        return _scan(wide[:, part], step[:, part], A, B[:, part], C[:, part], h, fresh)
+        return _scan(drive[:, part], step[:, part], A, B[:, part], C[:, part], h, fresh)
 
     y, last = in_sequences(scan, start, cu_seqlens)
     return skip_and_gate(y, wide, D, z).to(x.dtype), last
@@ -86,15 +88,15 @@ def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> T
 
 
 def _scan(
-    x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, fresh: Tensor | None
+    drive: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, fresh: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(y, last state); fresh (batch, L - 1): whether a sequence begins with the step behind."""
-    decays, drive = torch.exp(step * A)[..., None, None].unbind(1), (step[..., None] * x).unbind(1)
+    decays, drives = torch.exp(step * A)[..., None, None].unbind(1), drive.unbind(1)
     B_steps, C_steps = B.unbind(1), C.unbind(1)
     outputs = []
-    for t in range(x.shape[1]):
+    for t in range(drive.shape[1]):
         if fresh is not None and t > 0:
             h = torch.where(fresh[:, t - 1, None, None, None], 0.0, h)
-        h = decays[t] * h + drive[t].unsqueeze(-1) * B_steps[t].unsqueeze(-2)
+        h = decays[t] * h + drives[t].unsqueeze(-1) * B_steps[t].unsqueeze(-2)
         outputs.append((h * C_steps[t].unsqueeze(-2)).sum(-1))
-    return torch.stack(outputs, 1) if outputs else x, h
+    return torch.stack(outputs, 1) if outputs else drive, h

@@ -252,7 +252,7 @@ def _ssd_keys_kernel(
 def _ssd_steps_kernel(
     dt, A, bias, starts, counts, by_decay, reads, writes, by_step, grad_dt, grad_A, grad_bias,
     L, chunks, heads, low, high, dt_b, dt_t, dt_h, gdt_b, gdt_t, gdt_h,
-    SOFTPLUS: tl.constexpr, BH: tl.constexpr, T: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SCALED: tl.constexpr, BH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk's step sizes, for BH heads; grad_A and grad_bias: (chunks, heads)."""
     blocks = tl.cdiv(heads, BH)
@@ -277,8 +277,9 @@ def _ssd_steps_kernel(
     time = (start + t.to(tl.int64))[None, :]
     delta = tl.load(dt + row * dt_b + time * dt_t + (wide * dt_h)[:, None], mask=both, other=0.0).to(tl.float32)
     raw, free, step = forward.step_sizes(delta, shift, low, high, count, SOFTPLUS)
-    slope = tl.load(by_step + place, mask=all_steps, other=0.0)
-    slope += decay * tl.load(A + h, mask=inside, other=0.0)[:, None]
+    slope = decay * tl.load(A + h, mask=inside, other=0.0)[:, None]
+    if SCALED:
+        slope += tl.load(by_step + place, mask=all_steps, other=0.0)
     if SOFTPLUS:
         slope *= shared.softplus_slope(raw, False)
     slope = tl.where(both & (free >= low) & (free <= high), slope, 0.0)

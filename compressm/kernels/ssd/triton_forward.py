@@ -1,8 +1,8 @@
 """Forward kernels of the matrix-valued scan: decays within chunks, states between chunks, outputs of chunks.
 
-``decays`` (chunks, heads, 5, T) float32 holds for every step the cumulated log decays of its chunk, the step size, the decay
-from the front of the chunk to the step, that from the step to the end of the chunk, both zero where another sequence begins
-between, and what the cumulated log decays lost by rounding.
+``decays`` (chunks, heads, 5, T) float32 holds for every step the cumulated log decays of its chunk, what scales its input, the
+decay from the front of the chunk to the step, that from the step to the end of the chunk, both zero where another sequence
+begins between, and what the cumulated log decays lost by rounding.
 """
 
 # mypy: ignore-errors
@@ -34,9 +34,9 @@ def step_sizes(dt, bias, low, high, left, SOFTPLUS: tl.constexpr):
 )  # fmt: skip
 def _ssd_decays_kernel(
     dt, A, bias, segments, starts, counts, decays, L, chunks, heads, low, high, dt_b, dt_t, dt_h,
-    SOFTPLUS: tl.constexpr, BH: tl.constexpr, T: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SCALED: tl.constexpr, BH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Decays of one chunk and BH heads."""
+    """Decays of one chunk and BH heads; SCALED: the step sizes scale the inputs."""
     blocks = tl.cdiv(heads, BH)
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
     h = tl.program_id(0) % blocks * BH + tl.arange(0, BH)
@@ -66,6 +66,8 @@ def _ssd_decays_kernel(
     out = decays + ((chunk * heads + wide) * (5 * T))[:, None] + t[None, :]
     kept = inside[:, None] & (t >= 0)[None, :]
     tl.store(out, total, mask=kept)
+    if not SCALED:
+        step = tl.where(both, 1.0, 0.0)
     tl.store(out + T, step, mask=kept)
     tl.store(out + 2 * T, front, mask=kept)
     tl.store(out + 3 * T, behind, mask=kept)

@@ -116,6 +116,7 @@ def forward(
     dt_softplus: bool,
     low: float,
     high: float,
+    scaled: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, final states) as :func:`compressm.kernels.ssd` defines them; config: None for the plan's.
@@ -126,12 +127,12 @@ def forward(
     last = x.new_empty((_sequences(x, cu_seqlens), *x.shape[2:], B.shape[3]), dtype=torch.float32)
     if out.numel() == 0 or last.numel() == 0:
         result, state = reference.ssd(
-            x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high
+            x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled
         )
         return out.copy_(result), last.copy_(state)
     call = _call(x, B, C, seq_idx, cu_seqlens, config)
     with triton_language.on_device(x):
-        decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high)
+        decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high, scaled)
         states = _states(x, None, B, decays, call, initial_states, last, False)
         _outputs(x, B, C, D, z, decays, states, out, call)
     return out, last
@@ -154,6 +155,7 @@ def backward(
     dt_softplus: bool,
     low: float,
     high: float,
+    scaled: bool,
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_states); empty for an argument that was None.
@@ -164,7 +166,7 @@ def backward(
     sequences = _sequences(x, cu_seqlens)
     if x.numel() == 0 or states * sequences == 0:
         return recomputed_gradients(
-            lambda *tensors: reference.ssd(*tensors, seq_idx, cu_seqlens, dt_softplus, low, high),
+            lambda *tensors: reference.ssd(*tensors, seq_idx, cu_seqlens, dt_softplus, low, high, scaled),
             (x, dt, A, B, C, D, z, dt_bias, initial_states),
             (grad_out, grad_last),
         )
@@ -173,7 +175,7 @@ def backward(
     call = _call(x, B, C, seq_idx, cu_seqlens, config)
     grad_start = x.new_empty((sequences, *x.shape[2:], states), dtype=torch.float32)
     with triton_language.on_device(x):
-        decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high)
+        decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high, scaled)
         kept = _states(x, None, B, decays, call, initial_states, torch.empty_like(grad_start), False)
         y = None
         if z is not None:
@@ -183,7 +185,7 @@ def backward(
         shares = decays.new_empty((4, *decays.shape[:2], decays.shape[3]))
         grad_x, grad_D, grad_z = _values(grad_out, x, B, C, D, z, y, decays, kept, grad_kept, shares, call)
         grad_B, grad_C = _keys(grad_out, x, B, C, z, decays, kept, grad_kept, call)
-        grad_dt, grad_A, grad_bias = _steps(dt, A, dt_bias, shares, call, dt_softplus, low, high)
+        grad_dt, grad_A, grad_bias = _steps(dt, A, dt_bias, shares, call, dt_softplus, low, high, scaled)
     return (
         grad_x,
         grad_dt,
@@ -251,13 +253,13 @@ def _precision(on_gpu: bool, dtype: torch.dtype) -> str:
 
 
 def _decays(
-    dt: Tensor, A: Tensor, bias: Tensor | None, call: _Call, softplus: bool, low: float, high: float
+    dt: Tensor, A: Tensor, bias: Tensor | None, call: _Call, softplus: bool, low: float, high: float, scaled: bool
 ) -> Tensor:
     chunks, T, heads = call.chunks, call.config["T"], dt.shape[2]
     decays = dt.new_empty((chunks.count, heads, 5, T), dtype=torch.float32)
     fwd._ssd_decays_kernel[(chunks.count * -(-heads // HEADS),)](
         dt, _dense(A), _dense(bias), chunks.segments, chunks.starts, chunks.counts, decays,
-        *call.sizes[:3], low, high, *dt.stride(), SOFTPLUS=softplus, BH=HEADS, T=T, **SMALL,
+        *call.sizes[:3], low, high, *dt.stride(), SOFTPLUS=softplus, SCALED=scaled, BH=HEADS, T=T, **SMALL,
     )  # fmt: skip
     return decays
 
@@ -365,6 +367,7 @@ def _steps(
     softplus: bool,
     low: float,
     high: float,
+    scaled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of dt, A and dt_bias."""
     chunks, (length, row, heads, *_) = call.chunks, call.sizes
@@ -373,7 +376,7 @@ def _steps(
     bwd._ssd_steps_kernel[(chunks.count * -(-heads // HEADS),)](
         dt, _dense(A), _dense(bias), chunks.starts, chunks.counts, *shares, grad_dt, sums[0], sums[1],
         length, row, heads, low, high, *dt.stride(), *grad_dt.stride(),
-        SOFTPLUS=softplus, BH=HEADS, T=call.config["T"], **SMALL,
+        SOFTPLUS=softplus, SCALED=scaled, BH=HEADS, T=call.config["T"], **SMALL,
     )  # fmt: skip
     return grad_dt, *sums.sum(1)
 
