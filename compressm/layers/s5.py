@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,6 +116,23 @@ class S5(LTILayer):
     def _drawn(self, shape: tuple[int, ...], fan_in: int) -> Tensor:
         normal = nn.init.trunc_normal_(torch.empty(shape, dtype=self.C.dtype.to_real(), device=self.C.device))
         return normal * (TRUNCATED / math.sqrt(fan_in))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> S5:
+        """``.to(dtype)``, ``.double()`` and the like act on both parts of complex parameters, of which torch drops one.
+
+        There is no complex half precision: parameters stay complex64.
+        """
+
+        def on_parts(tensor: Tensor) -> Tensor:
+            if not tensor.is_complex():
+                return fn(tensor)
+            parts = torch.view_as_real(tensor.resolve_conj())
+            converted = fn(parts)
+            if converted.dtype not in (torch.float32, torch.float64):
+                converted = parts.to(converted.device, torch.float32)
+            return torch.view_as_complex(converted.contiguous())
+
+        return super()._apply(on_parts, recurse)
 
     @property
     def d_state(self) -> int:

@@ -67,6 +67,22 @@ def test_other_dtypes(dtype, assert_close):
     assert_close(y.detach(), wide(x.double()).detach())
 
 
+def test_conversions_keep_both_parts_of_complex_parameters():
+    layer = S5(3, 6)
+    before = layer.Lambda.detach().clone()
+    for convert, kind in (
+        (lambda m: m.double(), torch.complex128),
+        (lambda m: m.to(torch.float32), torch.complex64),
+        (lambda m: m.bfloat16(), torch.complex64),
+        (lambda m: m.to("cpu"), torch.complex64),
+    ):
+        layer = convert(layer)
+        assert layer.Lambda.dtype == layer.C.dtype == kind
+        assert isinstance(layer.Lambda, torch.nn.Parameter)
+        torch.testing.assert_close(layer.Lambda.detach().to(before.dtype), before)
+    assert layer.B.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("options", VARIANTS[:2])
 def test_streaming_equals_the_sequence(options, assert_close):
     layer, x = make(**options), torch.randn(2, 11, 3, dtype=torch.float64)
