@@ -55,10 +55,10 @@ def differences(comparison: Comparison) -> Picture | None:
         titles = [comparison.arm(pair.theirs).title for pair in pairs]
         ours = [comparison.arm(pair.ours).title for pair in pairs]
         _rows(ax, titles if same else [f"{a} - {b}" for a, b in zip(ours, titles, strict=True)])
-        words = f"{ours[0]} minus others" if same else "differences"
-        ax.set_xlabel(f"{words}, {metric.gap_unit}{_direction(comparison)}")
+        ax.set_xlabel(f"difference, {metric.gap_unit}{_direction(comparison)}")
         svg = svg_of(figure)
-    caption = f"Mean difference on the same seeds with its {PERCENT} t-interval. Filled and thick: resolved, corrected."
+    subject = f"{capital(clean(ours[0]))} minus others: mean" if same else "Mean"
+    caption = f"{subject} difference on the same seeds with its {PERCENT} t-interval. Filled and thick: resolved, corrected."
     return Picture("Paired differences", caption, svg)
 
 
