@@ -355,7 +355,7 @@ def test_wrong_steps():
 
 @pytest.mark.parametrize("decay", ["none", "fixed", "scalar"])
 def test_triton_where_heads_decay(assert_close, decay, device):
-    inputs = random_inputs(1, 40, 1, 2, 5, 4, decay=decay)
+    inputs = random_inputs(1, 37, 1, 1, 5, 4, decay=decay)
     oracle = evaluate(inputs, torch.float64, None, call=recurrence)
     check(evaluate(inputs, torch.float32, "triton", device=device), oracle, assert_close, torch.float32)
 
