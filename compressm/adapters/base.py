@@ -161,6 +161,7 @@ class Adapter(ABC, Generic[Kind]):
 
     paper_uses_data = False  # whether recipe "paper" averages over calibration data
     conventions: tuple[str, ...] = ("real", "complex")  # those that analyse() knows
+    papers: tuple[str, ...] = ()  # keys in references.bib: who introduced the layers
 
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ class LRUAdapter(LTIAdapter):
     CompreSSM authors' code does).
     """
 
+    papers = ("orvieto2023resurrecting",)
+
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         return NAMES
 

@@ -94,6 +94,7 @@ class Mamba2Adapter(Adapter[MatrixReduction]):
     """
 
     conventions = ("real",)
+    papers = ("dao2024transformers",)
 
     def __init__(self, *, foreign: bool = False) -> None:
         self.foreign = foreign
