@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ COMPILE = "import sys, pathlib; from compressm.kernels.core import cpp; print(cp
 class PrebuiltKernels(BuildHookInterface):
     """Compiles ``csrc/`` into ``compressm/_prebuilt/`` of the wheel."""
 
+    folder: tempfile.TemporaryDirectory | None = None
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if os.environ.get("COMPRESSM_PREBUILD", "0") != "1" or version == "editable":
             return
-        folder = Path(self.directory) / "prebuilt"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = tempfile.TemporaryDirectory()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
-            [sys.executable, "-c", COMPILE, str(folder)], cwd=self.root, env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", COMPILE, self.folder.name], cwd=self.root, env=environment, stdout=subprocess.PIPE, text=True
         )
         if done.returncode != 0:
             raise RuntimeError(
@@ -40,3 +42,7 @@ class PrebuiltKernels(BuildHookInterface):
         build_data["pure_python"] = False
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if self.folder is not None:
+            self.folder.cleanup()
