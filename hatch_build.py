@@ -33,6 +33,7 @@ class PrebuiltKernels(BuildHookInterface):
             [sys.executable, "-c", COMPILE, self.folder.name], cwd=self.root, env=environment, stdout=subprocess.PIPE, text=True
         )
         if done.returncode != 0:
+            self.folder.cleanup()
             raise RuntimeError(
                 "COMPRESSM_PREBUILD=1: the C++ kernels were not compiled, see above. They need torch, ninja and a C++20 "
                 f"compiler where {sys.executable} runs; pip wheel --no-deps . finds them in its own environment"
