@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import sysconfig
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,13 +263,26 @@ def prebuild(folder: Path) -> Path:
     return library
 
 
+@contextmanager
+def _quoted_torch() -> Iterator[None]:
+    """torch writes the folder of its libraries into the linker's command as it is, where a space would end it."""
+    from torch.utils import cpp_extension
+
+    before = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(before)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = before
+
+
 def _build(root: Path, library: Path, flags: list[str]) -> None:
     """Compile and load; a library that is there is complete, even if an earlier build was killed half-way."""
     from torch.utils import cpp_extension
 
     started = time.perf_counter()
     logger.warning("compressm: building the C++ kernels once (a minute or two) in %s", library.parent)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, _quoted_torch():
         cpp_extension.load(
             name=library.stem,
             sources=[str(path) for path in _sources(root) if path.suffix == ".cpp"],
