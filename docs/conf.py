@@ -70,7 +70,8 @@ def plain_text(app: Sphinx, what: str, name: str, thing: Any, options: Any, line
     """Docstrings are plain text with literals: bars are moduli, and a literal may have an ending."""
     for number, line in enumerate(lines):
         parts = re.split(r"(``.+?``)", line)
-        parts[::2] = [re.sub(r"^(?=\w)", r"\\ " if index else "", part.replace("|", r"\|")) for index, part in enumerate(parts[::2])]
+        parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+        parts[2::2] = [re.sub(r"^(?=\w)", r"\\ ", part) for part in parts[2::2]]
         lines[number] = "".join(parts)
 
 
