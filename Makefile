@@ -6,9 +6,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PACKAGE := $(VENV)/.package
 TESTS := $(VENV)/.tests
 PEERS := $(VENV)/.peers
+DOCS := $(VENV)/.docs
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,min,rounds --benchmark-sort=name
 
-.PHONY: demo test lint bench bench-gpu report clean
+.PHONY: demo test lint docs bench bench-gpu report clean
 
 demo: $(PACKAGE)
 	$(BIN)/compressm train digits --out runs/digits
@@ -21,6 +22,11 @@ lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Every warning is an error; tests/docs runs the pages' code.
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	@echo "the site: docs/_build/html/index.html"
+
 # ARGS chooses a part or changes a run: make bench ARGS="-k selective_scan", ARGS="--bench-resume", ARGS="--bench-seconds 5"
 bench: $(PEERS)
 	$(BENCH) $(ARGS)
@@ -32,6 +38,10 @@ bench-gpu: $(PEERS)
 
 report: $(PACKAGE)
 	$(BIN)/python -m benchmarks.reporting.report benchmarks/results/*.json $(addprefix --modelled ,$(wildcard benchmarks/modelled.json)) --out benchmarks/REPORT.md
+
+$(DOCS): $(TESTS)
+	$(INSTALL) -e '.[docs]'
+	touch $@
 
 $(PEERS): $(TESTS)
 	$(INSTALL) -e '.[test,peers]'
@@ -49,4 +59,4 @@ $(PACKAGE): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs build dist docs/_build .pytest_cache .ruff_cache .mypy_cache

@@ -35,6 +35,7 @@ _EXPORTS = {
     "load_sharded": "compressm.compression.saving.sharded",
     "resize_to": "compressm.integrations.resizing",
     "register_adapter": "compressm.adapters",
+    "citation": "compressm.references",
     "CompressmError": "compressm.errors",
 }
 _SUBMODULES = ("adapters", "compression", "control", "errors", "kernels", "layers")
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from compressm.control import DiagonalSystem, balance
     from compressm.errors import CompressmError
     from compressm.integrations.resizing import resize_to
+    from compressm.references import citation
 
 
 def __getattr__(name: str) -> Any:

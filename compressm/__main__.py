@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from compressm.errors import CompressmError, needs_extra
+from compressm.errors import CompressmError, DependencyError, needs_extra
 
 
 def main() -> None:
@@ -15,6 +15,11 @@ def main() -> None:
 
             app()
     except CompressmError as error:
+        if isinstance(error, DependencyError) and sys.argv[1:] == ["doctor"]:  # which says so itself, and more
+            from compressm.doctor import diagnose
+
+            print(diagnose())
+            return
         print(f"compressm: {error}", file=sys.stderr)
         sys.exit(1)
 

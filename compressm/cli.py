@@ -259,6 +259,21 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    build: Annotated[bool, typer.Option("--build", help="Build the C++ kernels now, if they are not.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what this machine has, what therefore runs where, and what is missing."""
+    from compressm.doctor import diagnose
+
+    found = diagnose(build=build)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        Console().print(found)
+
+
 @app.callback(invoke_without_command=True)
 def common(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

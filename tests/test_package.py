@@ -16,7 +16,7 @@ from compressm.errors import ConfigError
 ROOT = Path(compressm.__file__).parent
 FLOORS = {
     "_version": 0, "errors": 0, "config": 0, "kernels": 1, "layers": 2, "control": 2, "adapters": 3, "compression": 4,
-    "experiments": 5, "integrations": 5, "benchmarking": 6, "cli": 7, "__main__": 8,
+    "experiments": 5, "integrations": 5, "references": 5, "benchmarking": 6, "doctor": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 INNER = {
     "compression": {

@@ -195,6 +195,7 @@ class Adapter(ABC, Generic[Kind]):
     forms: tuple[str, ...] = ()  # what a reduced layer may be, where there is a choice; see :meth:`in_form`
     optional: tuple[str, ...] = ()  # names of parameters, relative to the layer, that a layer may lack and get by a reduction
     distils = False  # whether distiller() knows any of its edits
+    papers: tuple[str, ...] = ()  # keys in references.bib: who introduced the layers
 
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
     Without calibration data the layer's input counts as white noise of unit variance.
     """
 
+    papers = ("yang2025gated",)
     optional = ("k_map", "q_map")
     multiple = 16  # the tensor cores of GPUs take 16 at a time
     remedy = "transformers' mixers have some after compressm.integrations.transformers.accelerate_(model)"

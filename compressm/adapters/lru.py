@@ -56,6 +56,8 @@ class LRUAdapter(DiagonalAdapter):
     CompreSSM authors' code does).
     """
 
+    papers = ("orvieto2023resurrecting",)
+
     def form(self, module: nn.Module) -> LRUForm:
         return LRUForm()
 

@@ -80,6 +80,7 @@ class MambaAdapter(Adapter[SelectiveReduction]):
     """
 
     paper_uses_data = True
+    papers = ("gu2023mamba",)
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         return NAMES

@@ -41,6 +41,7 @@ class Mamba2Adapter(MatrixAdapter):
     Without calibration data the layer's input counts as white noise of unit variance.
     """
 
+    papers = ("dao2024transformers",)
     optional = ("B_map", "C_map")
     last_axes = ("init_states",)
     multiple = 16  # Triton kernels of mamba_ssm are no faster in between

@@ -144,6 +144,8 @@ class S4DAdapter(DiagonalAdapter):
     expect smaller gains than for an S5 or LRU layer.
     """
 
+    papers = ("gu2022parameterization",)
+
     decay = "kernel.log_A_real"
 
     def form(self, module: nn.Module) -> S4DForm:

@@ -79,6 +79,8 @@ class S5Adapter(DiagonalAdapter):
     the median row norm that the layer had, C taking the inverse factor.
     """
 
+    papers = ("smith2023simplified",)
+
     decay = "Lambda"
     prefix = ""
 

@@ -13,6 +13,7 @@ from experiments.cli_cases import run, spawn, timeless
 
 import compressm
 from compressm.errors import CheckpointError, CompressmError, ConfigError
+from compressm.experiments.settings import parse_assignments, resolve
 
 QUICK = ["--steps", "20", "--batch-size", "16"]
 SIZES = ["d_state=8", "d_model=4", "eval_every=10", "log_every=5", "timing_rounds=2"]
@@ -166,3 +167,13 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"--out .*expected a folder that can be written"):
         run("train", "digits", "--out", tmp_path / "file" / "runs", *QUICK)
+
+
+@pytest.mark.parametrize("text", ["compressed,full", "compressed, full", '["compressed","full"]'])
+def test_runs_are_names_between_commas_or_json(text):
+    assert resolve("digits", parse_assignments([f"runs={text}"])).runs == ("compressed", "full")
+
+
+def test_an_unknown_run_between_commas_is_named():
+    with pytest.raises(ConfigError, match="runs: got 'smal'"):
+        resolve("digits", parse_assignments(["runs=full,smal"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 from compressm.kernels.core import cpp
 
+LINKED = 'extern "C" int compressm_linked() { return 3; }'
 CALL = """
 import warnings
 import torch
@@ -56,3 +59,17 @@ def test_a_library_that_is_there_is_loaded_without_writing(tmp_path):
     folder.chmod(0o555)
     assert run(tmp_path) == ("True", [])
     assert [path.name for path in folder.iterdir()] == [built.name]
+
+
+@pytest.mark.skipif(cpp._compiler() is None, reason="no compiler")
+def test_sources_libraries_and_torch_may_lie_in_folders_with_spaces(tmp_path, monkeypatch):
+    sources, builds, torchs = (tmp_path / name for name in ("the sources", "the builds", "torch's own"))
+    for folder in (sources, builds):
+        folder.mkdir()
+    (sources / "linked.cpp").write_text(LINKED)
+    torchs.symlink_to(cpp_extension.TORCH_LIB_PATH)
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(torchs))
+    library = builds / "linked_in_spaces.so"
+    cpp._build(sources, library, ["-std=c++20"])
+    assert ctypes.CDLL(str(library)).compressm_linked() == 3
+    assert cpp_extension.TORCH_LIB_PATH == str(torchs)

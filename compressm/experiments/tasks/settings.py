@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Settings(BaseModel):
@@ -42,6 +42,12 @@ class Settings(BaseModel):
     log_every: int = Field(100, ge=1)
     eval_every: int = Field(1000, ge=1)
     timing_rounds: int = Field(20, ge=0)
+
+    @field_validator("runs", mode="before")
+    @classmethod
+    def _separated(cls, value: Any) -> Any:
+        """Names between commas, as a command line gives them."""
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

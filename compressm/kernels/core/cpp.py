@@ -1,8 +1,9 @@
 """Builds and loads the C++ kernels of ``csrc/``, once.
 
-The first call compiles them with ninja into torch's extension cache (or ``COMPRESSM_BUILD_DIR``); later processes load
-the cached library.  The folder's name carries a digest of the sources, torch's version and the compiler, so that changing any
-of them builds anew and never loads a stale library.
+An installation that was made with ``COMPRESSM_PREBUILD=1`` brings the library for its platform and torch.  Elsewhere the first
+call compiles it with ninja into torch's extension cache (or ``COMPRESSM_BUILD_DIR``); later processes load the cached library.
+Names carry a digest of the sources, torch's version and the compiler, so that changing any of them builds anew and never loads
+a stale library.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +35,82 @@ logger = logging.getLogger("compressm")
 
 # torch's header of every operator takes longer to read than all else to compile.
 _FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-Wall", "-DAT_PER_OPERATOR_HEADERS")
+_NAME = "compressm_cpp_"
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is of the C++ kernels, without building or loading any.
+
+    Attributes:
+        library: the compiled library that the first call loads; None: there is none yet.
+        prebuilt: whether the installation brought it.
+        compiler: path of the C++ compiler; None: there is none.
+        version: the first line of what the compiler says of itself.
+        builds: folder in which libraries are built.
+        others: what lies there for other sources, another torch or another compiler.
+        reason: why the first call can neither load nor build it; None: it can, as far as can be told.
+    """
+
+    library: Path | None
+    prebuilt: bool
+    compiler: str | None
+    version: str
+    builds: Path
+    others: tuple[Path, ...]
+    reason: str | None
+
+
+def found() -> Found:
+    """What the first call would find; builds and loads nothing."""
+    root, compiler, builds = _folder(), _compiler(), _build_root()
+    version = _version(compiler) if compiler else ""
+    own = _build_folder(_digest(root, version)) if root and compiler else None
+    brought = _prebuilt(root) if root else None
+    built = own / f"{own.name}.so" if own else None
+    library = brought or (built if built and built.exists() else None)
+    others = tuple(path for path in sorted(builds.glob(f"{_NAME}*")) if path != own)
+    reason = None if library else _cannot_build(root, compiler, builds)
+    line = (version.splitlines() or [""])[0]
+    return Found(library, brought is not None, compiler, line, builds, others, _switched_off() or reason)
+
+
+def _switched_off() -> str | None:
+    return None if config.current().cpp_enabled else "switched off by COMPRESSM_DISABLE_CPP=1"
+
+
+def _cannot_build(root: Path | None, compiler: str | None, builds: Path) -> str | None:
+    """Why no library can be built; None: nothing is known to be in the way."""
+    from torch.utils import cpp_extension
+
+    if root is None:
+        return "the C++ sources (csrc/) are not part of this installation"
+    if compiler is None:
+        return "no C++ compiler found (neither $CXX nor c++ is one)"
+    if not cpp_extension.is_ninja_available():
+        return "ninja is not installed"
+    there = next(folder for folder in (builds, *builds.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return f"the folder {builds} cannot be written to"
+    return None
 
 
 def _folder() -> Path | None:
     """Where the sources are; None where this installation has none."""
-    package = Path(__file__).resolve().parents[2]
-    return next(filter(Path.is_dir, (package / "_csrc", package.parent / "csrc")), None)
+    return next(filter(Path.is_dir, (PACKAGE / "_csrc", PACKAGE.parent / "csrc")), None)
 
 
+def _prebuilt(root: Path) -> Path | None:
+    """The library that the installation brought for these sources, this platform and torch; None: it brought none."""
+    folder = PACKAGE / "_prebuilt"
+    path = folder / _prebuilt_name(root) if folder.is_dir() else None
+    return path if path is not None and path.exists() else None
+
+
+def _prebuilt_name(root: Path) -> str:
+    """Any Python loads it: its ops are known to torch alone."""
+    return f"{_NAME}{_digest_of(root, f'{torch.__version__} {sysconfig.get_platform()}')}.so"
 def _sources(folder: Path) -> list[Path]:
     """All files of all rooms; no two may have one name, as their objects lie in one folder."""
     return sorted(path for path in folder.rglob("*") if path.suffix in (".cpp", ".h", ".inc"))
@@ -68,30 +142,40 @@ def _flags(version: str) -> list[str]:
 
 
 def _digest(root: Path, version: str) -> str:
-    digest = hashlib.sha256(f"{torch.__version__} {sys.version} {version} {_flags(version)}".encode())
+    return _digest_of(root, f"{torch.__version__} {sys.version} {version} {_flags(version)}")
+
+
+def _digest_of(root: Path, facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
     for path in _sources(root):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _build_folder(digest: str) -> Path:
+def _build_root() -> Path:
     from torch.utils import cpp_extension
 
-    root = config.current().build_dir or Path(cpp_extension.get_default_build_root())
-    return root / f"compressm_cpp_{digest}"
+    return config.current().build_dir or Path(cpp_extension.get_default_build_root())
+
+
+def _build_folder(digest: str) -> Path:
+    return _build_root() / f"{_NAME}{digest}"
 
 
 @functools.cache
 def why_not() -> str | None:
     """None if the C++ kernels are loaded (building them if needed), else the reason; warns once when they are lost."""
-    if not config.current().cpp_enabled:
-        return "switched off by COMPRESSM_DISABLE_CPP=1"
-    root = _folder()
+    if (off := _switched_off()) is not None:
+        return off
+    root, compiler = _folder(), _compiler()
     if root is None:
-        return "the C++ sources (csrc/) are not part of this installation"
-    compiler = _compiler()
-    missing = "no C++ compiler found (neither $CXX nor c++ is one)"
-    reason = missing if compiler is None else _load(root, compiler)
+        return _cannot_build(root, compiler, _build_root())
+    if (library := _prebuilt(root)) is not None:
+        reason = _load(library)
+    elif compiler is None:
+        reason = _cannot_build(root, compiler, _build_root())
+    else:
+        reason = _load_or_build(root, compiler)
     if reason is not None:
         warnings.warn(
             f"compressm: the C++ CPU kernels are not available: {reason}. Plain torch runs instead, several times slower. "
@@ -130,14 +214,23 @@ def library() -> Any:
     return _Library()
 
 
-def _load(root: Path, compiler: str) -> str | None:
+def _load(library: Path) -> str | None:
+    """Load a library; the reason where that fails."""
+    try:
+        torch.ops.load_library(str(library))
+    except (RuntimeError, OSError) as error:
+        return f"loading {library} failed: {_last_line(error)}"
+    return None
+
+
+def _load_or_build(root: Path, compiler: str) -> str | None:
     """Load the library, building it first where there is none; the reason where that fails."""
     from filelock import FileLock
 
     version = _version(compiler)
     digest = _digest(root, version)
     folder = _build_folder(digest)
-    library = folder / f"compressm_cpp_{digest}.so"
+    library = folder / f"{_NAME}{digest}.so"
     try:
         if not library.exists():  # a library that is there is complete, and its folder need not be writable
             folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +240,40 @@ def _load(root: Path, compiler: str) -> str | None:
                     return None
         torch.ops.load_library(str(library))
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        return f"building or loading them in {folder} failed: {(str(error).strip() or repr(error)).splitlines()[-1]}"
+        return f"building or loading them in {folder} failed: {_last_line(error)}"
     return None
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[-1]
+
+
+def prebuild(folder: Path) -> Path:
+    """Compile the library that an installation brings, for this platform and torch, into a folder; returns its path.
+
+    Raises:
+        BackendError: there is no compiler, or there are no sources.
+        RuntimeError: the compiler failed; says how.
+    """
+    root, compiler = _folder(), _compiler()
+    if root is None or compiler is None:
+        raise BackendError(f"COMPRESSM_PREBUILD: {_cannot_build(root, compiler, folder)}")
+    library = folder / _prebuilt_name(root)
+    _build(root, library, _flags(_version(compiler)))
+    return library
+
+
+@contextmanager
+def _quoted_torch() -> Iterator[None]:
+    """torch writes the folder of its libraries into the linker's command as it is, where a space would end it."""
+    from torch.utils import cpp_extension
+
+    before = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(before)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = before
 
 
 def _build(root: Path, library: Path, flags: list[str]) -> None:
@@ -157,7 +282,7 @@ def _build(root: Path, library: Path, flags: list[str]) -> None:
 
     started = time.perf_counter()
     logger.warning("compressm: building the C++ kernels once (a minute or two) in %s", library.parent)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, _quoted_torch():
         cpp_extension.load(
             name=library.stem,
             sources=[str(path) for path in _sources(root) if path.suffix == ".cpp"],
