@@ -40,7 +40,9 @@ def from_pretrained(folder: str | Path, model_class: Model | None = None, **opti
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: has no config of transformers that can be read ({_briefly(error)})") from error
     kind, ranks = _class_of(config, model_class), _take_ranks(config)
-    built = _of_ranks(kind, ranks) if ranks else kind
+    built: Any = _of_ranks(kind, ranks) if ranks else kind
+    model: Any
+    told: Any
     try:
         model, told = built.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -55,7 +57,7 @@ def from_pretrained(folder: str | Path, model_class: Model | None = None, **opti
 
 def _class_of(config: PreTrainedConfig, model_class: Any) -> Model:
     if model_class is None:
-        (saved, *_) = config.architectures or [None]
+        saved: Any = next(iter(config.architectures or ()), None)
         model_class = getattr(transformers, str(saved), saved)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         remedy = "Of an Auto class pass the one that it would choose"
@@ -82,7 +84,7 @@ def _of_ranks(kind: Model, ranks: dict[int, int]) -> Model:
     def build(self: Any, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         kind.__init__(self, config, *args, **options)
         layers = find_layers(self)
-        places = {module.layer_idx: name for name, (module, _) in layers.items()}
+        places: dict[Any, str] = {module.layer_idx: name for name, (module, _) in layers.items()}
         if unknown := sorted(ranks.keys() - places.keys()):
             raise ModelError(f"per_layer_config says numbers of states of layers {unknown}, which have none")
         reshape(self, layers, {places[place]: rank for place, rank in ranks.items()})

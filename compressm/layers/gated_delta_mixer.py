@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from compressm.kernels import gated_delta_rule, gated_delta_rule_update
@@ -71,7 +71,7 @@ def layout(mixer: Mixer) -> DeltaLayout:
     return DeltaLayout(key_heads, heads, keys // key_heads, values)
 
 
-def output_projection(mixer: Mixer) -> nn.Module:
+def output_projection(mixer: Mixer) -> Any:
     """The projection behind the norm."""
     return mixer.out_proj if hasattr(mixer, "out_proj") else mixer.o_proj
 

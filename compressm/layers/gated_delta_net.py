@@ -161,7 +161,8 @@ class GatedDeltaNet(MambaLayer):
         The rule's state is float32 unless ``dtype`` says otherwise.
         """
         window, state = self._state_shapes
-        weight, wide = self.q_conv1d.weight, torch.promote_types(self.A_log.dtype, torch.float32)
+        conv: Any = self.q_conv1d
+        weight, wide = conv.weight, torch.promote_types(self.A_log.dtype, torch.float32)
         conv_state = torch.zeros(batch_size, *window, device=weight.device, dtype=dtype or weight.dtype)
         return conv_state, torch.zeros(batch_size, *state, device=weight.device, dtype=dtype or wide)
 

@@ -15,7 +15,7 @@ STEPS, AT = 8, (3, 6)
 class Net(nn.Module):
     """tokens (batch, L) -> logits (batch, L, 12) through two residual layers; float64.
 
-    ``kind``: ``"lru"``, ``"mamba"`` or ``"mamba2"``, whose second layer has the projected form.
+    ``kind``: ``"lru"``, ``"mamba"``, ``"mamba2"`` or ``"mamba2 with maps"``.
     """
 
     def __init__(self, kind: str, d_model: int = 6) -> None:
@@ -26,7 +26,9 @@ class Net(nn.Module):
         elif kind == "mamba":
             layers = [Mamba(d_model, d_state=n, expand=1) for n in (7, 6)]
         else:
-            layers = [Mamba2(d_model, d_state=7, headdim=2, expand=1), Mamba2(d_model, 6, headdim=2, expand=1, d_features=8)]
+            maps = (8, 7) if kind == "mamba2 with maps" else (None, None)
+            sizes = zip((7, 6), maps, strict=True)
+            layers = [Mamba2(d_model, n, headdim=2, expand=1, d_features=features) for n, features in sizes]
         self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(d_model, 12)
         self.double()

@@ -47,7 +47,13 @@ def mamba_matches_one_process(folder):
 
 @check
 def mamba2_matches_one_process(folder):
+    """Both layers get maps."""
     matches_one_process("mamba2")
+
+
+@check
+def mamba2_with_maps_matches_one_process(folder):
+    matches_one_process("mamba2 with maps")
 
 
 class Sent:

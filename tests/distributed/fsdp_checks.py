@@ -48,9 +48,9 @@ def assert_in_step(model, optimizer):
                 assert value.placements == parameter.placements
 
 
-def matches_one_process(kind, wrap=by_layer):
-    losses, model, optimizer, compressor = cases.train_together(kind, wrap)
-    *alone, reference = cases.train_alone(kind)
+def matches_one_process(kind, wrap=by_layer, **options):
+    losses, model, optimizer, compressor = cases.train_together(kind, wrap, **options)
+    *alone, reference = cases.train_alone(kind, **options)
     assert compressor.ranks == reference.ranks
     assert all(report.changed for report in reference.history)
     cases.assert_same_run(losses, model, optimizer, *alone)
@@ -71,7 +71,17 @@ def mamba_matches_one_process(folder):
 
 @check
 def mamba2_matches_one_process(folder):
-    matches_one_process("mamba2")
+    """Without maps they are cut strictly, as shards take no new parameters."""
+    matches_one_process("mamba2", form="strict", policy=compressm.Shrink(0.3))
+    _, model, _, _ = cases.train_together("mamba2", by_layer)
+    assert all(layer.B_map is None for layer in model.layers)  # nor by themselves
+    with pytest.raises(ArgumentError, match="with fully_shard"):
+        cases.train_together("mamba2", by_layer, form="projected")
+
+
+@check
+def mamba2_with_maps_matches_one_process(folder):
+    matches_one_process("mamba2 with maps")
 
 
 @check

@@ -12,6 +12,7 @@ from torch import nn
 
 import compressm
 from compressm.errors import ModelError
+from compressm.integrations._common import per_layer
 from compressm.layers import LRU, Mamba
 
 lightning = pytest.importorskip("lightning")
@@ -155,7 +156,7 @@ def test_ranks_may_differ_on_demand(tmp_path):
     module = Module("transformers")
     names = [f"net.backbone.layers.{i}.mixer" for i in range(2)]
     run = {"policy": compressm.FixedRank(dict(zip(names, (2, 3), strict=True))), "schedule": compressm.At([2])}
-    for uniform, ranks, size in ((True, {3}, 3), (False, {2, 3}, 8)):
+    for uniform, ranks, each in ((True, {3}, {}), (False, {2, 3}, {0: {"state_size": 2}})):
         module, callback = Module("transformers"), CompressionCallback(**run, uniform=uniform)
         trainer = lightning.pytorch.Trainer(
             max_steps=3, accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False,
@@ -164,4 +165,5 @@ def test_ranks_may_differ_on_demand(tmp_path):
         data = torch.utils.data.TensorDataset(inputs("transformers"))
         trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=2))
         assert set(callback.compressor.ranks.values()) == ranks
-        assert module.net.config.state_size == size
+        assert per_layer(module.net.config) == each
+        assert not uniform or module.net.config.state_size == 3

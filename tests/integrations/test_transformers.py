@@ -174,7 +174,7 @@ class TestAccelerate:
         assert torch.equal(ours.generate(x[:, :4], max_new_tokens=6), plain.generate(x[:, :4], max_new_tokens=6))
 
     def test_refusals(self):
-        with pytest.raises(ModelError, match="has no MambaMixer"):
+        with pytest.raises(ModelError, match="has no mixer that compressm knows"):
             accelerate_(torch.nn.Linear(2, 2))
         with pytest.raises(ModelError, match="activation 'relu'"):
             accelerate_(build(hidden_act="relu"))

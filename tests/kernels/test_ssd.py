@@ -233,7 +233,7 @@ def test_packing_needs_a_batch_of_one_and_one_way_of_saying_it():
 def test_a_chunk_beyond_the_sequence_takes_no_more_memory(bounds, dtype):
     inputs = {name: t if t is None else t.to(dtype) for name, t in random_inputs(1, 6, without=["initial_states"]).items()}
     options = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
-    arguments = *inputs.values(), None, options.get("cu_seqlens"), True, 0.0, math.inf, 2**62
+    arguments = *inputs.values(), None, options.get("cu_seqlens"), True, 0.0, math.inf, True, 2**62
     out, _ = ssd_op(*arguments, "cpp" if dtype == torch.float32 else "chunked")
     torch.testing.assert_close(out, ssd(**inputs, dt_softplus=True, backend="reference", **options), rtol=1e-4, atol=1e-5)
 

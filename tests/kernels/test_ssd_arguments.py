@@ -56,7 +56,7 @@ def test_the_kernel_itself_refuses_it(name, change, wide_skip):
     inputs = {key: t.float() for key, t in random_inputs(*SIZES, wide_skip=wide_skip).items()}
     inputs[name] = change(inputs[name])
     assume(not (name == "D" and wide_skip and inputs["D"].shape == (SIZES[2],)))  # the other form that it may have
-    arguments = (*inputs.values(), None, None, True, 0.0, math.inf, 4)
+    arguments = (*inputs.values(), None, None, True, 0.0, math.inf, True, 4)
     gradients = torch.ones(SIZES[:4]), torch.ones(SIZES[0], *SIZES[2:4], SIZES[5])
     with pytest.raises(RuntimeError, match="expected"):
         cpp.library().ssd(*arguments)

@@ -62,7 +62,7 @@ class References:
             for key in adapter.optional:
                 self._undo += [partial(root._parameters.__setitem__, key, root._parameters.get(key)) for root in roots]
                 if isinstance(ema, MutableMapping) and full_name(name, key) not in ema:
-                    self._undo.append(partial(ema.pop, full_name(name, key), None))
+                    self._undo.append(partial(drop_item, ema, full_name(name, key)))
             for root in roots:
                 for key in adapter.attributes(module, adapter.rank(module)):
                     owner, leaf = holder(root, key)
@@ -75,6 +75,11 @@ class References:
     def restore(self) -> None:
         """Put everything back."""
         take_back(list(self._undo))
+
+
+def drop_item(target: MutableMapping[Any, Any], key: Any) -> None:
+    """Make a mapping have nothing under a key."""
+    target.pop(key, None)
 
 
 def put_list(target: list[Any], values: list[Any]) -> None:
