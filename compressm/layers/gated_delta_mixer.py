@@ -6,7 +6,6 @@ module with the names of flash-linear-attention's GatedDeltaNet or of transforme
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +56,12 @@ class DeltaInputs(NamedTuple):
     v: Tensor
     g: Tensor
     beta: Tensor
+
+
+class _Convolution(NamedTuple):
+    """One of several, where a mixer would have one."""
+
+    conv1d: Any
 
 
 def layout(mixer: Mixer) -> DeltaLayout:
@@ -117,12 +122,12 @@ def step(mixer: Mixer, hidden_states: Tensor, conv_state: Tensor, state: Tensor)
 def rule_step(mixer: Mixer, inputs: DeltaInputs, state: Tensor) -> Tensor:
     """One step of the rule, (B, 1, HV, V); state (B, HV, K, V) is advanced in place."""
     one = DeltaInputs(*(part[:, 0] for part in inputs))
-    return gated_delta_rule_update(state, *one, scale=layout(mixer).features ** -0.5)[:, None]
+    return gated_delta_rule_update(state, *one, scale=_scale(mixer))[:, None]
 
 
 def rule(mixer: Mixer, inputs: DeltaInputs, **options: Any) -> tuple[Tensor, Tensor | None]:
     """The rule of a mixer on its inputs, queries scaled as at the full number of channels: (B, L, HV, V), final states."""
-    return gated_delta_rule(*inputs, scale=layout(mixer).features ** -0.5, **options)
+    return gated_delta_rule(*inputs, scale=_scale(mixer), **options)
 
 
 def read(mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None) -> DeltaInputs:
@@ -198,6 +203,11 @@ def finish(mixer: Mixer, out: Tensor, z: Tensor | None) -> Tensor:
     return output_projection(mixer)(normed.flatten(-2))
 
 
+def _scale(mixer: Mixer) -> float:
+    """Of queries, by their channels in front of maps."""
+    return float(layout(mixer).features ** -0.5)
+
+
 def _interleaved(qkvz: Tensor, ba: Tensor, sizes: DeltaLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Qwen3-Next's projections, which hold q, k, v, z and b, a of one head of keys after those of the other."""
     share = sizes.heads // sizes.key_heads
@@ -213,4 +223,4 @@ def _convolutions(mixer: Mixer) -> list[tuple[Any, int]]:
     if hasattr(mixer, "conv1d"):
         return [(mixer, sum(sizes))]
     parts = mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d
-    return [(SimpleNamespace(conv1d=conv), size) for conv, size in zip(parts, sizes, strict=True)]
+    return [(_Convolution(conv), size) for conv, size in zip(parts, sizes, strict=True)]

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from compressm import kernels as K
 from compressm.kernels import fused_cpu
-from compressm.layers import LRU, LayerNorm, LRUBlock, Mamba, RMSNorm
+from compressm.layers import LRU, GatedDeltaNet, LayerNorm, LRUBlock, Mamba, Mamba2, RMSNorm
 
 H, N = 8, 4
 SHAPES = [(6, 11), (3, 14), (3, 9), (7, 33), (2, 257), (5, 2)]  # batch, length: unlike other sizes
@@ -73,6 +73,10 @@ MODULES = {
     "LRUBlock with dropout": lambda: LRUBlock(H, N, dropout=0.0),
     "Mamba": lambda: Mamba(H, N),
     "Mamba in float64": lambda: Mamba(H, N, dtype=torch.float64).double(),
+    "Mamba2": lambda: Mamba2(H, N, headdim=H),
+    "Mamba2 with maps": lambda: Mamba2(H, N, headdim=H, d_features=N + 2),
+    "GatedDeltaNet": lambda: GatedDeltaNet(H, head_dim=N, num_heads=2, expand_v=2),
+    "GatedDeltaNet with maps": lambda: GatedDeltaNet(H, head_dim=N, num_heads=2, expand_v=2, d_state=3),
     "LayerNorm": lambda: LayerNorm(H),
     "RMSNorm": lambda: RMSNorm(H),
     "selective_scan": lambda: Op(scan, decay(), torch.randn(H, N)),
