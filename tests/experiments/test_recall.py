@@ -279,3 +279,10 @@ def test_gated_delta_net_shrinks_and_is_restored(form, tmp_path):
     layer = control.model.blocks[0].layer
     assert (layer.head_k_dim, layer.d_state, layer.head_v_dim) == (8, 3, 4)
     control.train_step()
+
+
+def test_tuning_sees_other_sequences():
+    data = task(pairs=12, keys=31, values=32, length=40).data
+    (tokens, _), (others, _) = data.draw(16, 3), data.held_out().draw(16, 3)
+    assert not (tokens[:, None] == others).all(-1).any()
+    assert torch.equal(tokens, data.draw(16, 3)[0])

@@ -50,7 +50,7 @@ PRESETS |= {
         "d_model": 64, "d_state": 128, "rank": 16,
     },
     "recall": {
-        "title": "Associative recall, Mamba-2", "dataset": "recall", **_THREE, "blocks": 2, "d_model": 64,
+        "title": "Associative recall", "dataset": "recall", **_THREE, "blocks": 2, "d_model": 64,
         "expand": 1, "tied": False, "d_state": 64, "rank": 8, "steps": 800, "batch_size": 32, "lr": 1e-2,
         "weight_decay": 0.05, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "min_lr_ratio": 0.1,
         "reduce_until": 0.4375, "log_every": 10, "eval_every": 50,

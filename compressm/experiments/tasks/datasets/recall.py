@@ -48,6 +48,7 @@ class Associations(Tokens):
         name: for reports.
         pairs, keys, values, length: see :class:`RecallSettings`.
         device: of what is drawn.
+        stream: sequences of different streams have nothing in common, whatever their seeds.
     """
 
     kind: ClassVar[str] = "pairs of keys and values"
@@ -58,6 +59,7 @@ class Associations(Tokens):
     values: int
     length: int
     device: torch.device
+    stream: int = 0
 
     @property
     def vocabulary(self) -> int:
@@ -72,6 +74,10 @@ class Associations(Tokens):
         sizes = {"pairs": self.pairs, "keys": self.keys, "values": self.values, "length": self.length}
         return {"name": self.name, **sizes, "vocabulary": self.vocabulary}
 
+    def held_out(self) -> Associations:
+        """Other sequences throughout, as there is no end of them."""
+        return replace(self, stream=1)
+
     def draw(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """The sequences of a seed.
 
@@ -79,7 +85,7 @@ class Associations(Tokens):
             tokens (count, length) int64, and the answer at every position, likewise: the value of the key that is asked for
             there, or ``NOT_ASKED``.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + (self.stream << 48))
         keys = 1 + _distinct(count, self.keys, self.pairs, generator)
         values = torch.randint(1 + self.keys, self.vocabulary, (count, self.pairs), generator=generator)
         told = 2 * self.pairs
