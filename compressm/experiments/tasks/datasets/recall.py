@@ -16,6 +16,7 @@ from compressm.experiments.tasks.parts import Dataset
 from compressm.experiments.tasks.settings import Settings
 
 NOT_ASKED = -100  # in the place of an answer: the target that a cross-entropy ignores
+STREAM = 0x9E3779B1  # odd and large: seeds of two streams do not meet
 
 
 class RecallSettings(Settings):
@@ -85,7 +86,7 @@ class Associations(Tokens):
             tokens (count, length) int64, and the answer at every position, likewise: the value of the key that is asked for
             there, or ``NOT_ASKED``.
         """
-        generator = torch.Generator().manual_seed(seed + (self.stream << 48))
+        generator = torch.Generator().manual_seed((seed + self.stream * STREAM) % 2**32)  # of which it takes 32 bits
         keys = 1 + _distinct(count, self.keys, self.pairs, generator)
         values = torch.randint(1 + self.keys, self.vocabulary, (count, self.pairs), generator=generator)
         told = 2 * self.pairs
