@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compressm.adapters._gated_delta_meter import GatedDeltaMeter
-from compressm.adapters.base import check_finite, label, plain_parameters, precision
+from compressm.adapters.base import label, plain_parameters, precision
 from compressm.adapters.matrix import MatrixAdapter, Rows
 from compressm.control import MatrixMoments, MatrixReduction, erasing_projection
 from compressm.errors import ModelError, bad_argument
@@ -27,8 +26,6 @@ GATED_DELTA_NETS = (  # of transformers, classes whose forwards are near-copies 
     "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeGatedDeltaNet",
     "transformers.models.qwen3_next.modeling_qwen3_next.Qwen3NextGatedDeltaNet",
 )
-SCAN = ("dt_bias", "A_log")
-PROJECTIONS = ("in_proj_qkvz", "in_proj_qkv", "q_proj")  # the first that a mixer has makes its queries
 CONVOLUTIONS = ("conv1d", "q_conv1d", "k_conv1d")
 INDEPENDENT = (
     "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "q_proj", "k_proj", "v_proj", "a_proj",
@@ -36,7 +33,6 @@ INDEPENDENT = (
     "o_proj",
 )  # fmt: skip
 VECTOR = 8  # channels at a time that causal-conv1d's kernels load
-WHITE = (4, 256)  # sequences and steps of white noise that stand in for data
 
 
 class GatedDeltaNetAdapter(MatrixAdapter):
@@ -47,6 +43,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
 
     papers = ("yang2025gated",)
     optional = ("k_map", "q_map")
+    projections = ("in_proj_qkvz", "in_proj_qkv", "q_proj")
     multiple = 16  # the tensor cores of GPUs take 16 at a time
     remedy = "transformers' mixers have some after compressm.integrations.transformers.accelerate_(model)"
 
@@ -132,35 +129,14 @@ class GatedDeltaNetAdapter(MatrixAdapter):
                 remedy="Pass multiple_of=1 where other kernels run it",
             )
 
-    def slowest(self, module: nn.Module) -> float:
-        """Of what no key erases."""
-        parameters = self.checked(module, "")
-        dt = F.softplus(parameters["dt_bias"].detach().double())
-        return float(torch.exp(-dt * parameters["A_log"].detach().double().exp()).max())
-
     def meter(
         self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int
     ) -> GatedDeltaMeter:
         device = self.checked(module, name)["A_log"].device
-        return GatedDeltaMeter(self.shape(module)[0], self.rank(module), _first_projection(module), device)
+        return GatedDeltaMeter(self.shape(module)[0], self.rank(module), self.projected_by(module), device)
 
-    def checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-        parameters = plain_parameters(module, (*SCAN, *self.parameters(module)), name)
-        check_finite(module, parameters, name)
-        check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
+    def check_sizes(self, module: nn.Module, name: str) -> None:
         sizes = layout(module)
         if sizes.heads % sizes.key_heads or sizes.key_heads * sizes.features != sizes.convolved[0]:
             got = f"{sizes.heads} heads of values for {sizes.key_heads} of keys with {sizes.convolved[0]} channels together"
             raise ModelError(f"{label(module, name)}: {got}, expected numbers that divide")
-        return parameters
-
-    def measured(self, module: nn.Module, name: str) -> MatrixMoments:
-        weight = next(p for p in module.get_submodule(_first_projection(module)).parameters() if p.dim() == 2)
-        noise = torch.randn(*WHITE, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        meter = self.meter(module, name, WHITE[0], None, 0)
-        meter.observe(module, (noise.to(weight),), {}, None)
-        return meter.result(name)
-
-
-def _first_projection(module: nn.Module) -> str:
-    return next(part for part in PROJECTIONS if part in module._modules)

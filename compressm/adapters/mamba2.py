@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compressm.adapters._mamba2_distiller import mamba2_distiller
 from compressm.adapters._mamba2_meter import Mamba2Meter
-from compressm.adapters.base import Distiller, LayerEdit, check_finite, label, own_parameter, plain_parameters, precision
-from compressm.adapters.matrix import MatrixAdapter, Rows
+from compressm.adapters.base import Distiller, LayerEdit, label, own_parameter, plain_parameters, precision
+from compressm.adapters.matrix import WHITE, MatrixAdapter, Rows
 from compressm.control import MatrixMoments, MatrixReduction, projection
 from compressm.errors import ModelError, bad_argument
 from compressm.layers.mamba2_mixer import Layout, layout
@@ -29,10 +28,8 @@ TRANSFORMERS = (  # classes whose forwards are near-copies of one another
     "transformers.models.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer",
     "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer",
 )
-SCAN = ("dt_bias", "A_log")
 INDEPENDENT = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj", "mup_vector")
 VECTOR = 8  # channels at a time that causal-conv1d's kernels load, out of rows that have to be multiples as well
-WHITE = (4, 256)  # sequences and steps of white noise that stand in for data
 
 
 class Mamba2Adapter(MatrixAdapter):
@@ -120,11 +117,6 @@ class Mamba2Adapter(MatrixAdapter):
                     remedy="Pass multiple_of=1 where other kernels run it",
                 )
 
-    def slowest(self, module: nn.Module) -> float:
-        parameters = self.checked(module, "")
-        dt = F.softplus(parameters["dt_bias"].detach().double())
-        return float(torch.exp(-dt * parameters["A_log"].detach().double().exp()).max())
-
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Mamba2Meter:
         device = self.checked(module, name)["A_log"].device
         return Mamba2Meter(layout(module).groups, self.rank(module), device, sequences, rows_per_state, seed)
@@ -132,10 +124,7 @@ class Mamba2Adapter(MatrixAdapter):
     def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
         return mamba2_distiller(module, edit, self.attributes(module, edit.rank_after).get("mup_vector"))
 
-    def checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-        parameters = plain_parameters(module, (*SCAN, *self.parameters(module)), name)
-        check_finite(module, parameters, name)
-        check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
+    def check_sizes(self, module: nn.Module, name: str) -> None:
         if getattr(module, "process_group", None) is not None:
             raise ModelError(f"{label(module, name)}: its heads lie on several processes (process_group), expected one")
         sizes, conv = layout(module), module.get_submodule("conv1d")
@@ -143,15 +132,11 @@ class Mamba2Adapter(MatrixAdapter):
         if sizes.heads % sizes.groups or sum(sizes.convolved) != channels:
             got = f"{channels} channels of conv1d for {sizes.heads} heads of {sizes.headdim} in {sizes.groups} groups"
             raise ModelError(f"{label(module, name)}: {got}, expected those of x and, for every group, as many of B as of C")
-        return parameters
 
-    def measured(self, module: nn.Module, name: str) -> MatrixMoments:
-        weight = next(p for p in module.get_submodule("in_proj").parameters() if p.dim() == 2)
-        noise = torch.randn(*WHITE, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    def white_meter(self, module: nn.Module, name: str) -> Mamba2Meter:
         meter = self.meter(module, name, WHITE[0], None, 0)
         meter.looks = WHITE[0] * WHITE[1] // 16
-        meter.observe(module, (noise.to(weight),), {}, None)
-        return meter.result(name)
+        return meter
 
 
 def _multipliers(module: nn.Module, before: Layout, after: Layout) -> Tensor:

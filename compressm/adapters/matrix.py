@@ -19,11 +19,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from compressm.adapters.base import Adapter, Analysis, LayerEdit, TensorMap, Transport, label, own_parameter, plain_parameters
+from compressm.adapters.base import (
+    Adapter,
+    Analysis,
+    LayerEdit,
+    Meter,
+    TensorMap,
+    Transport,
+    check_finite,
+    label,
+    own_parameter,
+    plain_parameters,
+)
 from compressm.control import MatrixMoments, MatrixReduction, pair_spectrum, subset, subset_spectrum
 from compressm.errors import ModelError, NumericalError, bad_argument
 
+RECURRENCE = ("dt_bias", "A_log")
+WHITE = (4, 256)  # sequences and steps of white noise that stand in for data
 Rows = Sequence[Tensor]  # of a parameter, (G, N) int64 each: those that make the keys or queries of group g, row n of its state
 
 
@@ -71,6 +85,7 @@ class MatrixAdapter(Adapter[MatrixReduction]):
     conventions = ("real",)
     forms = ("strict", "projected")
     last_axes: tuple[str, ...] = ()  # names of parameters (HV, ..., N) whose last axis are the rows of each head's state
+    projections: tuple[str, ...] = ("in_proj",)  # of which a layer has one
     remedy = ""  # how a layer that takes no maps can be made to
     multiple = 1  # that kernels of other libraries like
 
@@ -101,16 +116,42 @@ class MatrixAdapter(Adapter[MatrixReduction]):
         return reduction.query, reduction.key
 
     @abstractmethod
+    def check_sizes(self, module: nn.Module, name: str) -> None:
+        """Raise ModelError unless the layer's sizes fit together."""
+
+    def white_meter(self, module: nn.Module, name: str) -> Meter:
+        """The meter that looks at white noise."""
+        return self.meter(module, name, WHITE[0], None, 0)
+
     def measured(self, module: nn.Module, name: str) -> MatrixMoments:
         """The moments without data: on white noise of unit variance."""
+        weight = next(p for p in module.get_submodule(self.projected_by(module)).parameters() if p.dim() == 2)
+        noise = torch.randn(*WHITE, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        meter = self.white_meter(module, name)
+        meter.observe(module, (noise.to(weight),), {}, None)
+        return meter.result(name)
 
-    @abstractmethod
+    def projected_by(self, module: nn.Module) -> str:
+        """Name of the first of the layer's projections."""
+        return next(part for part in self.projections if part in module._modules)
+
     def checked(self, module: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """What the recurrence depends on and what changes, finite.
 
         Raises:
             ModelError, NumericalError: a parameter is missing or not finite, or sizes do not fit together.
         """
+        parameters = plain_parameters(module, (*RECURRENCE, *self.parameters(module)), name)
+        check_finite(module, parameters, name)
+        check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
+        self.check_sizes(module, name)
+        return parameters
+
+    def slowest(self, module: nn.Module) -> float:
+        """Of what no key erases."""
+        parameters = self.checked(module, "")
+        dt = F.softplus(parameters["dt_bias"].detach().double())
+        return float(torch.exp(-dt * parameters["A_log"].detach().double().exp()).max())
 
     def obstacle(self, module: nn.Module) -> str:
         """Why a layer cannot take maps, in words; empty: it can."""
