@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressm.adapters._tokens import real_tokens
 from compressm.adapters.base import Meter, layer_input
 from compressm.control import MatrixMoments
-from compressm.errors import DataError, NumericalError
+from compressm.errors import NumericalError
 from compressm.layers.gated_delta_mixer import read
 
 
@@ -40,12 +41,9 @@ class GatedDeltaMeter(Meter):
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.replaying:
             return
-        for name in ("seq_idx", "cu_seqlens"):
-            if kwargs.get(name) is not None:
-                raise DataError(f"calibration: {name} packs several sequences into one, expected each in a row of its own")
-        mask = kwargs.get("attention_mask")
-        inputs = read(module, layer_input(module, args, kwargs, self.projection), mask)
-        real = torch.ones(inputs.beta.shape[:2], dtype=torch.bool, device=inputs.beta.device) if mask is None else mask.bool()
+        hidden = layer_input(module, args, kwargs, self.projection)
+        real = real_tokens(kwargs, hidden)
+        inputs = read(module, hidden, kwargs.get("attention_mask"))
         self.tokens += int(real.sum())
         wide = torch.promote_types(inputs.k.dtype, torch.float32)
         k, q = (part[real].transpose(0, 1).to(wide) for part in (inputs.k, inputs.q))

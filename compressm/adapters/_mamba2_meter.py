@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressm.adapters._tokens import real_tokens
 from compressm.adapters.base import Meter, layer_input
 from compressm.control import MatrixMoments
-from compressm.errors import DataError, NumericalError
+from compressm.errors import NumericalError
 from compressm.kernels import ssd
 from compressm.layers.mamba2_mixer import ScanInputs, limits, read
 from compressm.layers.mamba_mixer import decay
@@ -57,12 +58,9 @@ class Mamba2Meter(Meter):
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.replaying:
             return
-        for name in ("seq_idx", "cu_seqlens"):
-            if kwargs.get(name) is not None:
-                raise DataError(f"calibration: {name} packs several sequences into one, expected each in a row of its own")
-        mask = kwargs.get("attention_mask")
-        inputs, dt = read(module, layer_input(module, args, kwargs), mask)
-        real = torch.ones(dt.shape[:2], dtype=torch.bool, device=dt.device) if mask is None else mask.bool()
+        hidden = layer_input(module, args, kwargs)
+        real = real_tokens(kwargs, hidden)
+        inputs, dt = read(module, hidden, kwargs.get("attention_mask"))
         self.tokens += int(real.sum())
         for total, part in ((self.P, inputs.B), (self.Q, inputs.C)):
             rows = part[real].permute(1, 0, 2).to(torch.promote_types(part.dtype, torch.float32))
