@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from compressm.experiments.display import TrainingDisplay
 from compressm.experiments.freed_memory import freed_memory_kept
 
 SIZE = 96 << 20  # bytes: more than glibc ever keeps unasked, and at least 48 faults even with pages of 2 MiB
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE_PAGES = _SETTING.read_text().partition("[")[2].partition("]")[0] if _SETTING.exists() else ""
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that gives back")
 
 
@@ -33,6 +37,12 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def in_memory(name: str) -> int:
+    """Bytes by a line of the process's accounts."""
+    accounts = Path("/proc/self/status").read_text() + Path("/proc/self/smaps_rollup").read_text()
+    return int(accounts.partition(f"{name}:")[2].split()[0]) << 10
+
+
 def test_kept_within_and_given_back_at_the_end():
     assert faults() >= 48
     before = resident()
@@ -42,6 +52,25 @@ def test_kept_within_and_given_back_at_the_end():
         assert resident() - before > 0.9 * SIZE
     assert resident() - before < 0.1 * SIZE
     assert faults() >= 48
+
+
+@pytest.mark.skipif(LARGE_PAGES not in ("always", "madvise"), reason="a system without large pages")
+def test_on_large_pages_and_of_the_former_size_at_the_end():
+    before = in_memory("VmSize")
+    with freed_memory_kept():
+        block = b"x" * SIZE
+        assert in_memory("AnonHugePages") > 0
+        del block
+    assert in_memory("VmSize") - before < SIZE
+
+
+def test_where_the_address_space_is_limited():
+    code = (
+        "import resource; from compressm.experiments.freed_memory import freed_memory_kept as kept\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (64 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size, size))\nwith kept() as was: print(was)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
 
 
 def test_given_back_when_an_error_ends_it():
