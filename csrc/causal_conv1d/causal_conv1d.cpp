@@ -4,13 +4,7 @@
 // steps behind it, which its inputs feed.  Stretches have their own partial gradients of weight and bias, added in a fixed
 // order.  Tensors lie as (batch, L, D) rows of channels (causal_conv1d_channels.cpp), or as (batch, D, L) rows of steps; rows
 // are dense, their distance is arbitrary.
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
+#include "core/torch.h"
 
 #include <algorithm>
 #include <array>

@@ -1,10 +1,5 @@
 // The causal convolution in rows of channels, (batch, L, D), for sequences that are rows or parts of rows.
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
+#include "core/torch.h"
 
 #include <algorithm>
 #include <array>

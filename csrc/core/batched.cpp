@@ -1,3 +1,4 @@
+#include "core/torch.h"
 #include "core/batched.h"
 
 #include <ATen/functorch/BatchedTensorImpl.h>

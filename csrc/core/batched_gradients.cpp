@@ -1,3 +1,5 @@
+#include "core/torch.h"
+
 #include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/ops/stack.h>
 

@@ -1,6 +1,5 @@
+#include "core/torch.h"
 #include "core/isa.h"
-
-#include <torch/library.h>
 
 #include <atomic>
 #include <optional>

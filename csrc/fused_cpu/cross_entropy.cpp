@@ -1,13 +1,10 @@
 // Cross-entropy of scores on CPU, forward and backward.  The backward computes the softmax again from the row's normalizers,
 // so that of all that is as large as the scores only their gradient is written.
+#include "core/torch.h"
 #include "fused_cpu/cross_entropy.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/div.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <numeric>

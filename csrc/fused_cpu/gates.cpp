@@ -1,12 +1,8 @@
 // GELU and the gated linear unit with dropout on CPU, forward and backward.
 //
 // Threads take whole blocks of a mask, so that results do not depend on their number.
+#include "core/torch.h"
 #include "fused_cpu/gates.h"
-
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>

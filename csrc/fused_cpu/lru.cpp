@@ -1,12 +1,10 @@
 // The LTI scan of an LRU's parameters as one op.  Its operands are
 //
 //   lam_k = exp(-exp(nu_k) + i exp(theta_k)),   W_in = [exp(gamma) Re B; exp(gamma) Im B],   W_out = [Re C, -Im C].
+#include "core/torch.h"
+
 #include <ATen/TensorOperators.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>

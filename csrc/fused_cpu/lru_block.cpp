@@ -3,11 +3,10 @@
 //   n = norm(x);  s = LRU(n);  g = dropout(gelu(s));  [a | b] = g W^T + bias;  out = x + dropout(a sigmoid(b))
 //
 // It is made of the ops in ops.h; nothing of autograd, dispatch or Python runs between them.
-#include <ATen/core/Tensor.h>
+#include "core/torch.h"
+
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <optional>
 #include <tuple>

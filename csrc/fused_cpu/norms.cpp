@@ -2,17 +2,11 @@
 //
 // The rows are cut into chunks whose number depends on the shape alone.  Each has its own partial gradients of weight and
 // bias, added in order; mean and variance are computed again in the backward, which costs less than reading them.
+#include "core/torch.h"
 #include "fused_cpu/norms.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/div.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>

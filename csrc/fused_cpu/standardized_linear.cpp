@@ -4,11 +4,7 @@
 //
 // A product with so few inputs is bound by what it writes, and its input is small as bytes: x is standardised again in the
 // backward.  Rows are cut into chunks whose number depends on the shape alone, each with its own sums for the gradient.
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include "core/torch.h"
 
 #include <algorithm>
 #include <array>

@@ -1,11 +1,6 @@
 // The gated delta rule on CPU: checks and tasks around the kernels of gated_delta_rule.h.
+#include "core/torch.h"
 #include "gated_delta_rule/gated_delta_rule.h"
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>

@@ -2,11 +2,9 @@
 //
 // Tasks are (entry, head); each reads and writes the rows of its states in place where they are float32 and no entry meets
 // another one's, so that the number of threads changes no bit of a result.
+#include "core/torch.h"
+
 #include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>

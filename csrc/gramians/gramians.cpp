@@ -1,10 +1,6 @@
 // Quotients of the Gramians of one diagonal system: numerators from matrix products over 1 - lam_i conj(lam_j) and
 // 1 - lam_i lam_j, formed without cancellation from the logarithms (compressm/kernels/gramians/reference.py has the derivation).
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
+#include "core/torch.h"
 
 #include <cmath>
 #include <tuple>

@@ -1,10 +1,6 @@
 // Linear attention with decays of key channels on CPU: checks and tasks around the kernels of linear_attention.h.
+#include "core/torch.h"
 #include "linear_attention/linear_attention.h"
-
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>

@@ -4,14 +4,10 @@
 // place, one matrix product out, so that neither W_in u nor h of the whole sequence has to live in memory.  The backward
 // walks the tiles in reverse; the states come from `saved`, either stored in full or recomputed from one state per tile.
 // Lanes are fixed groups of sequences with their own partial weight gradients, added in a fixed order.
+#include "core/torch.h"
+
 #include <ATen/TensorOperators.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>

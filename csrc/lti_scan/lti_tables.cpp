@@ -2,13 +2,11 @@
 //
 // All complex numbers are planar.  response[j] = [Re(C lam^j), -Im(C lam^j)] is (H_out, 2n) for j = 0 .. tau; its first
 // block is w_out, the others are the blocked w_out.
+#include "core/torch.h"
+
 #include <ATen/TensorOperators.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>

@@ -3,13 +3,7 @@
 // Forward tasks are (sequence, group, up to kScanBlocks blocks of channels).  The backward walks segments of time from the
 // last to the first; in one segment its tasks are (lane of sequences, group, share of the group's blocks).  Lanes and shares
 // depend on shapes alone and every sum has a fixed order, so that the number of threads changes no bit of a result.
-#include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
+#include "core/torch.h"
 
 #include <algorithm>
 #include <optional>

@@ -1,12 +1,6 @@
 // Mamba-2's scan on CPU: checks, tasks and the sums of partial gradients around the kernels of ssd.h.
+#include "core/torch.h"
 #include "ssd/ssd.h"
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
