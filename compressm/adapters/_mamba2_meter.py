@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compressm.adapters._tokens import real_tokens
 from compressm.adapters.base import Meter, layer_input
 from compressm.control import MatrixMoments
 from compressm.errors import NumericalError
-from compressm.kernels import ssd
 from compressm.layers.mamba2_mixer import ScanInputs, limits, read
 from compressm.layers.mamba_mixer import decay
 
@@ -29,6 +29,8 @@ class Mamba2Meter(Meter):
         sequences, rows_per_state, seed: as in ``Adapter.meter``; there are at most LOOKS.
     """
 
+    part = "in_proj"
+
     def __init__(
         self, groups: int, order: int, device: torch.device, sequences: int, rows_per_state: int | None, seed: int
     ) -> None:
@@ -38,6 +40,7 @@ class Mamba2Meter(Meter):
         self.random = torch.Generator("cpu").manual_seed(seed)
         self.P, self.Q, self.Z = torch.zeros(3, groups, order, order, dtype=torch.float64, device=device)
         self.tokens = self.looked = 0
+        self.projected: Tensor | None = None  # of the call that now runs
         self.left = max(1, KEPT_BYTES // (4 * groups * order**2))  # single looks that are still kept
         self.M: list[Tensor] = []
         self.C: list[Tensor] = []
@@ -54,30 +57,40 @@ class Mamba2Meter(Meter):
         self.tokens, self.looked = add(self.tokens), add(self.looked)
         self.M, self.C = ([join(part)] for part in self._kept())
 
+    def part_output(self, output: Any) -> None:
+        self.projected = output.detach() if isinstance(output, Tensor) and not self.replaying else None
+
     @torch.no_grad()
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.replaying:
             return
         hidden = layer_input(module, args, kwargs)
         real = real_tokens(kwargs, hidden)
-        inputs, dt = read(module, hidden, kwargs.get("attention_mask"))
+        projected, self.projected = self.projected, None
+        if projected is not None and (projected.shape[:-1] != hidden.shape[:-1] or projected.dtype != hidden.dtype):
+            projected = None  # of rows in another order, or rounded by autocast
+        inputs, dt = read(module, hidden, kwargs.get("attention_mask"), projected)
         self.tokens += int(real.sum())
         for total, part in ((self.P, inputs.B), (self.Q, inputs.C)):
-            rows = part[real].permute(1, 0, 2).to(torch.promote_types(part.dtype, torch.float32))
+            rows = part[real].permute(1, 0, 2).to(_wide(part))
             total += (rows.mT @ rows).double()
         length = dt.shape[1]
         stride = 1 if self.looks is None else max(1, self.sequences * length // self.looks)
         first = int(torch.randint(min(stride, length), (1,), generator=self.random, device="cpu")) if length else 0
-        state, begin = _initial(module, len(dt)), 0
+        state, begin = _initial(module, inputs), 0
+        x, log_decays = _stepped(module, inputs.x, dt)
         for step in range(first, length, stride):
-            state = _advance(module, inputs, dt, state, slice(begin, step + 1))
+            part = slice(begin, step + 1)
+            _advance(x[:, part], inputs.B[:, part], log_decays[:, part], state)
             self._look(state, inputs.C[:, step], real[:, step])
             begin = step + 1
 
     def _look(self, state: Tensor, C: Tensor, real: Tensor) -> None:
         """One step of all sequences: state (batch, H, P, N), C (batch, G, N), real (batch,)."""
-        S = state[real].unflatten(1, (self.groups, -1)).flatten(2, 3)
-        M, C = S.mT @ S, C[real].to(S.dtype)
+        if not bool(real.all()):
+            state, C = state[real], C[real]
+        S = state.unflatten(1, (self.groups, -1)).flatten(2, 3)
+        M, C = S.mT @ S, C.to(S.dtype)
         self.Z += (M * C[..., :, None] * C[..., None, :]).sum(0, dtype=torch.float64)
         self.looked += len(M)
         self.M.append(M[: self.left].float().cpu())
@@ -101,18 +114,28 @@ class Mamba2Meter(Meter):
         return MatrixMoments(P, Q, Z, M, C)
 
 
-def _initial(module: nn.Module, batch: int) -> Tensor | None:
-    """The states in front of a sequence, where a layer has some that are not zero."""
-    states = module._parameters.get("init_states")
-    return None if states is None else states.expand(batch, *states.shape)
+def _initial(module: nn.Module, inputs: ScanInputs) -> Tensor:
+    """The states (batch, H, P, N) in front of a sequence, zero where a layer does not learn them."""
+    states, (batch, _, heads, channels) = module._parameters.get("init_states"), inputs.x.shape
+    zero = inputs.B.new_zeros(heads, channels, inputs.B.shape[-1], dtype=_wide(inputs.B))
+    return (zero if states is None else states.to(zero)).repeat(batch, 1, 1, 1)
 
 
-def _advance(module: nn.Module, inputs: ScanInputs, dt: Tensor, state: Tensor | None, part: slice) -> Tensor:
-    """The states (batch, H, P, N) behind a part of the steps."""
-    x, B, C = (tensor[:, part] for tensor in inputs)
+def _stepped(module: nn.Module, x: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """dt x (batch, L, H, P), and dt A (batch, L, H)."""
     bias: Any = module.dt_bias
-    _, state = ssd(
-        x, dt[:, part], decay(module), B, C, dt_bias=bias, initial_states=state, dt_softplus=True, dt_limit=limits(module),
-        return_final_states=True,
-    )  # fmt: skip
-    return state
+    steps = F.softplus(dt.to(_wide(dt)) + bias).clamp(*limits(module))
+    return x * steps[..., None], steps * decay(module)
+
+
+def _advance(x: Tensor, B: Tensor, log_decays: Tensor, state: Tensor) -> None:
+    """Take the states (batch, H, P, N), in place, over some of the steps; the other arguments are (batch, steps, ...)."""
+    after = log_decays.flip(1).cumsum(1).flip(1)  # decay of a step and those behind it
+    x = x * torch.exp(after - log_decays)[..., None]
+    rows = x.unflatten(2, (B.shape[2], -1)).flatten(3).permute(0, 2, 3, 1).flatten(0, 1)
+    state *= torch.exp(after[:, 0])[..., None, None]
+    state.view(len(rows), -1, B.shape[-1]).baddbmm_(rows, B.to(x.dtype).transpose(1, 2).flatten(0, 1))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

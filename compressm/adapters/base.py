@@ -108,11 +108,13 @@ class Meter(ABC):
 
     Attributes:
         signals: outputs of the batch now running whose gradients :meth:`adjoint` wants.
+        part: name of a sub-module of the layer whose output :meth:`part_output` wants, before :meth:`observe` is called.
         replaying: the backward pass runs a checkpointed part of the model again: what :meth:`observe` sees has been seen, but
             it must return what it did before.
     """
 
     replaying = False
+    part: str | None = None
 
     def __init__(self) -> None:
         self.signals: list[Tensor] = []
@@ -120,6 +122,9 @@ class Meter(ABC):
     @abstractmethod
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook, outside of autocast and inference mode; may return another output of equal value."""
+
+    def part_output(self, output: Any) -> None:  # noqa: B027 (nothing to do by default)
+        """Take what the sub-module ``part`` gave."""
 
     def adjoint(self, grad: Tensor) -> None:  # noqa: B027 (nothing to do by default)
         """Take the gradient of the probed model output by one of ``signals``."""

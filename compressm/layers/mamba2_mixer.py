@@ -127,24 +127,31 @@ def scan_step(mixer: Mixer, inputs: ScanInputs, dt: Tensor, z: Tensor | None, st
     return selective_state_update(state, inputs.x, dt, A, inputs.B, inputs.C, D, z, bias, dt_softplus=softplus)
 
 
-def read(mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[ScanInputs, Tensor]:
+def read(
+    mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None, projected: Tensor | None = None
+) -> tuple[ScanInputs, Tensor]:
     """What a mixer's scan takes of hidden states (B, L, d_model), and its step sizes (B, L, H) as the projection leaves them.
 
-    mask: (B, L), zero where a token is padding, whose x, B and C are zero; None: no padding.
+    Args:
+        mask: (B, L), zero where a token is padding, whose x, B and C are zero; None: no padding.
+        projected: what ``in_proj`` made of them, (B, L, rows), if that is known.
     """
-    _, xBC, dt = project(mixer, hidden_states, mask)
+    _, xBC, dt = project(mixer, hidden_states, mask, projected)
     return scan_inputs(mixer, without_padding(convolve(mixer, xBC.mT).mT, mask), layout(mixer)), dt
 
 
-def project(mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None, projected: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gate z (B, L, H P), what is convolved (B, L, channels) and step sizes (B, L, H) of hidden states (B, L, d_model).
 
     Args:
         mixer: transformers' FalconH1Mixer has multipliers in front of its projection (``ssm_in_multiplier``) and behind it
             (``mup_vector``), of which any mixer may have either.
-        mask: as for :func:`read`.
+        mask, projected: as for :func:`read`.
     """
-    projected = mixer.in_proj(without_padding(hidden_states, mask) * getattr(mixer, "ssm_in_multiplier", 1))
+    if projected is None:
+        projected = mixer.in_proj(without_padding(hidden_states, mask) * getattr(mixer, "ssm_in_multiplier", 1))
     if getattr(mixer, "mup_vector", None) is not None:
         projected = projected * mixer.mup_vector
     z, xBC, dt = _split(mixer, projected, layout(mixer))[2:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -140,6 +140,21 @@ def attached(hooks: Mapping[str, Callable[..., Any]], layers: Layers) -> Iterato
             handle.remove()
 
 
+@contextmanager
+def _parts_attached(meters: Mapping[str, Meter], layers: Layers) -> Iterator[None]:
+    """Forward hooks on the sub-modules whose outputs meters want."""
+
+    def taking(meter: Meter) -> Callable[..., None]:
+        return lambda _module, _args, output: meter.part_output(output)
+
+    with ExitStack() as stack:
+        for name, meter in meters.items():
+            if meter.part is not None:
+                handle = layers[name][0].get_submodule(meter.part).register_forward_hook(taking(meter))
+                stack.callback(handle.remove)
+        yield
+
+
 def _check_count(sequences: Any) -> None:
     if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
         raise bad_argument("sequences", got=repr(sequences), expected="a positive integer")
@@ -173,7 +188,7 @@ class _Run:
     def batches(self, batches: list[Any], seed: Callable[[int], int]) -> None:
         """Run all of them; ``seed(index)`` belongs to a batch."""
         hooks = {name: _hook(meter) for name, meter in self.meters.items()}
-        with attached(hooks, self.layers), _differentiable_checkpoints():
+        with attached(hooks, self.layers), _parts_attached(self.meters, self.layers), _differentiable_checkpoints():
             for index, batch in enumerate(batches):
                 for meter in self.meters.values():
                     meter.begin(seed(index))
