@@ -80,9 +80,9 @@ def convolved(mixer: Any, x: Tensor, cache: Any, conv_state: Tensor | None, seq_
     length = x.shape[1]
     if conv_state is not None and length == 1 and not cache.is_recording_past(mixer.layer_idx):
         return convolve_step(mixer, x[:, 0], conv_state)[:, None]
-    inputs = x.mT
-    if cache is not None:
-        inputs = cache.update_conv_state(inputs, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
+    if cache is None:
+        return convolve(mixer, x.mT, seq_idx=seq_idx).mT
+    inputs = cache.update_conv_state(x.mT, mixer.layer_idx, conv_kernel_size=mixer.conv_kernel_size)
     if seq_idx is not None:
         inputs = inputs[..., -length:]
     return convolve(mixer, inputs, seq_idx=seq_idx)[..., -length:].mT

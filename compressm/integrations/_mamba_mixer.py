@@ -65,8 +65,9 @@ class AcceleratedMambaMixer(MambaMixer):
         length = x.shape[-1]
         if conv_state is not None and length == 1 and not cache.is_recording_past(self.layer_idx):
             return convolve_step(self, x[..., 0], conv_state).unsqueeze(-1)
-        if cache is not None:
-            x = cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+        if cache is None:
+            return convolve(self, x)
+        x = cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         return convolve(self, x)[..., -length:]
 
     @property
