@@ -1,10 +1,12 @@
-"""mamba_ssm: its Mamba-1 module on compressm's kernels, without its CUDA extension and without causal-conv1d."""
+"""mamba_ssm: its modules on compressm's kernels, without its CUDA extension and without causal-conv1d."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -13,21 +15,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressm.errors import BackendError, DependencyError, bad_argument
-from compressm.kernels import causal_conv1d, selective_scan
+from compressm.integrations import _mamba_ssm_functions as cpu
+from compressm.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
 from compressm.layers.mamba_mixer import mix, step
 
 __all__ = ["patch"]
 
 EXTENSION = "selective_scan_cuda"
+OPS = "mamba_ssm.ops"
 
 
 def patch() -> None:
-    """Give ``mamba_ssm.Mamba`` the operators of compressm: on CPU and GPU, with any number of states.
+    """Give mamba_ssm the operators of compressm: Mamba-1 on CPU and GPU, with any number of states, Mamba-2 on CPU.
 
     Imports mamba_ssm.  ``Mamba`` gets the forward pass and the decode step of :class:`compressm.layers.Mamba`, which call its
     sub-modules, so that adapters on them act; its constructor, parameters and caches stay.  ``selective_scan_fn`` and
-    ``mamba_inner_fn`` are replaced wherever the package uses them.  Mamba2 and Mamba3 stay as they are.  Calling it again
-    changes nothing.  The package without its CUDA build::
+    ``mamba_inner_fn`` are replaced wherever the package uses them.  What ``Mamba2`` and ``Mamba2Simple`` are made of, and what
+    transformers takes of the package for its Mamba-2 models (``mamba_chunk_scan_combined``,
+    ``mamba_split_conv1d_scan_combined``, ``selective_state_update``, ``rmsnorm_fn``), computes tensors on a CPU by compressm
+    and others as before.  Mamba3 stays as it is.  Calling it again changes nothing.  The package without its CUDA build::
 
         MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps mamba-ssm
         pip install einops transformers
@@ -37,19 +43,53 @@ def patch() -> None:
     """
     stand_in_for_the_extension()
     try:
-        interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        interface = importlib.import_module(f"{OPS}.selective_scan_interface")
         layer = importlib.import_module("mamba_ssm.modules.mamba_simple")
+        mamba2 = [importlib.import_module(f"mamba_ssm.modules.{name}") for name in ("mamba2", "mamba2_simple")]
+        homes = {name: importlib.import_module(f"{OPS}.triton.{home}") for name, (home, _) in ON_CPU.items()}
     except ModuleNotFoundError as error:
         raise DependencyError(
             f"mamba_ssm: cannot be imported ({error}). Install it with MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip "
             "install --no-build-isolation --no-deps mamba-ssm, then pip install einops transformers"
         ) from error
     for name, ours in (("selective_scan_fn", selective_scan), ("mamba_inner_fn", mamba_inner_fn)):
-        theirs = getattr(interface, name)
-        for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "mamba_ssm"]:
-            if vars(module).get(name) is theirs:
-                setattr(module, name, ours)
+        _replace(name, getattr(interface, name), ours)
     layer.Mamba.forward, layer.Mamba.step = _forward, _step
+    for name, (_, ours) in ON_CPU.items():
+        theirs = getattr(homes[name], name)
+        if getattr(theirs, "on_cpu", None) is not ours:
+            _replace(name, theirs, _chosen_by_device(theirs, ours))
+    for module in mamba2:
+        for name, function in (("causal_conv1d_fn", causal_conv1d), ("causal_conv1d_update", causal_conv1d_update)):
+            if vars(module).get(name, ...) is None:
+                setattr(module, name, function)
+
+
+# By name: in which module of mamba_ssm.ops.triton it is, and what computes it on a CPU.
+ON_CPU: dict[str, tuple[str, Callable[..., Any]]] = {
+    "mamba_chunk_scan_combined": ("ssd_combined", cpu.mamba_chunk_scan_combined),
+    "mamba_split_conv1d_scan_combined": ("ssd_combined", cpu.mamba_split_conv1d_scan_combined),
+    "selective_state_update": ("selective_state_update", selective_state_update),
+    "rmsnorm_fn": ("layernorm_gated", cpu.rmsnorm_fn),
+}
+
+
+def _replace(name: str, theirs: Any, ours: Any) -> None:
+    """Put ours in place of theirs wherever the package has it under this name."""
+    for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "mamba_ssm"]:
+        if vars(module).get(name) is theirs:
+            setattr(module, name, ours)
+
+
+def _chosen_by_device(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Ours for a first argument on a CPU, else theirs."""
+
+    @functools.wraps(theirs)
+    def function(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (ours if first.device.type == "cpu" else theirs)(first, *args, **kwargs)
+
+    vars(function)["on_cpu"] = ours
+    return function
 
 
 def _forward(self: Any, hidden_states: Tensor, inference_params: Any = None) -> Tensor:

@@ -40,12 +40,20 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x and gate z (..., channels) -> the same shape, in x's dtype; computed in float32 at least."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        gate = F.silu(z.to(wide))
-        y = x.to(wide) if self.norm_before_gate else x.to(wide) * gate
-        size = y.shape[-1] // self.groups
-        y = F.rms_norm(y.unflatten(-1, (self.groups, size)), (size,), eps=self.eps).flatten(-2) * self.weight.to(wide)
-        return (y * gate if self.norm_before_gate else y).to(x.dtype)
+        return gated_rms_norm(x, z, self.weight, self.groups, self.eps, self.norm_before_gate)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, groups={self.groups}, eps={self.eps}, norm_before_gate={self.norm_before_gate}"
+
+
+def gated_rms_norm(
+    x: Tensor, z: Tensor | None, weight: Tensor, groups: int, eps: float, norm_before_gate: bool = False
+) -> Tensor:
+    """The norm of :class:`GatedRMSNorm` with a weight (channels,); without a gate where z is None."""
+    wide, size = torch.promote_types(x.dtype, torch.float32), x.shape[-1] // groups
+    y = x.to(wide)
+    gate = None if z is None else F.silu(z.to(wide))
+    if gate is not None and not norm_before_gate:
+        y = y * gate
+    y = F.rms_norm(y.unflatten(-1, (groups, size)), (size,), eps=eps).flatten(-2) * weight.to(wide)
+    return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)

@@ -16,7 +16,7 @@ import compressm
 from compressm.errors import ArgumentError, BackendError, DependencyError
 from compressm.integrations.mamba_ssm import mamba_inner_fn, patch
 from compressm.kernels.selective_scan.reference import selective_scan as reference
-from compressm.layers import Mamba
+from compressm.layers import Mamba, Mamba2
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(custom_fwd|custom_bwd).*:FutureWarning")
 
@@ -172,6 +172,123 @@ def test_inner_function(given, assert_close):
     assert_close(out, (out_weight @ y).mT)
     with pytest.raises(ArgumentError, match="b_rms_weight"):
         mamba_inner_fn(xz, conv, bias, x_weight, dt_weight, out_weight, None, A, b_rms_weight=D)
+
+
+MAMBA2 = {
+    "norm": {"ngroups": 1},
+    "groups": {"ngroups": 2, "norm_before_gate": True},
+    "D of heads and channels": {"D_has_hdim": True},
+    "no norm": {"rmsnorm": False},
+    "beside an MLP": {"d_ssm": 8},
+    "limits": {"dt_limit": (0.02, 0.05)},
+}
+
+
+def mamba2_pair(package, options):
+    """Their Mamba2 and ours with the same weights, none of them at a special value."""
+    options = {"d_state": 6, "headdim": 4, "layer_idx": 0, "chunk_size": 8, **options}
+    theirs, ours = package.Mamba2(8, **options), Mamba2(8, **options)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@needs_package
+@pytest.mark.parametrize("whole", [True, False], ids=["one function", "its parts"])
+@pytest.mark.parametrize("options", MAMBA2.values(), ids=MAMBA2)
+def test_mamba2_on_a_cpu(package, options, whole, assert_close):
+    theirs, ours = mamba2_pair(package, options)
+    theirs.use_mem_eff_path = whole
+    x, grads = torch.randn(2, 19, 8), []
+    for layer in (theirs, ours):
+        inputs = x.clone().requires_grad_()
+        out = layer(inputs)
+        out.square().sum().backward()
+        grads.append({"input": inputs.grad, "output": out.detach()} | {n: p.grad for n, p in layer.named_parameters()})
+    for name, value in grads[1].items():
+        assert_close(grads[0][name], value, name)
+
+
+@needs_package
+def test_mamba2_keeps_sequences_of_a_row_apart(package, assert_close):
+    theirs, ours = mamba2_pair(package, {})
+    x, seq_idx = torch.randn(2, 19, 8), (torch.arange(19) >= 7).int().expand(2, 19)
+    for whole in (True, False):
+        theirs.use_mem_eff_path = whole
+        assert_close(theirs(x, seq_idx=seq_idx), ours(x, seq_idx=seq_idx))
+
+
+@needs_package
+def test_mamba2_decodes_from_its_prompt(package, assert_close):
+    theirs, _ = mamba2_pair(package, {"ngroups": 2})
+    x, parameters = torch.randn(2, 9, 8), SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
+    with torch.no_grad():
+        whole, first = theirs(x), theirs(x[:, :6], inference_params=parameters)
+        assert_close(first, whole[:, :6])
+        for t in range(6, 9):
+            parameters.seqlen_offset = t
+            assert_close(theirs(x[:, t : t + 1], inference_params=parameters), whole[:, t : t + 1])
+
+
+@needs_package
+def test_mamba2_simple_learns_its_first_states(package, assert_close):
+    from mamba_ssm.modules.mamba2_simple import Mamba2Simple
+
+    theirs = Mamba2Simple(8, d_state=6, headdim=4, chunk_size=8, learnable_init_states=True)
+    with torch.no_grad():
+        theirs.init_states.normal_()
+    results = []
+    for whole in (True, False):
+        theirs.use_mem_eff_path = whole
+        theirs.zero_grad()
+        out = theirs(torch.linspace(-1, 1, 2 * 11 * 8).view(2, 11, 8))
+        out.square().sum().backward()
+        results.append((out.detach(), theirs.init_states.grad))
+    assert results[0][1].abs().max() > 0
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+
+
+@needs_package
+@pytest.mark.parametrize("given", ["bias", "groups", "no gate"])
+def test_gated_norm(package, given, assert_close):
+    from mamba_ssm.ops.triton.layernorm_gated import rms_norm_ref, rmsnorm_fn
+
+    x, z, weight = torch.randn(3, 8), None if given == "no gate" else torch.randn(3, 8), torch.randn(8)
+    for before in (True, False):
+        rest = (torch.randn(8) if given == "bias" else None, z, 1e-3, 4 if given == "groups" else None, before)
+        assert_close(rmsnorm_fn(x, weight, *rest), rms_norm_ref(x, weight, *rest))
+
+
+@needs_package
+def test_transformers_takes_what_was_patched(package):
+    """It takes mamba_ssm's functions where that can be imported, which on a CPU are Triton's no more."""
+    code = """
+import torch, transformers
+from transformers import Mamba2Config
+from compressm.integrations.mamba_ssm import patch
+patch()
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from compressm.integrations.transformers import accelerate_
+config = Mamba2Config(hidden_size=16, num_heads=4, head_dim=8, state_size=8, n_groups=2, chunk_size=4, num_hidden_layers=1)
+mixer, x = Mamba2Mixer(config, layer_idx=0), torch.randn(2, 7, 16)
+for training in (True, False):
+    own = mixer.train(training)(x)
+    torch.testing.assert_close(own, accelerate_(mixer)(x))
+    accelerate_(mixer, False)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_package
+def test_states_of_packed_rows_are_refused(package):
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    one = torch.ones(1, 4, 1, 1)
+    with pytest.raises(BackendError, match="return_varlen_states"):
+        mamba_chunk_scan_combined(one, one[..., 0], -one[0, 0, 0], one, one, 4, return_varlen_states=True)
 
 
 def test_without_the_package():
