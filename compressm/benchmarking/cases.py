@@ -164,7 +164,8 @@ def _reductions(gpu: bool, device: str) -> list[Family]:
         case("balanced_truncation", {"channels": h, "states": n, "rank": r}, "step", device=device)
         for h, n, r in ((8, 256, 28), (512, 384, 93))
     ]
-    whole = [Family(op, (case(op, OPS[op].sizes, "step", device=device),)) for op in ("attempt", "attempt-s5", "rollback", "waiting")]
+    ops = ("attempt", "attempt-s5", "rollback", "waiting")
+    whole = [Family(op, (case(op, OPS[op].sizes, "step", device=device),)) for op in ops]
     return [Family("balanced_truncation", tuple(truncations)), *whole]
 
 

@@ -43,7 +43,7 @@ def s4d(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torc
 
 
 def transforms(sequences: int, length: int, backward: bool) -> Counts:
-    """Convolutions by FFT between fused neighbours: real transforms of twice the length, of every signal and of its gradient."""
+    """Convolutions by FFT between fused neighbours: real transforms of twice the length, of signals and of their gradients."""
     one = round(2.5 * 2 * length * math.log2(2 * length))
     return Counts(bytes=0, flops=sequences * one * (4 if backward else 2), exponentials=0)
 
