@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,14 +13,12 @@ from compressm.control.state_space import StateSpace
 from compressm.control.system import DiagonalSystem
 from compressm.errors import bad_argument
 
-if TYPE_CHECKING:
-    import numpy as np
-
 
 class Stream:
     """Steps a system by one product [x; y] = [A B; C D] [x; u] in numpy, where a torch operation alone takes microseconds.
 
-    The matrices are copied when it is made: make another one when the system changes.
+    The matrices are copied when it is made: make another one when the system changes.  The product is dense, about n^2
+    multiplications for n real states: meant for some dozens of them.
 
     Args:
         system: a model y_t = C x_t + D u_t, x_{t+1} = A x_t + B u_t, or an unbatched diagonal system, whose output
@@ -32,9 +31,6 @@ class Stream:
 
     def __init__(self, system: DiagonalSystem | StateSpace, D: Tensor | None = None) -> None:
         A, B, C, feed = _model(system, D).arrays()
-        import numpy as np
-
-        self._np = np
         self._states, self._inputs, self._outputs = len(A), B.shape[1], len(C)
         self._matrix = np.block([[A, B], [C, feed]])
         self._now, self._next = np.zeros(self._states + self._inputs), np.zeros(self._states + self._outputs)
@@ -46,11 +42,11 @@ class Stream:
             ArgumentError: u is not of that shape.
         """
         n, now, then = self._states, self._now, self._next
-        u = self._np.asarray(u)
+        u = np.asarray(u)
         if u.shape != (self._inputs,):
             raise bad_argument("u", got=f"shape {u.shape}", expected=f"({self._inputs},)")
         now[n:] = u
-        self._np.dot(self._matrix, now, out=then)
+        np.dot(self._matrix, now, out=then)
         now[:n] = then[:n]
         return then[n:].copy()
 
@@ -65,7 +61,7 @@ class Stream:
 
     @state.setter
     def state(self, value: Any) -> None:
-        value = self._np.asarray(value)
+        value = np.asarray(value)
         if value.shape != (self._states,):
             raise bad_argument("state", got=f"shape {value.shape}", expected=f"({self._states},)")
         self._now[: self._states] = value
