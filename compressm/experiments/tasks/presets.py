@@ -65,6 +65,11 @@ PRESETS |= {
         "d_state": 64, "rank": 12, "steps": 1000, "batch_size": 8, "lr": 1e-2, "warmup": 0.05, "cosine": True, "log_every": 20,
         "eval_every": 100,
     },
+    "words": {
+        "title": "Synthesised words, 8000 samples of raw audio", "dataset": "words", **_FOUR, "blocks": 2, "d_model": 16,
+        "d_state": 64, "steps": 600, "batch_size": 16, "lr": 4e-3, "dropout": 0.0, "warmup": 0.05, "cosine": True, "tau": 0.1,
+        "log_every": 20, "eval_every": 100,
+    },
     "plant": {"title": "Identification of a row of masses between springs", **_PLANT},
     "plant-arm": {"title": "Identification of an arm of two links", **_PLANT, "plant": "arm", "channels": 2, "sampling": 0.1},
 }  # fmt: skip

@@ -8,8 +8,9 @@ from compressm.experiments.tasks.datasets.plants import Plant
 from compressm.experiments.tasks.datasets.recall import Recall
 from compressm.experiments.tasks.datasets.signals import SystemIdentification
 from compressm.experiments.tasks.datasets.texts import StandardLibrary
+from compressm.experiments.tasks.datasets.words import Words
 from compressm.experiments.tasks.parts import Dataset
 
 DATASETS: Registry[type[Dataset]] = Registry(
-    "dataset", Digits, SequentialMnist, SequentialCifar, StandardLibrary, Recall, SystemIdentification, Plant
+    "dataset", Digits, SequentialMnist, SequentialCifar, StandardLibrary, Recall, SystemIdentification, Plant, Words
 )
