@@ -8,6 +8,7 @@ from peers import (
     jax_scans,
     mamba_ssm,
     mambapy,
+    s4d_standalone,
     s5_pytorch,
     scipy_truncation,
     torch_forms,
@@ -16,7 +17,7 @@ from peers import (
 from peers.base import Peer
 
 MODULES = (
-    jax_scans, mamba_ssm, transformers_mamba, mambapy, accelerated_scan, s5_pytorch, torch_forms, fft_convolution,
-    scipy_truncation,
+    jax_scans, mamba_ssm, transformers_mamba, mambapy, accelerated_scan, s5_pytorch, s4d_standalone, torch_forms,
+    fft_convolution, scipy_truncation,
 )  # fmt: skip
 PEERS: list[Peer] = [peer for module in MODULES for peer in module.PEERS]

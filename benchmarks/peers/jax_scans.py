@@ -19,6 +19,7 @@ from compressm.benchmarking.timing import Timed
 from peers.base import Peer, too_many_states
 
 ORIGINAL = "LRU paper's layer, jax associative_scan"
+SIMPLIFIED = "S5 paper's layer, jax associative_scan"
 
 
 def why_not(case: Case) -> str | None:
@@ -36,10 +37,11 @@ def why_not_tree(case: Case) -> str | None:
 
 
 def to_jax(tensor: torch.Tensor) -> Any:
-    """The same values as a jax array."""
+    """The same values as a jax array; real and imaginary parts of complex ones, on a new last axis."""
     import jax.numpy as jnp
 
-    return jnp.from_dlpack(tensor.detach().contiguous().clone())
+    tensor = tensor.detach()
+    return jnp.from_dlpack((torch.view_as_real(tensor) if tensor.is_complex() else tensor).contiguous().clone())
 
 
 def to_torch(array: Any) -> torch.Tensor:
@@ -68,7 +70,9 @@ def contender(problem: Problem, forward: Callable[[dict[str, Any]], Any]) -> Con
 
     def answers() -> Answers:
         out, gradients = run()
-        return {"out": to_torch(out), **{name: to_torch(value) for name, value in gradients.items()}}
+        found = {name: to_torch(value) for name, value in gradients.items()}
+        whole = {name: torch.view_as_complex(g) if problem.inputs[name].is_complex() else g for name, g in found.items()}
+        return {"out": to_torch(out), **whole}
 
     return Contender(Timed(run), answers)
 
@@ -177,6 +181,28 @@ def lru_paper(p):
     return jax.vmap(sequence)(p["x"])
 
 
+def s5(problem: Problem) -> Contender:
+    """See the module."""
+    return contender(problem, s5_paper)
+
+
+def s5_paper(p):
+    """y of an S5 layer as its paper's code has it: zero-order hold, eigenvalues repeated for every step."""
+    import jax
+    import jax.numpy as jnp
+
+    Lambda, B, C = (p[name][..., 0] + 1j * p[name][..., 1] for name in ("Lambda", "B", "C"))
+    lam = jnp.exp(Lambda * jnp.exp(p["log_step"]))
+    B = ((lam - 1) / Lambda)[:, None] * B
+
+    def sequence(u):
+        eigenvalues = jnp.repeat(lam[None], u.shape[0], axis=0)
+        _, h = jax.lax.associative_scan(_combine, (eigenvalues, u @ B.T))
+        return (h @ C.T).real + p["D"] * u
+
+    return jax.vmap(sequence)(p["x"])
+
+
 def original_step(problem: Problem) -> Contender:
     """The whole training step around that layer."""
     from peers import jax_lru_model
@@ -188,4 +214,5 @@ PEERS = [
     Peer("jax lax.scan", "jax", "jax", {"selective_scan": selective_scan, "lru": lru}, why_not),
     Peer("jax associative_scan", "jax", "jax", {"selective_scan": selective_associative}, why_not_tree),
     Peer(ORIGINAL, "jax", "jax", {"lru": lru_original, "smnist": original_step, "scifar": original_step}, why_not),
+    Peer(SIMPLIFIED, "jax", "jax", {"s5": s5}, why_not),
 ]

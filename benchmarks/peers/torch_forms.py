@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressm.benchmarking.guard_problems import DISK, SAVE
+from compressm.benchmarking.lti_problems import EAGER
 from compressm.benchmarking.op_problems import COMPILED, REFERENCE
 from compressm.benchmarking.problems import Contender, Problem
 from compressm.benchmarking.running import Make
@@ -29,6 +30,7 @@ PEERS = [
         dict.fromkeys((op for op, record in OPS.items() if record.compiled), built_in(COMPILED)),  # more would take minutes
     ),
     *(Peer(name, "torch", "torch", dict.fromkeys(ops, built_in(name))) for name, ops in RIVALS.items()),
+    Peer(EAGER, "torch", "torch", {"loop": built_in(EAGER)}),
     Peer(DISK, "torch", "torch", {"rollback": built_in(DISK)}),
     Peer(SAVE, "torch", "torch", {"rollback": built_in(SAVE)}),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from compressm.adapters.mamba2 import TRANSFORMERS, Mamba2Adapter
 from compressm.adapters.registry import check_known, find_layers, register_adapter, supported_layers
 from compressm.adapters.s4d import S4DAdapter
 from compressm.adapters.s5 import S5Adapter, S5PytorchAdapter
+from compressm.adapters.streaming import stream
 
 register_adapter("compressm.layers.lru.LRU", LRUAdapter())
 register_adapter("compressm.layers.s5.S5", S5Adapter())
@@ -58,5 +59,6 @@ __all__ = [
     "check_known",
     "find_layers",
     "register_adapter",
+    "stream",
     "supported_layers",
 ]

@@ -23,6 +23,7 @@ class DiagonalAdapter(LTIAdapter):
     """Adapter of layers with a :class:`DiagonalForm`; edits choose the free scale of every mode as the form says."""
 
     decay: str  # the parameter that keeps the eigenvalues inside the unit circle, for messages
+    prefix = ""  # of the parameters' names
 
     @abstractmethod
     def form(self, module: nn.Module) -> DiagonalForm:

@@ -16,6 +16,7 @@ from compressm.adapters.lti import DataGramians, LTIMeter, balanced, kind_of, us
 from compressm.control import Balanced, DiagonalSystem, Reduction, white_gramians
 from compressm.kernels.lti_scan.op import without_autocast
 from compressm.layers._discretization import zoh
+from compressm.layers._fft_convolution import convolve
 from compressm.layers._vandermonde import response
 
 NAMES = ("kernel.C", "kernel.log_A_real", "kernel.A_imag")
@@ -239,8 +240,7 @@ def state_space(layer: Any, u: Tensor, state: Tensor | None) -> Tensor:
         value = form.evaluate(modes.scalars)
         gain, log_lam = (part.to(work.to_complex()) for part in (modes.c[:, 0] * value.kappa, value.log_lam))
         length = u.shape[-1]
-        kernel = torch.fft.rfft(response(gain, log_lam, length), n=2 * length)
-        y = torch.fft.irfft(torch.fft.rfft(u.to(work), n=2 * length) * kernel, n=2 * length)[..., :length]
+        y = convolve(u.to(work), response(gain, log_lam, length))
         if state is not None:
             y = y + response(gain * log_lam.exp() * state, log_lam, length)
         return (y + u * layer.D.to(work)[:, None]).to(u.dtype)

@@ -82,7 +82,6 @@ class S5Adapter(DiagonalAdapter):
     papers = ("smith2023simplified",)
 
     decay = "Lambda"
-    prefix = ""
 
     def form(self, module: nn.Module) -> S5Form:
         layer: Any = module

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compressm.benchmarking import guard_problems, layer_problems, op_problems, reduction_problems, step_problems
+from compressm.benchmarking import guard_problems, layer_problems, lti_problems, op_problems, reduction_problems, step_problems
 from compressm.benchmarking.problems import Op, Problem
 from compressm.benchmarking.results import Level, Pass
 from compressm.errors import ConfigError, bad_argument
 from compressm.kernels import OPS as RECORDS
 from compressm.kernels.core.op import Measured
 
-_PROBLEMS = (op_problems, layer_problems, step_problems, reduction_problems, guard_problems)
+_PROBLEMS = (op_problems, layer_problems, lti_problems, step_problems, reduction_problems, guard_problems)
 OPS: dict[str, Op] = {name: op for module in _PROBLEMS for name, op in module.OPS.items()}
 LETTERS = {"batch": "B", "channels": "D", "length": "L", "states": "N", "width": "W", "rank": "R"}  # others: the name itself
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -142,7 +142,9 @@ def _layers(gpu: bool, device: str) -> list[Family]:
         families.append(_family("lru", passes, device, (256, 28), batch=50, length=784, channels=8))
         families.append(_family("lru", passes, device, (384, 93), **scifar))
         families.append(_family("mamba", passes, device, (128, 12), **mamba))
-    return families
+        for op, states in (("s5", (384, 96)), ("s4d", (32, 8))):
+            families.append(_family(op, passes, device, states, batch=16, length=1024, channels=256))
+    return families if gpu else [*families, _family("loop", "step", device, (16,), channels=4)]
 
 
 def _steps(gpu: bool, device: str) -> list[Family]:
@@ -162,7 +164,8 @@ def _reductions(gpu: bool, device: str) -> list[Family]:
         case("balanced_truncation", {"channels": h, "states": n, "rank": r}, "step", device=device)
         for h, n, r in ((8, 256, 28), (512, 384, 93))
     ]
-    whole = [Family(op, (case(op, OPS[op].sizes, "step", device=device),)) for op in ("attempt", "rollback", "waiting")]
+    ops = ("attempt", "attempt-s5", "rollback", "waiting")
+    whole = [Family(op, (case(op, OPS[op].sizes, "step", device=device),)) for op in ops]
     return [Family("balanced_truncation", tuple(truncations)), *whole]
 
 

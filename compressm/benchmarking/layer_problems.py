@@ -20,7 +20,7 @@ from compressm.layers import LRU, Mamba
 from compressm.layers.mamba_mixer import mix
 
 
-def _problem(
+def layer_problem(
     layer: nn.Module, sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, least: Counts, cells: int
 ) -> Problem:
     """Of a layer that maps (batch, L, channels) to the same; ``cells`` is how many states the whole sequence takes."""
@@ -67,7 +67,7 @@ def lru(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torc
     batch, length, channels, states = (sizes[name] for name in ("batch", "length", "channels", "states"))
     layer = LRU(channels, states, device=device)
     least = counts.of_op("lti_scan", sizes, dtype.itemsize, passes != "forward")
-    problem = _problem(layer, sizes, passes, dtype, least, batch * length * states)
+    problem = layer_problem(layer, sizes, passes, dtype, least, batch * length * states)
     problem.built_in[REFERENCE] = lambda: problem.contender(lambda p: lti_scan_planar(**lru_operands(p), backend="reference"))
 
     def unrolled():
@@ -127,7 +127,7 @@ def mamba(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: to
     batch, length, channels, states = (sizes[name] for name in ("batch", "length", "channels", "states"))
     layer = Mamba(channels, states, device=device, dtype=dtype)
     least = counts.mamba(batch, length, channels, states, dtype.itemsize, passes != "forward")
-    problem = _problem(layer, sizes, passes, dtype, least, batch * length * layer.d_inner * states)
+    problem = layer_problem(layer, sizes, passes, dtype, least, batch * length * layer.d_inner * states)
 
     def reference():
         def scan(p: dict[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +17,7 @@ from compressm.compression.planning.policies import energy_order
 from compressm.control.balancing import balance
 from compressm.kernels import gramians
 from compressm.kernels.lti_scan.record import ring
-from compressm.layers import LRU
+from compressm.layers import LRU, S5
 
 FREQUENCIES = 12
 TAU = 0.1
@@ -76,33 +77,37 @@ def balanced_truncation(sizes: Mapping[str, int], passes: Pass, dtype: torch.dty
 
 
 class Stack(nn.Module):
-    """LRU layers with skip connections."""
+    """Time-invariant layers with skip connections."""
 
-    def __init__(self, layers: int, channels: int, states: int) -> None:
+    def __init__(self, kind: type[LRU] | type[S5], layers: int, channels: int, states: int) -> None:
         super().__init__()
-        self.lrus = nn.ModuleList(LRU(channels, states) for _ in range(layers))
+        self.mixers = nn.ModuleList(kind(channels, states) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        for lru in self.lrus:
-            x = x + nn.functional.gelu(lru(x))
+        for mixer in self.mixers:
+            x = x + nn.functional.gelu(mixer(x))
         return x
 
 
-def trained_stack(sizes: Mapping[str, int], device: torch.device) -> tuple[Stack, torch.optim.Optimizer]:
+def trained_stack(
+    sizes: Mapping[str, int], device: torch.device, kind: type[LRU] | type[S5] = LRU
+) -> tuple[Stack, torch.optim.Optimizer]:
     """A stack whose optimizer has moments."""
-    model = Stack(sizes["layers"], sizes["channels"], sizes["states"]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model = Stack(kind, sizes["layers"], sizes["channels"], sizes["states"]).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=kind is LRU)  # torch's does not take complex parameters
     model(torch.randn(2, 64, sizes["channels"], device=device)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
     return model, optimizer
 
 
-def attempt(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
-    """``Compressor.step`` on a stack of LRU layers, data-free: from reading the layers to the audit of the optimizer."""
+def attempt(
+    sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device, kind: type[LRU] | type[S5] = LRU
+) -> Problem:
+    """``Compressor.step`` on a stack of layers, data-free: from reading the layers to the audit of the optimizer."""
     layers = sizes["layers"]
-    model, optimizer = trained_stack(sizes, device)
-    oracle = {"ranks": torch.tensor([_complex_rank(lru) for lru in model.lrus], dtype=torch.float64)}
+    model, optimizer = trained_stack(sizes, device, kind)
+    oracle = {"ranks": torch.tensor([_complex_rank(mixer) for mixer in model.mixers], dtype=torch.float64)}
     problem = Problem("step", torch.float32, device, {}, None, oracle, NOT_COUNTED, dict(sizes))
 
     def setup() -> compressm.Compressor:
@@ -117,18 +122,21 @@ def attempt(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: 
 
     def answers() -> Answers:
         ranks = run(setup()).ranks
-        return {"ranks": torch.tensor([ranks[f"lrus.{i}"] for i in range(layers)], dtype=torch.float64)}
+        return {"ranks": torch.tensor([ranks[f"mixers.{i}"] for i in range(layers)], dtype=torch.float64)}
 
     problem.built_in["compressm"] = lambda: Contender(Timed(run, setup), answers)
     return problem
 
 
 @torch.no_grad()
-def _complex_rank(lru: LRU) -> int:
+def _complex_rank(mixer: LRU | S5) -> int:
     """How many Hankel singular values of the complex system hold 1 - TAU of their sum, from the reference Gramians."""
-    log_lam = torch.complex(-lru.nu_log.double().exp(), lru.theta_log.double().exp())
-    B = lru.gamma_log.double().exp()[:, None] * torch.complex(lru.B_re.double(), lru.B_im.double())
-    C = torch.complex(lru.C_re.double(), lru.C_im.double())
+    exact = copy.deepcopy(mixer).double()
+    if isinstance(exact, LRU):
+        log_lam = torch.complex(-exact.nu_log.exp(), exact.theta_log.exp())
+        B, C = exact.gamma_log.exp()[:, None] * torch.complex(exact.B_re, exact.B_im), torch.complex(exact.C_re, exact.C_im)
+    else:
+        log_lam, B, (C,) = exact.system()
     g = gramians(log_lam, B, C, backend="reference")
     return energy_order(torch.linalg.svdvals(_factor(g.Q).mH @ _factor(g.P)), TAU)
 
@@ -141,5 +149,9 @@ OPS = {
     "attempt": Op(
         "reduction", {"layers": 6, "channels": 512, "states": 384}, REDUCTION, attempt,
         "a whole reduction of a stack of LRU layers with its optimizer",
+    ),
+    "attempt-s5": Op(
+        "reduction", {"layers": 6, "channels": 256, "states": 384}, REDUCTION, functools.partial(attempt, kind=S5),
+        "a whole reduction of a stack of S5 layers with its optimizer",
     ),
 }  # fmt: skip

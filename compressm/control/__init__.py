@@ -25,6 +25,8 @@ from compressm.control.matrix_states import (
 from compressm.control.selective import MeanSystem, SelectiveMoments, SelectiveReduction, mean_subset, refitted_subset
 from compressm.control.siso import siso_hankel_singular_values
 from compressm.control.state_space import StateSpace, sampled, singular_perturbation, truncation
+from compressm.control.streaming import Stream
+from compressm.control.subspace import subspace_identification
 from compressm.control.system import DiagonalSystem
 from compressm.control.weighted_gramians import frequency_weighted_gramians, time_limited_gramians
 
@@ -43,6 +45,7 @@ __all__ = [
     "SelectiveMoments",
     "SelectiveReduction",
     "StateSpace",
+    "Stream",
     "balance",
     "best_modes",
     "blend",
@@ -62,6 +65,7 @@ __all__ = [
     "slots",
     "subset",
     "subset_spectrum",
+    "subspace_identification",
     "time_limited_gramians",
     "truncation",
     "white_gramians",

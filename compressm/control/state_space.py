@@ -7,8 +7,9 @@ part of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,6 @@ from compressm.control.balancing import Balanced, balance
 from compressm.control.coordinates import Coordinates
 from compressm.control.system import MIN_LOG_MODULUS, DiagonalSystem, one_minus_exp
 from compressm.errors import NumericalError, bad_argument
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_CONDITION = 1e8  # of A's eigenvectors: half of the digits are left
 METHODS = ("bilinear", "zoh")
@@ -132,7 +130,7 @@ def _sampled(poles: Tensor, b: Tensor, c: Tensor, step: float, method: str) -> D
 
 def _matrix(name: str, value: Any) -> Tensor:
     try:
-        matrix = torch.as_tensor(value)
+        matrix = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))  # lists in float64
     except (TypeError, ValueError, RuntimeError) as error:
         raise bad_argument(name, got=type(value).__name__, expected="a real matrix") from error
     if matrix.dim() != 2 or matrix.is_complex():

@@ -2,6 +2,10 @@
 
 lam^(q b + r) = lam^(q b) lam^r: of L powers of every eigenvalue about 2 sqrt(L) are formed and kept for the backward pass, and
 the sums over the modes are batched matrix products.
+
+They are torch's own operations and no op with a kernel of its own, as little is left to save: for 256 channels of 32 modes over
+1024 steps, 0.5 million exponentials in the place of 8.4 million and products of 0.03 GFLOP, forward and backward together less
+than a tenth of a layer's step, whose output projection alone takes 13 GFLOP at batch 16.
 """
 
 from __future__ import annotations

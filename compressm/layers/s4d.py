@@ -12,6 +12,7 @@ from compressm.errors import bad_argument
 from compressm.kernels import KernelPlan, diagonal_scan
 from compressm.kernels.lti_scan.op import without_autocast
 from compressm.layers._discretization import zoh
+from compressm.layers._fft_convolution import convolve
 from compressm.layers._vandermonde import last_state, response
 
 INITIAL = ("lin", "inv", "real")
@@ -199,8 +200,8 @@ class S4D(nn.Module):
         with without_autocast(u.device.type):
             log_lam, gain = self.kernel.system(work)
             run = _recurrence if self._recurrent else _convolution
-            y, last = run(u.to(work), log_lam, gain, state, return_last_state)
-            return (y + u * self.D.to(work)[:, None]).to(u.dtype), last
+            y, last = run(u.to(work), log_lam, gain, self.D.to(work), state, return_last_state)
+            return y.to(u.dtype), last
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step of streaming inference: u (batch, H), state (batch, H, N/2) complex -> (output (batch, H), next state)."""
@@ -224,12 +225,12 @@ class S4D(nn.Module):
 
 
 def _convolution(
-    u: Tensor, log_lam: Tensor, gain: Tensor, state: Tensor | None, return_last_state: bool
+    u: Tensor, log_lam: Tensor, gain: Tensor, D: Tensor, state: Tensor | None, return_last_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y (batch, H, L) and the last state, by FFT."""
+    """y (batch, H, L) and the last state, by FFT; the skip is a part of the kernel's first entry."""
     length = u.shape[-1]
-    kernel = torch.fft.rfft(response(gain, log_lam, length), n=2 * length)
-    y = torch.fft.irfft(torch.fft.rfft(u, n=2 * length) * kernel, n=2 * length)[..., :length]
+    first, *rest = response(gain, log_lam, length).split([1, length - 1], -1)
+    y = convolve(u, torch.cat([first + D[:, None], *rest], -1))
     if state is not None:
         y = y + response(gain * log_lam.exp() * state, log_lam, length)
     if not return_last_state:
@@ -239,7 +240,7 @@ def _convolution(
 
 
 def _recurrence(
-    u: Tensor, log_lam: Tensor, gain: Tensor, state: Tensor | None, return_last_state: bool
+    u: Tensor, log_lam: Tensor, gain: Tensor, D: Tensor, state: Tensor | None, return_last_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The same, step by step: one scan over the modes of all channels."""
     batch, _, length = u.shape
@@ -250,4 +251,4 @@ def _recurrence(
         torch.cat([drive, torch.zeros_like(drive)], -1), log_lam.real.flatten(), log_lam.imag.flatten(), initial_state=start
     ).unflatten(-1, (2, channels, modes))
     y = (planar[:, :, 0] * gain.real - planar[:, :, 1] * gain.imag).sum(-1).mT
-    return y, torch.complex(planar[:, -1, 0], planar[:, -1, 1]) if return_last_state else None
+    return y + u * D[:, None], torch.complex(planar[:, -1, 0], planar[:, -1, 1]) if return_last_state else None

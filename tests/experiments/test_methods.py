@@ -11,8 +11,8 @@ from torch import nn
 from compressm.control import DiagonalSystem
 from compressm.errors import ConfigError
 from compressm.experiments.methods import METHODS
-from compressm.experiments.methods.hankel_norm import hankel_norm
 from compressm.experiments.methods.small_spread import spread
+from compressm.experiments.methods.spectra import hankel_norm
 from compressm.experiments.settings import resolve
 from compressm.experiments.tasks.task import make_task
 from compressm.experiments.training import TrainingRun

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from compressm.errors import ArgumentError
 from compressm.layers import S4D
+from compressm.layers._fft_convolution import convolve
 from compressm.layers._vandermonde import last_state, response
 from compressm.layers.s4d import MODES
 
@@ -25,9 +26,7 @@ def published(layer: S4D, u: torch.Tensor) -> torch.Tensor:
     dtA = A * torch.exp(kernel.log_dt)[:, None]
     C = torch.view_as_complex(kernel.C) * (torch.exp(dtA) - 1) / A
     K = 2 * torch.einsum("hn,hnl->hl", C, torch.exp(dtA[..., None] * torch.arange(length))).real
-    lags = torch.arange(length)[:, None] - torch.arange(length)
-    toeplitz = torch.where(lags >= 0, K[:, lags.clamp(min=0)], 0.0)
-    y = torch.einsum("hts,bhs->bht", toeplitz, u) + u * layer.D[:, None]
+    y = torch.einsum("hts,bhs->bht", toeplitz_of(K), u) + u * layer.D[:, None]
     return layer.output_linear(F.gelu(y))
 
 
@@ -43,6 +42,30 @@ def test_outputs_and_gradients_are_those_of_the_published_layer(mode, length, as
     for name, actual, right in zip(["u", *dict(layer.named_parameters())], found, expected, strict=True):
         assert_close(actual, right, name)
 
+
+@pytest.mark.parametrize("length", [1, 7, 12])
+def test_the_convolution_has_all_derivatives(length, assert_close):
+    u, kernel = torch.randn(2, 3, length, dtype=torch.float64), torch.randn(3, length, dtype=torch.float64)
+    assert_close(convolve(u, kernel), torch.einsum("hts,bhs->bht", toeplitz_of(kernel), u))
+    both = [u.requires_grad_(), kernel.requires_grad_()]
+    assert torch.autograd.gradcheck(convolve, both)
+    assert torch.autograd.gradgradcheck(convolve, both)
+    tangents = torch.randn(5, 2, 3, length, dtype=torch.float64)
+    expected = torch.stack([torch.func.jvp(lambda x: convolve(x, kernel), (u,), (t,))[1] for t in tangents])
+    assert_close(expected.detach(), torch.func.vmap(lambda t: convolve(t, kernel))(tangents).detach())
+    for frozen in (u, kernel):
+        frozen.requires_grad_(False)
+        (free,) = [t for t in both if t.requires_grad]
+        (found,) = torch.autograd.grad(convolve(u, kernel).square().sum(), free)
+        (oracle,) = torch.autograd.grad(torch.einsum("hts,bhs->bht", toeplitz_of(kernel), u).square().sum(), free)
+        assert_close(found, oracle)
+        frozen.requires_grad_(True)
+
+
+def toeplitz_of(kernel: torch.Tensor) -> torch.Tensor:
+    """(H, L, L) lower triangular matrices of kernels (H, L)."""
+    lags = torch.arange(kernel.shape[-1])[:, None] - torch.arange(kernel.shape[-1])
+    return torch.where(lags >= 0, kernel[:, lags.clamp(min=0)], 0.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

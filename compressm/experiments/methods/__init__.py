@@ -13,9 +13,10 @@ from compressm.experiments.methods.small import Small
 from compressm.experiments.methods.small_narrow import SmallNarrow
 from compressm.experiments.methods.small_projected import SmallProjected
 from compressm.experiments.methods.small_spread import SmallSpread
+from compressm.experiments.methods.subspace import Subspace
 from compressm.experiments.registry import Registry
 
 METHODS: Registry[Method] = Registry(
     "runs", Compressed(), Full(), Small(), SmallNarrow(), SmallSpread(), SmallProjected(), RandomSubset(), Distilled(),
-    HankelNorm(), AfterBalanced(), AfterMagnitude(), AfterModal(),
+    HankelNorm(), AfterBalanced(), AfterMagnitude(), AfterModal(), Subspace(),
 )  # fmt: skip

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from compressm.control import hankel_nuclear_norm
 from compressm.experiments.methods.base import Look
 from compressm.experiments.methods.finetuned import Finetuned, FinetunedSettings
+from compressm.experiments.methods.spectra import hankel_norms
 
 if TYPE_CHECKING:
     from compressm.experiments.tasks.parts import Model, Outcome
     from compressm.experiments.training import TrainingRun
-    from compressm.layers import LRU
 
 
 class HankelNormSettings(FinetunedSettings):
@@ -42,12 +40,4 @@ class HankelNorm(Finetuned):
     def loss(self, run: TrainingRun, outcome: Outcome) -> Tensor | None:
         if run.record.step >= self.cut_after(run.settings):
             return None
-        norms = [hankel_norm(getattr(block, run.task.model.mixer)) for block in run.model.blocks]
-        return run.settings.hankel_weight * torch.stack(norms).sum().to(outcome.loss)
-
-
-def hankel_norm(layer: LRU) -> Tensor:
-    """The sum of a layer's Hankel singular values, differentiable in its parameters."""
-    log_lam = torch.complex(-layer.nu_log.double().exp(), layer.theta_log.double().exp())
-    B = layer.gamma_log.double().exp()[:, None] * torch.complex(layer.B_re.double(), layer.B_im.double())
-    return hankel_nuclear_norm(log_lam, B, torch.complex(layer.C_re.double(), layer.C_im.double()))
+        return run.settings.hankel_weight * hankel_norms(run).to(outcome.loss)

@@ -109,6 +109,7 @@ class Cut:
         policy: how many states a reduction leaves.
         attempts: reductions, spread evenly over the time that a method gives them.
         recipe, multiple_of, form: see there.
+        data_free: whether the Gramians are those of the parameters alone, as in the paper's recipe, and not measured.
     """
 
     policy: Policy
@@ -116,6 +117,12 @@ class Cut:
     recipe: str = "default"
     multiple_of: int = 1
     form: str = "auto"
+    data_free: bool = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether the reduction is calibrated on data."""
+        return not self.data_free and self.recipe != "paper"
 
 
 class Model(Part, ABC):

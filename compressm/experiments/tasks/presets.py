@@ -18,6 +18,11 @@ _LM = {
     **_THREE, "blocks": 2, "length": 256, "steps": 3000, "batch_size": 8, "lr": 6e-3, "weight_decay": 0.1,
     "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "reduce_until": 0.1, "log_every": 20, "eval_every": 300,
 }  # fmt: skip
+_PLANT = {
+    "dataset": "plant", "runs": ("compressed", "full", "small", "random_subset", "subspace"), "feedthrough": False,
+    "d_state": 64, "error_bound": 0.12, "spectrum_weight": 5e-3, "reduce_until": 0.6, "steps": 1000, "batch_size": 8,
+    "lr": 1e-2, "warmup": 0.05, "cosine": True, "log_every": 20, "eval_every": 100,
+}  # fmt: skip
 
 PRESETS: Registry[dict[str, Any]] = Registry("preset")
 PRESETS |= {
@@ -60,4 +65,11 @@ PRESETS |= {
         "d_state": 64, "rank": 12, "steps": 1000, "batch_size": 8, "lr": 1e-2, "warmup": 0.05, "cosine": True, "log_every": 20,
         "eval_every": 100,
     },
+    "words": {
+        "title": "Synthesised words, 8000 samples of raw audio", "dataset": "words", **_FOUR, "blocks": 2, "d_model": 16,
+        "d_state": 64, "steps": 600, "batch_size": 16, "lr": 4e-3, "dropout": 0.0, "warmup": 0.05, "cosine": True, "tau": 0.1,
+        "log_every": 20, "eval_every": 100,
+    },
+    "plant": {"title": "Identification of a row of masses between springs", **_PLANT},
+    "plant-arm": {"title": "Identification of an arm of two links", **_PLANT, "plant": "arm", "channels": 2, "sampling": 0.1},
 }  # fmt: skip

@@ -20,10 +20,13 @@ from compressm.layers import LRU
 
 class LruSystemSettings(BlockSettings):
     """Initial eigenvalues as of :class:`compressm.layers.LRU`; ``rank`` is the number of states that a reduction leaves in
-    every layer.  The channels are those of the data.
+    every layer, or with ``error_bound`` as few as keep the bound of the layer's error below that share of its gain.  With
+    ``feedthrough=False`` the skips start at zero.  The channels are those of the data.
     """
 
     rank: int = Field(12, ge=1)
+    error_bound: float | None = Field(None, gt=0)
+    feedthrough: bool = True
     r_min: float = Field(0.9, ge=0, lt=1)
     r_max: float = Field(0.999, gt=0, lt=1)
     max_phase: float = Field(6.28, gt=0, le=6.2831853)
@@ -41,12 +44,15 @@ class LinearBlock(nn.Module):
     Args:
         channels: in and out.
         d_state: complex states.
+        feedthrough: whether the skip is drawn, or begins at zero.
         ring: see :class:`compressm.layers.LRU`.
     """
 
-    def __init__(self, channels: int, d_state: int, **ring: float) -> None:
+    def __init__(self, channels: int, d_state: int, feedthrough: bool = True, **ring: float) -> None:
         super().__init__()
         self.lru = LRU(channels, d_state, **ring)
+        if not feedthrough:
+            nn.init.zeros_(self.lru.D)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, L, channels) -> the same shape."""
@@ -59,12 +65,12 @@ class LinearModel(nn.Module):
     Args:
         channels: in and out.
         d_states: states of every system.
-        ring: see :class:`compressm.layers.LRU`.
+        feedthrough, ring: see :class:`LinearBlock`.
     """
 
-    def __init__(self, channels: int, d_states: Sequence[int], **ring: float) -> None:
+    def __init__(self, channels: int, d_states: Sequence[int], feedthrough: bool = True, **ring: float) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(LinearBlock(channels, n, **ring) for n in d_states)
+        self.blocks = nn.ModuleList(LinearBlock(channels, n, feedthrough, **ring) for n in d_states)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, L, channels) -> the same shape."""
@@ -87,12 +93,13 @@ class LruSystem(Model):
     reads = Signals
     mixer = "lru"
 
-    def small_states(self) -> list[int]:
-        return [self.settings.rank] * self.settings.blocks
+    def small_states(self) -> list[int] | None:
+        return None if self.settings.error_bound else [self.settings.rank] * self.settings.blocks
 
     def build(self, data: Signals, states: Sequence[int]) -> LinearModel:
         s = self.settings
-        return LinearModel(data.train_x.shape[-1], states, r_min=s.r_min, r_max=s.r_max, max_phase=s.max_phase)
+        ring = {"r_min": s.r_min, "r_max": s.r_max, "max_phase": s.max_phase}
+        return LinearModel(data.train_x.shape[-1], states, s.feedthrough, **ring)
 
     def blank(self, facts: Mapping[str, Any]) -> LinearModel:
         return LinearModel(int(facts["inputs"]), self.full_states())
@@ -102,7 +109,10 @@ class LruSystem(Model):
 
     @property
     def cut(self) -> Cut:
-        return Cut(compressm.FixedRank(self.settings.rank))
+        s = self.settings
+        if s.error_bound is None:
+            return Cut(compressm.FixedRank(s.rank))
+        return Cut(compressm.ErrorBound(s.error_bound), data_free=True)
 
     def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
         N, H = self.settings.d_state, self.settings.channels
@@ -111,5 +121,5 @@ class LruSystem(Model):
 
     def check(self, *, reduced: bool) -> None:
         s = self.settings
-        if reduced and s.rank >= s.d_state:
+        if reduced and s.error_bound is None and s.rank >= s.d_state:
             raise ValueError(f"rank = {s.rank} must be below d_state = {s.d_state}")
