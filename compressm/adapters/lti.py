@@ -7,7 +7,6 @@ on the model's output.  Both live in the real coordinates [Re x; Im x].
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,19 +111,9 @@ class ModalAnalysis(Analysis[Reduction]):
 
 
 class LTIAdapter(Adapter[Reduction]):
-    """Adapter of layers that :meth:`read` as a DiagonalSystem; says how calibration taps them.
+    """Adapter of layers that :meth:`read` as a DiagonalSystem; says how calibration taps them."""
 
-    Attributes:
-        criterion: ranks single modes, of which the best are kept, in the place of balanced truncation; None by default.
-    """
-
-    criterion: Criterion | None = None
-
-    def judged_by(self, criterion: Criterion) -> LTIAdapter:
-        """The same adapter with that criterion."""
-        judged = copy.copy(self)
-        judged.criterion = criterion
-        return judged
+    ranked_by = Criterion
 
     @abstractmethod
     def read(self, module: nn.Module, name: str = "") -> DiagonalSystem:

@@ -31,7 +31,7 @@ from compressm.compression.planning.report import GuardReport, ReductionPlan, Re
 from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
 from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_ema, check_optimizers
 from compressm.compression.surgery.moments import check_moments
-from compressm.control import Criterion
+from compressm.control import Criterion, RowCriterion
 from compressm.errors import CompressmError, bad_argument
 
 
@@ -85,9 +85,10 @@ class Compressor:
         uniform: all layers keep as many states as the one that needs most, for servers that expect one state size; a Budget
             is met all the same.
         sequences: at most so many calibration sequences, over all processes.
-        criterion: ranks the modes of time-invariant layers, the best of which are kept as they are, in the place of balanced
-            truncation (``compressm.control.Magnitude``, ``PeakGain``, ``ImpulseEnergy``, ``RandomModes``, or a ``Criterion`` of
-            yours); policies see its scores as the spectrum.
+        criterion: chooses the states that are kept, as they are, in the place of our reduction; policies see its scores as the
+            spectrum.  For time-invariant layers a ``Criterion`` (``compressm.control.Magnitude``, ``PeakGain``, ``LAST``,
+            ``ImpulseEnergy``, ``AIRE``, ``Modulus``), for selective layers and matrix-valued states, in their strict form, a
+            ``RowCriterion`` (``GHOST``, ``OutputEnergy``, ``DRRQR``, ``Taylor``); ``RandomModes`` for both, or one of yours.
         refine: steps of local distillation in every reduction: what the cut leaves of a layer learns, on calibration sequences,
             to give what the layer gave, before training goes on.  For Mamba-2; None: 0, as training closes the gap by itself.
         guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
@@ -116,7 +117,7 @@ class Compressor:
         multiple_of: int | None = None,
         uniform: bool = False,
         sequences: int = 64,
-        criterion: Criterion | None = None,
+        criterion: Criterion | RowCriterion | None = None,
         guard: Rollback | None = None,
         refine: int | None = None,
     ) -> None:
@@ -124,7 +125,7 @@ class Compressor:
         self.team = team_of(model, self.optimizers)
         self.model = self.team.model
         layers = in_form(compressible_layers(self.model), form, self.team, self.optimizers)
-        self.layers = judged(layers, criterion)
+        self.layers = judged(layers, criterion, form, calibration)
         check_known(self.layers)
         self.schedule = check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)

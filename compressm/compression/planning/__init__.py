@@ -1,6 +1,6 @@
 """What would happen: measuring, spectra, policies, schedules, plans and reports.  Changes nothing."""
 
-from compressm.compression.planning.budget import Budget
+from compressm.compression.planning.budget import Budget, Largest
 from compressm.compression.planning.calibration import CalibrationWarning
 from compressm.compression.planning.inspection import Inspection, inspect
 from compressm.compression.planning.policies import Energy, ErrorBound, FixedRank, LayerPolicy, Policy, Shrink
@@ -17,6 +17,7 @@ __all__ = [
     "FixedRank",
     "GuardReport",
     "Inspection",
+    "Largest",
     "LayerPolicy",
     "LayerReduction",
     "Once",
