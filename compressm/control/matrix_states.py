@@ -53,8 +53,8 @@ class MatrixMoments:
         """What criteria look at; where no states were looked at they count as the keys."""
         states = self.M.double().mean(0) if len(self.M) else self.P
         queries = self.Q if self.erased is None else self.Q - self.erased
-        energies = (part.diagonal(dim1=-2, dim2=-1) for part in (states, self.Z))
-        return RowMoments(self.P, queries, *energies, self.gradients)
+        excited, outputs = (part.diagonal(dim1=-2, dim2=-1) for part in (states, self.Z))
+        return RowMoments(self.P, queries, excited, outputs, self.gradients)
 
 
 @dataclass(frozen=True, eq=False)
