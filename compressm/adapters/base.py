@@ -103,6 +103,16 @@ class Analysis(ABC, Generic[Kind]):
     def spectrum_after(self, reduction: Kind) -> Tensor:
         """Hankel singular values of the reduced layer, descending."""
 
+    def scores(self) -> Tensor | None:
+        """(N,) how much each of the layer's states counts by itself; None, by default, where that is not known."""
+        return None
+
+    def root(self) -> Tensor | None:
+        """Q^(1/2) P^(1/2), (..., n, n), whose singular values are the spectrum, over leading axes by the root of their sum of
+        squares: how far it changes bounds how far they do (Weyl).  None, by default, where it is not known.
+        """
+        return None
+
 
 class Meter(ABC):
     """Measures one layer while calibration batches run through the model.

@@ -24,6 +24,7 @@ from compressm.control import (
     balance,
     best_modes,
     blend,
+    cross_root,
     keep_modes,
     white_gramians,
 )
@@ -78,6 +79,14 @@ class LTIAnalysis(Analysis[Reduction]):
             return reduction.system.hankel_singular_values(convention=self.convention)
         return self.hsv[: reduction.real_order]
 
+    def scores(self) -> Tensor:
+        """Of a mode's two real coordinates together."""
+        P, Q = (part.diagonal().real.clamp_min(0) for part in (self.balanced.P, self.balanced.Q))
+        return (P * Q).view(-1, self.balanced.system.order).sum(0).sqrt()
+
+    def root(self) -> Tensor:
+        return cross_root(self.balanced.P, self.balanced.Q)
+
 
 @dataclass(frozen=True, eq=False)
 class ModalAnalysis(Analysis[Reduction]):
@@ -108,6 +117,9 @@ class ModalAnalysis(Analysis[Reduction]):
 
     def spectrum_after(self, reduction: Reduction) -> Tensor:
         return self.hsv[: reduction.order]
+
+    def scores(self) -> Tensor:
+        return self._scores
 
 
 class LTIAdapter(Adapter[Reduction]):

@@ -33,6 +33,7 @@ from compressm.control import (
     SelectiveMoments,
     SelectiveReduction,
     best_states,
+    cross_root,
     mean_subset,
     refitted_subset,
     singular_values,
@@ -79,6 +80,16 @@ class MambaAnalysis(Analysis[SelectiveReduction]):
 
     def spectrum_after(self, reduction: SelectiveReduction) -> Tensor:
         return self.hsv[: reduction.order]
+
+    def scores(self) -> Tensor:
+        if self.criterion is not None:
+            return self.criterion.row_scores(self.moments.rows())[0]
+        if self.convention == "mean-LTI":
+            return self.moments.mean.scores()
+        return (self.moments.P.diagonal() * self.moments.Q.diagonal()).clamp_min(0).sqrt()
+
+    def root(self) -> Tensor | None:
+        return cross_root(self.moments.P, self.moments.Q) if self.convention == "selective" else None
 
 
 class MambaAdapter(RowRanked[SelectiveReduction]):

@@ -39,6 +39,7 @@ from compressm.control import (
     MatrixReduction,
     RowCriterion,
     best_rows,
+    cross_root,
     pair_spectrum,
     subset,
     subset_spectrum,
@@ -88,6 +89,17 @@ class MatrixAnalysis(Analysis[MatrixReduction]):
 
     def spectrum_after(self, reduction: MatrixReduction) -> Tensor:
         return self.hsv[: reduction.order]
+
+    def scores(self) -> Tensor:
+        """Over all groups."""
+        if self.criterion is not None:
+            return self.criterion.row_scores(self.moments.rows()).sum(0)
+        P, Q = (part.diagonal(dim1=-2, dim2=-1).clamp_min(0) for part in (self.moments.P, self.moments.Q))
+        return (P * Q).sum(0).sqrt()
+
+    def root(self) -> Tensor | None:
+        """Of the projected form, whose spectrum is that of P and Q."""
+        return cross_root(self.moments.P, self.moments.Q) if self.projected and self.criterion is None else None
 
 
 class MatrixAdapter(RowRanked[MatrixReduction]):

@@ -14,7 +14,7 @@ from compressm.control.criteria import (
     best_modes,
     keep_modes,
 )
-from compressm.control.factors import singular_values
+from compressm.control.factors import cross_root, singular_values
 from compressm.control.hankel_norm import hankel_nuclear_norm
 from compressm.control.matrix_states import (
     MatrixMoments,
@@ -69,6 +69,7 @@ __all__ = [
     "best_rows",
     "best_states",
     "blend",
+    "cross_root",
     "erasing_projection",
     "frequency_weighted_gramians",
     "hankel_nuclear_norm",

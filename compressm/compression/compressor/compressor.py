@@ -29,6 +29,7 @@ from compressm.compression.planning.plans import Calibration, Candidate, Demands
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
 from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
+from compressm.compression.planning.stability import Sightings, Stability, parsed
 from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_ema, check_optimizers
 from compressm.compression.surgery.moments import check_moments
 from compressm.control import Criterion, RowCriterion
@@ -149,6 +150,7 @@ class Compressor:
         self.team.same("arguments of the Compressor", self._arguments())
         self._progress = Progress(kept=dict.fromkeys(self.layers, 1.0))
         self._waiting = False  # an attempt came due that has not been made
+        self._sightings = Sightings(bounded=self.schedule.adaptive)
         if (batches := self.calibration.batches) is not None:
             rehearse(self.model, self.layers, batches, forward=forward, sequences=sequences, team=self.team)
         self._cadence = Cadence(self.schedule, self.optimizers) if self.optimizers else None
@@ -195,6 +197,13 @@ class Compressor:
         """
         return self._plan().plan
 
+    def stability(self) -> Stability:
+        """Whether spectra and ranking have settled: what was measured so far, each step compared with the last one.
+
+        The measuring steps are those of the schedule: of ``WhenStable`` all its checks, of ``Watch`` the whole training.
+        """
+        return self._sightings.stability()
+
     def step(self) -> ReductionReport | GuardReport | None:
         """Count one optimizer step; reduce if the schedule says so, validate if the guard's recovery window ends.
 
@@ -226,8 +235,9 @@ class Compressor:
         self._waiting = False
         candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
         planned = self._choose(candidates)
+        spectra, kept = in_view(candidates, planned)
+        self._sightings.add(self._progress.step, candidates, kept)
         if self.schedule.adaptive:
-            spectra, kept = in_view(candidates, planned)
             rate = max((float(g["lr"]) for optimizer in self.optimizers for g in optimizer.param_groups), default=1.0)
             look = Look(self._progress.step, spectra, kept, rate, self._progress.attempts)
             due, self._progress.memory = self.team.decide(self.schedule.decide(look, self._progress.memory))
@@ -263,6 +273,7 @@ class Compressor:
         def resume(progress: Mapping[str, Any]) -> None:
             self._progress = Progress.of(progress)
             self._progress.attempts += 1
+            self._sightings.go_back(self._progress.step)
             self._waiting = not guard.stopped and self.schedule.after(self._progress.step) is None
 
         more = partial(self.schedule.after, probation.began)
@@ -340,6 +351,7 @@ class Compressor:
             "schedule": repr(self.schedule),
             **asdict(self._progress),
             "waiting": self._waiting,
+            "seen": self._sightings.state_dict(),
             "guard": None if self.guard is None else self.guard.state_dict(),
             "ranks": self.ranks,
             "history": [report.to_dict() for report in self.history],
@@ -356,11 +368,13 @@ class Compressor:
             remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
             raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
         history = [report_from_dict(report) for report in state["history"]]
+        seen = parsed(state.get("seen", []))
         if self.guard is not None:
             self.guard.load(state.get("guard"), self._parts())
         self._progress = Progress.of(state)
         self._waiting = bool(state.get("waiting", False))
         self.history = history
+        self._sightings = Sightings(bounded=self.schedule.adaptive, seen=seen)
         if self._cadence is not None:
             self._cadence.restart(self._progress.step)
 

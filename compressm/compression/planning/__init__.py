@@ -5,7 +5,8 @@ from compressm.compression.planning.calibration import CalibrationWarning
 from compressm.compression.planning.inspection import Inspection, inspect
 from compressm.compression.planning.policies import Energy, ErrorBound, FixedRank, LayerPolicy, Policy, Shrink
 from compressm.compression.planning.report import GuardReport, LayerReduction, ReductionPlan, ReductionReport
-from compressm.compression.planning.schedules import At, Every, Once, Schedule, ScheduleWarning, Warmup, WhenStable
+from compressm.compression.planning.schedules import At, Every, Once, Schedule, ScheduleWarning, Warmup, Watch, WhenStable
+from compressm.compression.planning.stability import LayerStability, Stability
 
 __all__ = [
     "At",
@@ -20,6 +21,7 @@ __all__ = [
     "Largest",
     "LayerPolicy",
     "LayerReduction",
+    "LayerStability",
     "Once",
     "Policy",
     "ReductionPlan",
@@ -27,7 +29,9 @@ __all__ = [
     "Schedule",
     "ScheduleWarning",
     "Shrink",
+    "Stability",
     "Warmup",
+    "Watch",
     "WhenStable",
     "inspect",
 ]

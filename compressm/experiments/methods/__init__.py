@@ -29,11 +29,12 @@ from compressm.experiments.methods.small_narrow import SmallNarrow
 from compressm.experiments.methods.small_projected import SmallProjected
 from compressm.experiments.methods.small_spread import SmallSpread
 from compressm.experiments.methods.taylor import TaylorKept
+from compressm.experiments.methods.watched import Watched
 from compressm.experiments.registry import Registry
 
 METHODS: Registry[Method] = Registry(
     "runs", Compressed(), CompressedPaper(), CompressedDataFree(), CompressedWhenStable(), CompressedStrict(), Full(),
-    Small(), SmallNarrow(), SmallSpread(), SmallProjected(), RandomSubset(), Drrqr(), Ghost(), OutputEnergyKept(),
+    Watched(), Small(), SmallNarrow(), SmallSpread(), SmallProjected(), RandomSubset(), Drrqr(), Ghost(), OutputEnergyKept(),
     TaylorKept(), Distilled(), HankelNorm(), ModalL1(), AfterBalanced(), AfterRandom(), AfterMagnitude(), AfterModal(),
     AfterLast(), AfterAire(), AfterDrrqr(), AfterGhost(), AfterOutputEnergyKept(), AfterTaylorKept(),
 )  # fmt: skip

@@ -60,7 +60,8 @@ PRESETS |= {
         "reduce_until": 0.4375, "log_every": 10, "eval_every": 50,
     },
     "selective-copy": {
-        "title": "Selective copying", "dataset": "selective_copy", **_THREE, **_TOKENS, "d_state": 32, "rank": 4, "steps": 1000,
+        "title": "Selective copying", "dataset": "selective_copy", **_THREE, **_TOKENS, "length": 48,
+        "d_model": 64, "d_state": 32, "rank": 4, "steps": 1500, "lr": 1e-2,
     },
     "listops": {
         "title": "Value of nested lists", "dataset": "listops", **_THREE, **_TOKENS, "d_state": 32, "rank": 4, "steps": 2000,
