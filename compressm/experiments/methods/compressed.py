@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 class CompressedSettings(Settings):
-    """The reductions are spread evenly up to the fraction ``reduce_until`` of the steps."""
+    """The reductions are spread evenly up to the fraction ``reduce_until`` of the steps; at the first that removes states
+    ``lr_after`` multiplies the learning rate, or does not.
+    """
 
     reduce_until: float = Field(0.2, gt=0, le=1)
+    lr_after: float | None = Field(None, gt=0)
 
 
 class Compressed(Method):
@@ -48,4 +51,5 @@ class Compressed(Method):
             form=cut.form,
             multiple_of=cut.multiple_of,
             sequences=settings.calibration_sequences,
+            lr_after=settings.lr_after,
         )

@@ -36,6 +36,7 @@ class SameCut(Compressed):
             policy=to_states(run.task, small_states(run.task, run.finished)),
             schedule=self.schedule(run.settings),
             sequences=run.settings.calibration_sequences,
+            lr_after=run.settings.lr_after,
             **self.options(run),
         )
 
