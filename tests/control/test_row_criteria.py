@@ -73,11 +73,13 @@ def test_drrqr_is_that_of_keys_and_queries_one_above_the_other():
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_no_swap_makes_the_volume_much_larger(factor):
-    for seed in range(8):
-        X = normal(9, N, seed=seed) * torch.tensor([1, 1, 1e-1, 1, 1e-3, 1], dtype=torch.float64)
-        X[:, 2] += X[:, 0]
+    for seed in (0, 13, 14, 16, 30, 44):  # where greedy pivots are not the best
+        X = normal(9, N, seed=seed)
+        if seed > 14:
+            X = X * torch.tensor([1, 1, 1e-1, 1, 1e-3, 1], dtype=torch.float64)
+            X[:, 2] += X[:, 0]
         gram = X.T @ X
-        for rank in (1, 3, 5):
+        for rank in range(1, N):
             kept = strong_pivots(gram, rank, factor, 100).tolist()
             volume = float(torch.linalg.det(gram[kept][:, kept]).sqrt())
             for gone, new in itertools.product(kept, set(range(N)) - set(kept)):
