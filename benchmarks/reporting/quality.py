@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from compressm.errors import CompressmError, DataError
+from compressm.experiments.methods import METHODS
 from compressm.experiments.tasks.metrics import METRICS, MISSING, Metric
 from compressm.experiments.tasks.presets import PRESETS
 
@@ -25,7 +26,7 @@ from .wording import NONE, code, escape, number, table
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("benchmarks/quality")
 FILES = {"design.json": {"preset", "overrides", "multiples"}, "compare.json": {"arms", "pairs", "metric"}}  # and their keys
-OURS, LARGE = "compressed", "full"  # the arm that is compared with the others, and the one that is not smaller
+OURS, LARGE = "compressed", "full"  # the arm that is compared with the others, and the one of full size
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -98,8 +99,9 @@ class Compared:
         return next((arm for arm in self.arms if arm["name"] == name), None)
 
     def rival(self) -> dict[str, Any] | None:
-        """The best by its mean of the methods that are neither full size nor ours in another way; None where there is none."""
-        others = [arm for arm in self.arms if arm["name"] != LARGE and not arm["name"].startswith(OURS) and arm["score"]]
+        """The best by its mean of the methods that end smaller and are not ours in another way; None where there is none."""
+        small = {name for name, method in METHODS.items() if method.reduced and not name.startswith(OURS)}
+        others = [arm for arm in self.arms if arm["name"] in small and arm["score"]]
         sign = 1 if self.metric.higher_is_better else -1
         return max(others, key=lambda arm: sign * arm["score"]["mean"], default=None)
 

@@ -38,7 +38,7 @@ def root(tmp_path):
     folder.mkdir(parents=True)
     design = {"preset": "recall", "overrides": {"model": "mamba", "lr": 0.5}, "multiples": [0.5, 1.0], "tuning_seeds": 2}
     arms = [
-        arm("compressed", estimated(0.9, 0.012)), arm("full", estimated(0.99, 0.001)),
+        arm("compressed", estimated(0.9, 0.012)), arm("full", estimated(0.99, 0.001)), arm("watched", estimated(0.98)),
         arm("compressed_strict", estimated(0.95, 0.1)), arm("small", estimated(0.4)), arm("drrqr", estimated(0.6, 0.02)),
         arm("ghost", None, seconds_per_step=None),
     ]  # fmt: skip
@@ -86,14 +86,14 @@ def test_the_details_have_every_method_and_the_command(root):
     text = quality.pages(root)[quality.FOLDER / "README.md"]
     command = next(part for part in text.split("`") if part.startswith("compressm compare"))
     assert shlex.split(command) == [
-        "compressm", "compare", "recall", "--methods", "compressed,full,compressed_strict,small,drrqr,ghost", "--seeds", "3",
-        "--tune", "lr=0.5,1", "--tune-seeds", "2", "--set", "model=mamba", "--set", "lr=0.5",
+        "compressm", "compare", "recall", "--methods", "compressed,full,watched,compressed_strict,small,drrqr,ghost",
+        "--seeds", "3", "--tune", "lr=0.5,1", "--tune-seeds", "2", "--set", "model=mamba", "--set", "lr=0.5",
     ]  # fmt: skip
     table = rows(text)[2:]
-    assert len(table) == 6
-    assert table[3][1:] == ["x2", "3", "40.00", "+50.00, not resolved", "8-12", "96", "1,234", "12.3", "7.25 |"]
-    assert table[5][3:5] == ["–", "–"]
-    assert table[5][8] == "–"
+    assert len(table) == 7
+    assert table[4][1:] == ["x2", "3", "40.00", "+50.00, not resolved", "8-12", "96", "1,234", "12.3", "7.25 |"]
+    assert table[6][3:5] == ["–", "–"]
+    assert table[6][8] == "–"
 
 
 def test_what_cannot_be_read_is_said(root):

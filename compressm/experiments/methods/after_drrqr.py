@@ -13,5 +13,5 @@ class AfterDrrqr(Finetuned):
     name = "after_drrqr"
     title = "DRRQR after training"
     phrase = "the run that was cut by DRRQR after training"
-    look = Look("#92163b", "#ef8aa8", line=(0, (2, 1, 0.6, 1)), marker="X", layer=2.85)
+    look = Look("#92163b", "#c37189", line=(0, (2, 1, 0.6, 1)), marker="X", layer=2.85)
     criterion = DRRQR()

@@ -13,5 +13,5 @@ class AfterGhost(Finetuned):
     name = "after_ghost"
     title = "GHOST after training"
     phrase = "the run that was cut by GHOST after training"
-    look = Look("#30557a", "#8fb8e0", line=(0, (2, 1, 0.6, 1)), marker="X", layer=2.85)
+    look = Look("#30557a", "#7596b7", line=(0, (2, 1, 0.6, 1)), marker="X", layer=2.85)
     criterion = GHOST()

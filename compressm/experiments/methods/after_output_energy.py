@@ -13,5 +13,5 @@ class AfterOutputEnergyKept(Finetuned):
     name = "after_output_energy"
     title = "output energy after training"
     phrase = "the run that was cut by output energy after training"
-    look = Look("#445525", "#a9c46c", line=(0, (2, 1, 0.6, 1)), marker="X", layer=2.85)
+    look = Look("#445525", "#8aa058", line=(0, (2, 1, 0.6, 1)), marker="X", layer=2.85)
     criterion = OutputEnergy()

@@ -13,7 +13,7 @@ class AfterRandom(Finetuned):
     name = "after_random"
     title = "random states after training"
     phrase = "the run that was cut at random after training"
-    look = Look("#4a3380", "#b79cf0", line=(0, (1, 1)), marker="^", layer=2.75)
+    look = Look("#4a3380", "#967fc4", line=(0, (1, 1)), marker="^", layer=2.75)
     criterion = RandomModes()
 
     def chosen_by(self, settings: FinetunedSettings) -> RandomModes:

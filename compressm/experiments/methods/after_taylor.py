@@ -13,5 +13,5 @@ class AfterTaylorKept(Finetuned):
     name = "after_taylor"
     title = "Taylor scores after training"
     phrase = "the run that was cut by Taylor scores after training"
-    look = Look("#844900", "#e5a85a", line=(0, (2, 1, 0.6, 1)), marker="X", layer=2.85)
+    look = Look("#844900", "#bb8949", line=(0, (2, 1, 0.6, 1)), marker="X", layer=2.85)
     criterion = Taylor()
