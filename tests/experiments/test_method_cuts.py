@@ -19,6 +19,7 @@ SIZES = {
         "blocks": 1, "d_model": 8, "d_state": 8, "rank": 3, "pairs": 2, "keys": 5, "values": 3, "length": 9,
         "test_sequences": 16,
     },
+    "digits": {},
 }  # fmt: skip
 COMMON = {"steps": 20, "batch_size": 4, "log_every": 10, "eval_every": 20, "calibration_sequences": 4, "reduce_until": 0.2}
 ROWS = {"drrqr": "DRRQR", "ghost": "GHOST", "output_energy": "OutputEnergy", "taylor": "Taylor"}
@@ -53,6 +54,13 @@ def test_recipes_of_an_lru(tmp_path, method, convention, gramians):
     step, layer = cut_of(run)
     assert (step, layer["convention"], layer["gramians"]) == (4, convention, gramians)
     assert run.model.states == [4, 4]
+
+
+def test_a_classifier_may_be_asked_for_a_rank(tmp_path):
+    sizes = {"d_state": 9, "d_model": 4, "rank": 5, "steps": 6, "reduce_until": 0.5}
+    assert resolve("digits", {**sizes, "runs": ["small"]}).runs == ("small",)  # needs no compressed run
+    run = trained("compressed", tmp_path, "digits", **sizes)
+    assert run.model.states == [5, 5]
 
 
 def test_a_settled_spectrum_is_cut_when_it_says_so(tmp_path):

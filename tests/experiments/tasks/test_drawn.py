@@ -101,7 +101,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
     for preset, overrides, words in (
         ("listops", {"shortest": 41}, "shortest = 41 must be at most 40"),
         ("listops", {"depth": 1, "entries": 3}, "shortest = 10 must be at most 5"),
-        ("selective-copy", {"copied": 33}, "length = 64 must be at least 2 [*] copied = 66"),
+        ("selective-copy", {"copied": 33}, "length = 48 must be at least 2 [*] copied = 66"),
         ("tones", {"frequencies": 8}, "chords = 32 must be at most 28"),
         ("tones", {"rank": 128}, "rank = 128 must be below d_state = 128"),
     ):
