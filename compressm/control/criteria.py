@@ -67,7 +67,7 @@ class ImpulseEnergy(Criterion):
 
 @dataclass(frozen=True)
 class Modulus(Criterion):
-    """|lam_i|: modal truncation that keeps the slowest modes, which goes with an l1 norm of the moduli in the loss
+    """The modulus of lam_i: modal truncation that keeps the slowest modes, which goes with an l1 norm of the moduli in the loss
     (Forgione, Mejari and Piga, CDC 2024).
     """
 
