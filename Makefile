@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers
 DOCS := $(VENV)/.docs
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,min,rounds --benchmark-sort=name
 
-.PHONY: demo test lint docs bench bench-gpu report clean
+.PHONY: demo test lint docs bench bench-gpu report quality clean
 
 demo: $(PACKAGE)
 	$(BIN)/compressm train digits --out runs/digits
@@ -38,6 +38,10 @@ bench-gpu: $(PEERS)
 
 report: $(PACKAGE)
 	$(BIN)/python -m benchmarks.reporting.report benchmarks/results/*.json $(addprefix --modelled ,$(wildcard benchmarks/modelled.json)) --out benchmarks/REPORT.md
+
+# The tables of quality in README.md, docs/ and benchmarks/quality/, of the results there.
+quality: $(PACKAGE)
+	$(BIN)/python -m benchmarks.reporting.quality
 
 $(DOCS): $(TESTS)
 	$(INSTALL) -e '.[docs]'

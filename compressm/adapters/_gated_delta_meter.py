@@ -60,4 +60,4 @@ class GatedDeltaMeter(Meter):
                     "calibration data. Look for NaN or infinity in the batches"
                 )
         nothing = keys.new_zeros(0, *keys.shape)
-        return MatrixMoments(keys, queries + erased, keys * queries, nothing, nothing[..., 0])
+        return MatrixMoments(keys, queries + erased, keys * queries, nothing, nothing[..., 0], erased)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,16 @@ class Analysis(ABC, Generic[Kind]):
     def spectrum_after(self, reduction: Kind) -> Tensor:
         """Hankel singular values of the reduced layer, descending."""
 
+    def scores(self) -> Tensor | None:
+        """(N,) how much each of the layer's states counts by itself; None, by default, where that is not known."""
+        return None
+
+    def root(self) -> Tensor | None:
+        """Q^(1/2) P^(1/2), (..., n, n), whose singular values are the spectrum, over leading axes by the root of their sum of
+        squares: how far it changes bounds how far they do (Weyl).  None, by default, where it is not known.
+        """
+        return None
+
 
 class Meter(ABC):
     """Measures one layer while calibration batches run through the model.
@@ -193,6 +204,11 @@ class Adapter(ABC, Generic[Kind]):
     """How one family of layers reads as a system, and which tensors change together.
 
     An adapter has no state and never mutates a module.
+
+    Attributes:
+        ranked_by: the kind of criteria that may choose the layer's states in the place of its own reduction; None: there are
+            none.
+        criterion: one of that kind, or None.
     """
 
     paper_uses_data = False  # whether recipe "paper" averages over calibration data
@@ -200,6 +216,8 @@ class Adapter(ABC, Generic[Kind]):
     forms: tuple[str, ...] = ()  # what a reduced layer may be, where there is a choice; see :meth:`in_form`
     optional: tuple[str, ...] = ()  # names of parameters, relative to the layer, that a layer may lack and get by a reduction
     distils = False  # whether distiller() knows any of its edits
+    ranked_by: type | None = None
+    criterion: Any = None
     papers: tuple[str, ...] = ()  # keys in references.bib: who introduced the layers
 
     @abstractmethod
@@ -292,6 +310,20 @@ class Adapter(ABC, Generic[Kind]):
             rows_per_state: about so many time steps per state enter the statistics, chosen evenly at random; None: all.
             seed: of that choice.
         """
+
+    def instrument(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Meter:
+        """What calibration attaches to the layer: the :meth:`meter`, and what the criterion wants besides."""
+        return self.meter(module, name, sequences, rows_per_state, seed)
+
+    def judged_by(self, criterion: Any, module: nn.Module, name: str) -> Self:
+        """The same adapter with a criterion of the kind :attr:`ranked_by`.
+
+        Raises:
+            ArgumentError: the layer has no states of its own that could be kept as they are.
+        """
+        judged = copy(self)
+        judged.criterion = criterion
+        return judged
 
     @abstractmethod
     def slowest(self, module: nn.Module) -> float:

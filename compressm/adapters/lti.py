@@ -7,7 +7,6 @@ on the model's output.  Both live in the real coordinates [Re x; Im x].
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from compressm.control import (
     balance,
     best_modes,
     blend,
+    cross_root,
     keep_modes,
     white_gramians,
 )
@@ -79,6 +79,14 @@ class LTIAnalysis(Analysis[Reduction]):
             return reduction.system.hankel_singular_values(convention=self.convention)
         return self.hsv[: reduction.real_order]
 
+    def scores(self) -> Tensor:
+        """Of a mode's two real coordinates together."""
+        P, Q = (part.diagonal().real.clamp_min(0) for part in (self.balanced.P, self.balanced.Q))
+        return (P * Q).view(-1, self.balanced.system.order).sum(0).sqrt()
+
+    def root(self) -> Tensor:
+        return cross_root(self.balanced.P, self.balanced.Q)
+
 
 @dataclass(frozen=True, eq=False)
 class ModalAnalysis(Analysis[Reduction]):
@@ -110,21 +118,14 @@ class ModalAnalysis(Analysis[Reduction]):
     def spectrum_after(self, reduction: Reduction) -> Tensor:
         return self.hsv[: reduction.order]
 
+    def scores(self) -> Tensor:
+        return self._scores
+
 
 class LTIAdapter(Adapter[Reduction]):
-    """Adapter of layers that :meth:`read` as a DiagonalSystem; says how calibration taps them.
+    """Adapter of layers that :meth:`read` as a DiagonalSystem; says how calibration taps them."""
 
-    Attributes:
-        criterion: ranks single modes, of which the best are kept, in the place of balanced truncation; None by default.
-    """
-
-    criterion: Criterion | None = None
-
-    def judged_by(self, criterion: Criterion) -> LTIAdapter:
-        """The same adapter with that criterion."""
-        judged = copy.copy(self)
-        judged.criterion = criterion
-        return judged
+    ranked_by = Criterion
 
     @abstractmethod
     def read(self, module: nn.Module, name: str = "") -> DiagonalSystem:

@@ -7,7 +7,7 @@ weight, F W_C: it stays an ordinary Mamba layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.adapters._ranked import RowRanked, Rows
 from compressm.adapters.base import (
-    Adapter,
     Analysis,
     LayerEdit,
     Meter,
@@ -29,8 +29,11 @@ from compressm.adapters.base import (
 )
 from compressm.control import (
     MeanSystem,
+    RowCriterion,
     SelectiveMoments,
     SelectiveReduction,
+    best_states,
+    cross_root,
     mean_subset,
     refitted_subset,
     singular_values,
@@ -48,30 +51,48 @@ MIN_LOG_DECAY = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class MambaAnalysis(Analysis[SelectiveReduction]):
-    """Second moments of a selective scan; ``convention`` is ``"selective"`` or ``"mean-LTI"``."""
+    """Second moments of a selective scan; ``convention`` is ``"selective"``, ``"mean-LTI"``, or ``"scores"`` of a criterion."""
 
     moments: SelectiveMoments
     convention: str
     gramians: str
+    criterion: RowCriterion | None = None
     bounded: bool = False
     hsv: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        mean = self.convention == "mean-LTI"
-        hsv = self.moments.mean.hankel_singular_values() if mean else singular_values(self.moments.P, self.moments.Q)
+        if self.criterion is not None:
+            hsv = self.criterion.row_scores(self.moments.rows())[0].sort(descending=True).values
+            object.__setattr__(self, "convention", "scores")
+        elif self.convention == "mean-LTI":
+            hsv = self.moments.mean.hankel_singular_values()
+        else:
+            hsv = singular_values(self.moments.P, self.moments.Q)
         object.__setattr__(self, "hsv", hsv)
 
     def modes(self, order: int) -> int:
         return order
 
     def reduce(self, rank: int) -> SelectiveReduction:
+        if self.criterion is not None:
+            return best_states(self.moments, rank, self.criterion)
         return (mean_subset if self.convention == "mean-LTI" else refitted_subset)(self.moments, rank)
 
     def spectrum_after(self, reduction: SelectiveReduction) -> Tensor:
         return self.hsv[: reduction.order]
 
+    def scores(self) -> Tensor:
+        if self.criterion is not None:
+            return self.criterion.row_scores(self.moments.rows())[0]
+        if self.convention == "mean-LTI":
+            return self.moments.mean.scores()
+        return (self.moments.P.diagonal() * self.moments.Q.diagonal()).clamp_min(0).sqrt()
 
-class MambaAdapter(Adapter[SelectiveReduction]):
+    def root(self) -> Tensor | None:
+        return cross_root(self.moments.P, self.moments.Q) if self.convention == "selective" else None
+
+
+class MambaAdapter(RowRanked[SelectiveReduction]):
     """A subset of the states and a refitted C; the paper's recipe keeps C and chooses by the mean system of every channel.
 
     The spectrum of the default recipe is that of P = sum_d E[h_d h_d^T] and Q = E[C C^T]: its squares are the output energy
@@ -93,6 +114,12 @@ class MambaAdapter(Adapter[SelectiveReduction]):
 
     def rank(self, module: nn.Module) -> int:
         return plain_parameters(module, ("A_log",))["A_log"].shape[1]
+
+    def rows(self, module: nn.Module) -> Mapping[str, Rows]:
+        parameters = plain_parameters(module, NAMES)
+        weight, order = parameters["x_proj.weight"], parameters["A_log"].shape[1]
+        index = len(weight) - 2 * order + torch.arange(order, device="cpu")[None]
+        return {"x_proj.weight": (index, order + index)}
 
     def state_bytes(self, module: nn.Module, rank: int) -> int:
         """``rank`` numbers a channel for the scan, 4 bytes each unless A_log is wider, and the last inputs of the convolution,
@@ -120,7 +147,7 @@ class MambaAdapter(Adapter[SelectiveReduction]):
         parameters = self._checked(module, name)
         moments = white_moments(parameters) if measured is None else measured
         kind = "mean-LTI" if convention == "complex" else "selective"
-        return MambaAnalysis(moments, kind, "data-free" if measured is None else "data")
+        return MambaAnalysis(moments, kind, "data-free" if measured is None else "data", self.criterion)
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> MambaMeter:
         return MambaMeter(self._checked(module, name)["A_log"], sequences, rows_per_state, seed)
@@ -195,7 +222,7 @@ def white_moments(parameters: dict[str, Tensor]) -> SelectiveMoments:
     # The mean of B_t and of C_t vanishes for white inputs: their root mean squares stand in for it.
     mean = MeanSystem(log_lam, dt[:, None] * B.norm(dim=1), C.norm(dim=1))
     none = torch.zeros(0, order, dtype=torch.float64, device=A_log.device)
-    return SelectiveMoments(decay * (B @ B.T), C @ C.T, none[:, :, None].expand(0, order, order), none, mean)
+    return SelectiveMoments(decay * (B @ B.T), C @ C.T, none[:, :, None].expand(0, order, order), none, mean, B @ B.T)
 
 
 class MambaMeter(Meter):
@@ -217,6 +244,7 @@ class MambaMeter(Meter):
         self.C: list[Tensor] = []
         self.A = -A_log.detach().double().exp()
         self.lam, self.drive = torch.zeros_like(self.A), torch.zeros_like(self.A)
+        self.B = self.A.new_zeros(order, order)
 
     @property
     def reached(self) -> bool:
@@ -232,7 +260,7 @@ class MambaMeter(Meter):
         C = torch.cat(self.C) if self.C else torch.empty(0, order, **kind)
         M, C = join(M), join(C)
         self.M, self.C = ([M], [C]) if len(M) else ([], [])
-        self.lam, self.drive = add(self.lam), add(self.drive)
+        self.lam, self.drive, self.B = add(self.lam), add(self.drive), add(self.B)
 
     @torch.no_grad()
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -260,6 +288,7 @@ class MambaMeter(Meter):
         self.C.append(C.float().cpu())
         dt, B = dt.double(), B.double()
         self.drive += dt.T @ B
+        self.B += B.T @ B
         for row in dt:
             self.lam += torch.exp(row[:, None] * self.A)
 
@@ -272,7 +301,7 @@ class MambaMeter(Meter):
             P += part.double().sum(0)
         wide = C.double()
         mean = MeanSystem((self.lam / steps).log().clamp_max(-MIN_LOG_DECAY), self.drive / steps, wide.mean(0))
-        moments = SelectiveMoments(P / steps, wide.T @ wide / steps, M, C, mean)
+        moments = SelectiveMoments(P / steps, wide.T @ wide / steps, M, C, mean, self.B / steps)
         for letter, matrix in (("E[h h^T]", moments.P), ("E[C C^T]", moments.Q), ("E[exp(dt A)]", self.lam)):
             if not bool(torch.isfinite(matrix).all()):
                 raise NumericalError(

@@ -11,16 +11,17 @@ Two forms:
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.adapters._ranked import RowRanked, Rows
 from compressm.adapters.base import (
     Adapter,
     Analysis,
@@ -33,12 +34,20 @@ from compressm.adapters.base import (
     own_parameter,
     plain_parameters,
 )
-from compressm.control import MatrixMoments, MatrixReduction, pair_spectrum, subset, subset_spectrum
+from compressm.control import (
+    MatrixMoments,
+    MatrixReduction,
+    RowCriterion,
+    best_rows,
+    cross_root,
+    pair_spectrum,
+    subset,
+    subset_spectrum,
+)
 from compressm.errors import ModelError, NumericalError, bad_argument
 
 RECURRENCE = ("dt_bias", "A_log")
 WHITE = (4, 256)  # sequences and steps of white noise that stand in for data
-Rows = Sequence[Tensor]  # of a parameter, (G, N) int64 each: those that make the keys or queries of group g, row n of its state
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,24 +55,33 @@ class MatrixAnalysis(Analysis[MatrixReduction]):
     """Second moments of a recurrence with matrix-valued states.
 
     The squares of the spectrum are energies of its output: in the projected form what a cut would lose if queries and the state
-    were independent and the state as the keys, in the strict form what backward selection takes away.
+    were independent and the state as the keys, in the strict form what backward selection takes away.  With a criterion it is
+    its scores, in every group from the largest on, summed over the groups.
     """
 
     moments: MatrixMoments
     gramians: str
     adapter: MatrixAdapter
     projected: bool
+    criterion: RowCriterion | None = None
     convention: str = "selective"
     bounded: bool = False
     hsv: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hsv", (pair_spectrum if self.projected else subset_spectrum)(self.moments))
+        if self.criterion is None:
+            hsv = (pair_spectrum if self.projected else subset_spectrum)(self.moments)
+        else:
+            hsv = self.criterion.row_scores(self.moments.rows()).sort(-1, descending=True).values.sum(0)
+            object.__setattr__(self, "convention", "scores")
+        object.__setattr__(self, "hsv", hsv)
 
     def modes(self, order: int) -> int:
         return order
 
     def reduce(self, rank: int) -> MatrixReduction:
+        if self.criterion is not None:
+            return best_rows(self.moments, rank, self.criterion)
         reduction = (self.adapter.projection if self.projected else subset)(self.moments, rank)
         if not bool(torch.isfinite(reduction.key).all() and torch.isfinite(reduction.query).all()):
             raise NumericalError("the maps of the reduced scan are not finite, expected finite second moments of B and C")
@@ -72,8 +90,19 @@ class MatrixAnalysis(Analysis[MatrixReduction]):
     def spectrum_after(self, reduction: MatrixReduction) -> Tensor:
         return self.hsv[: reduction.order]
 
+    def scores(self) -> Tensor:
+        """Over all groups."""
+        if self.criterion is not None:
+            return self.criterion.row_scores(self.moments.rows()).sum(0)
+        P, Q = (part.diagonal(dim1=-2, dim2=-1).clamp_min(0) for part in (self.moments.P, self.moments.Q))
+        return (P * Q).sum(0).sqrt()
 
-class MatrixAdapter(Adapter[MatrixReduction]):
+    def root(self) -> Tensor | None:
+        """Of the projected form, whose spectrum is that of P and Q."""
+        return cross_root(self.moments.P, self.moments.Q) if self.projected and self.criterion is None else None
+
+
+class MatrixAdapter(RowRanked[MatrixReduction]):
     """Layers that have maps stay projected, others become what ``form`` says; recipe "paper" does not know these layers.
 
     Args:
@@ -99,10 +128,6 @@ class MatrixAdapter(Adapter[MatrixReduction]):
     @abstractmethod
     def convolution(self, module: nn.Module) -> str:
         """Name of what convolves keys."""
-
-    @abstractmethod
-    def rows(self, module: nn.Module) -> Mapping[str, Rows]:
-        """By name relative to the layer, which rows of its parameters make keys and queries."""
 
     @abstractmethod
     def projection(self, moments: MatrixMoments, rank: int) -> MatrixReduction:
@@ -172,6 +197,15 @@ class MatrixAdapter(Adapter[MatrixReduction]):
         formed.form = form
         return formed
 
+    def judged_by(self, criterion: Any, module: nn.Module, name: str) -> Self:
+        """In the strict form, as rows are kept as they are."""
+        if self.mapped(module):
+            got = f"{criterion.name} for {label(module, name)}, which has maps behind its convolution"
+            raise bad_argument("criterion", got=got, expected="None, as the maps mix the channels that it would choose among")
+        judged = super().judged_by(criterion, module, name)
+        judged.form = "strict"
+        return judged
+
     def mapped(self, module: nn.Module) -> bool:
         """Whether maps stand between the activation and the recurrence."""
         return all(module._parameters.get(name) is not None for name in self.optional)
@@ -215,7 +249,8 @@ class MatrixAdapter(Adapter[MatrixReduction]):
         if convention not in self.conventions:
             raise ModelError(f"{label(module, name)}: recipe 'paper' has no method for matrix-valued states")
         moments = self.measured(module, name) if measured is None else measured
-        return MatrixAnalysis(moments, "data-free" if measured is None else "data", self, self.maps(module))
+        kind = "data-free" if measured is None else "data"
+        return MatrixAnalysis(moments, kind, self, self.maps(module), self.criterion)
 
     @torch.no_grad()
     def edit(self, module: nn.Module, reduction: MatrixReduction) -> LayerEdit:

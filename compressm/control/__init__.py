@@ -3,26 +3,38 @@
 from compressm.control.balancing import Balanced, Reduction, balance
 from compressm.control.coordinates import blend, real_gramians, slots, white_gramians
 from compressm.control.criteria import (
+    AIRE,
+    LAST,
     Criterion,
     ImpulseEnergy,
     Magnitude,
+    Modulus,
     PeakGain,
     RandomModes,
     best_modes,
     keep_modes,
 )
-from compressm.control.factors import singular_values
+from compressm.control.factors import cross_root, singular_values
 from compressm.control.hankel_norm import hankel_nuclear_norm
 from compressm.control.matrix_states import (
     MatrixMoments,
     MatrixReduction,
+    best_rows,
     erasing_projection,
     pair_spectrum,
     projection,
     subset,
     subset_spectrum,
 )
-from compressm.control.selective import MeanSystem, SelectiveMoments, SelectiveReduction, mean_subset, refitted_subset
+from compressm.control.row_criteria import DRRQR, GHOST, OutputEnergy, RowCriterion, RowMoments, Taylor
+from compressm.control.selective import (
+    MeanSystem,
+    SelectiveMoments,
+    SelectiveReduction,
+    best_states,
+    mean_subset,
+    refitted_subset,
+)
 from compressm.control.siso import siso_hankel_singular_values
 from compressm.control.state_space import StateSpace, sampled, singular_perturbation, truncation
 from compressm.control.streaming import Stream
@@ -31,6 +43,10 @@ from compressm.control.system import DiagonalSystem
 from compressm.control.weighted_gramians import frequency_weighted_gramians, time_limited_gramians
 
 __all__ = [
+    "AIRE",
+    "DRRQR",
+    "GHOST",
+    "LAST",
     "Balanced",
     "Criterion",
     "DiagonalSystem",
@@ -39,16 +55,24 @@ __all__ = [
     "MatrixMoments",
     "MatrixReduction",
     "MeanSystem",
+    "Modulus",
+    "OutputEnergy",
     "PeakGain",
     "RandomModes",
     "Reduction",
+    "RowCriterion",
+    "RowMoments",
     "SelectiveMoments",
     "SelectiveReduction",
     "StateSpace",
     "Stream",
+    "Taylor",
     "balance",
     "best_modes",
+    "best_rows",
+    "best_states",
     "blend",
+    "cross_root",
     "erasing_projection",
     "frequency_weighted_gramians",
     "hankel_nuclear_norm",

@@ -1,7 +1,8 @@
 """By what single states of a diagonal system are ranked: the criteria that are published beside Hankel singular values.
 
 A criterion gives every mode of a system, lam_i with its row b_i of B and its column c_i of C, a number; the modes with the
-largest are kept as they are.  They look at each mode alone: two that cancel each other both count.
+largest are kept as they are.  They look at each mode alone: two that cancel each other both count.  Those for the rows of
+matrix-valued and selective states are in ``row_criteria``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from compressm.control.balancing import Reduction
 from compressm.control.coordinates import Coordinates
+from compressm.control.row_criteria import RowCriterion, RowMoments
 from compressm.control.system import DiagonalSystem, check_rank
 
 
 class Criterion(ABC):
-    """Scores the modes of a system.  Frozen and pure; the gauge of a mode, which B and C may share as they like, has no say."""
+    """Scores the modes of a time-invariant system.
+
+    Frozen and pure; the gauge of a mode, which B and C may share as they like, has no say.
+    """
 
     @property
     def name(self) -> str:
@@ -61,8 +66,42 @@ class ImpulseEnergy(Criterion):
 
 
 @dataclass(frozen=True)
-class RandomModes(Criterion):
-    """Chance: the control for all others.
+class Modulus(Criterion):
+    """The modulus of lam_i: modal truncation that keeps the slowest modes, which goes with an l1 norm of the moduli in the loss
+    (Forgione, Mejari and Piga, CDC 2024).
+    """
+
+    def scores(self, system: DiagonalSystem) -> Tensor:
+        return system.log_lam.real.exp()
+
+
+@dataclass(frozen=True)
+class LAST(Criterion):
+    """The square of :class:`PeakGain`, as a share of the sum of itself and all that are larger (Gwak et al., NeurIPS 2024).
+
+    The largest score of every layer is 1, so that scores of different layers can be compared: with :class:`compressm.Largest`
+    as the policy the states with the least scores go, wherever they are.  Within a layer the order is that of ``PeakGain``.
+    """
+
+    def scores(self, system: DiagonalSystem) -> Tensor:
+        return share_of_larger(PeakGain().scores(system).square())
+
+
+@dataclass(frozen=True)
+class AIRE(Criterion):
+    """The square of :class:`ImpulseEnergy`, as a share of the sum of itself and all that are larger (AIRE-Prune, ICLR 2026).
+
+    Scores of different layers can be compared, as those of :class:`LAST`.  Both methods' published code takes the norm of C to
+    the first power in layers of two directions, where operators bind in another way than the papers' formula, which is this.
+    """
+
+    def scores(self, system: DiagonalSystem) -> Tensor:
+        return share_of_larger(ImpulseEnergy().scores(system).square())
+
+
+@dataclass(frozen=True)
+class RandomModes(Criterion, RowCriterion):
+    """Chance: the control for all others, for states of any kind.
 
     Args:
         seed: of the draw; layers of one size draw the same.
@@ -71,8 +110,20 @@ class RandomModes(Criterion):
     seed: int = 0
 
     def scores(self, system: DiagonalSystem) -> Tensor:
-        drawn = torch.rand(system.order, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        return drawn.to(system.log_lam.device)
+        return self._drawn(system.order).to(system.log_lam.device)
+
+    def row_scores(self, moments: RowMoments) -> Tensor:
+        return self._drawn(*moments.states.shape).to(moments.states.device)
+
+    def _drawn(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+
+
+def share_of_larger(scores: Tensor) -> Tensor:
+    """(N,) each score over the sum of itself and all that are larger; zeros stay zero."""
+    ordered = scores.sort(descending=True, stable=True)
+    shares = ordered.values / ordered.values.cumsum(0).clamp_min(torch.finfo(scores.dtype).tiny)
+    return torch.empty_like(scores).scatter_(0, ordered.indices, shares)
 
 
 def keep_modes(system: DiagonalSystem, modes: Tensor, method: str) -> Reduction:

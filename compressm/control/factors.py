@@ -37,6 +37,15 @@ def singular_values(P: Tensor, Q: Tensor) -> Tensor:
     return hsv
 
 
+def cross_root(P: Tensor, Q: Tensor) -> Tensor:
+    """Q^(1/2) P^(1/2), (..., n, n) as both: unlike products of other factors it is continuous in P and Q."""
+    roots = []
+    for gramian in (Q, P):
+        weight, basis = torch.linalg.eigh(0.5 * (gramian + gramian.mH))
+        roots.append((basis * weight.clamp_min(0).sqrt()[..., None, :]) @ basis.mH)
+    return roots[0] @ roots[1]
+
+
 def power_of_two(L: Tensor) -> float:
     """The power of two next to the norm of a factor; 1 for zero."""
     size = float(torch.linalg.vector_norm(L)) if L.numel() else 0.0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compressm.control.balancing import singular_values
+from compressm.control.row_criteria import RowCriterion, RowMoments
 from compressm.control.selective import check_order
 
 FLOOR = 1e-12  # least eigenvalue of a second moment scaled to a unit diagonal, so that pairs of any rank have bases
@@ -31,6 +32,8 @@ class MatrixMoments:
         Z: (G, N, N) float64, E[z z^T], summed over a group's heads and their channels.
         M: (T, G, N, N), S S^T at T steps, summed likewise; T may be 0.
         q: (T, G, N), q_t at the same steps.
+        erased: (G, N, N) float64, what ``Q`` holds beside E[q q^T]; None: nothing.
+        gradients: (G, N) float64, see :class:`compressm.control.RowMoments`; None where no criterion wanted them.
     """
 
     P: Tensor
@@ -38,11 +41,20 @@ class MatrixMoments:
     Z: Tensor
     M: Tensor
     q: Tensor
+    erased: Tensor | None = None
+    gradients: Tensor | None = None
 
     @property
     def order(self) -> int:
         """Rows N."""
         return self.P.shape[-1]
+
+    def rows(self) -> RowMoments:
+        """What criteria look at; where no states were looked at they count as the keys."""
+        states = self.M.double().mean(0) if len(self.M) else self.P
+        queries = self.Q if self.erased is None else self.Q - self.erased
+        excited, outputs = (part.diagonal(dim1=-2, dim2=-1) for part in (states, self.Z))
+        return RowMoments(self.P, queries, excited, outputs, self.gradients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +153,23 @@ def subset(moments: MatrixMoments, rank: int) -> MatrixReduction:
     check_order(rank, moments.order)
     gone = moments.order - rank
     rows = torch.stack([removals(Z)[0][gone:].sort().values for Z in moments.Z])
+    return keep_rows(moments, rows, "strict, backward subset")
+
+
+def best_rows(moments: MatrixMoments, rank: int, criterion: RowCriterion) -> MatrixReduction:
+    """The ``rank`` rows of every group that a criterion chooses.
+
+    Raises:
+        ArgumentError: rank out of range.
+    """
+    check_order(rank, moments.order)
+    return keep_rows(moments, criterion.rows(moments.rows(), rank), f"strict, {criterion.name}")
+
+
+def keep_rows(moments: MatrixMoments, rows: Tensor, method: str) -> MatrixReduction:
+    """The states of some of their own rows, (G, r) ascending; ``method`` says how they were chosen, in words."""
     maps = torch.eye(moments.order, dtype=torch.float64, device=rows.device)[rows]
-    return MatrixReduction(maps, maps, rows, "strict, backward subset", output_error(moments, maps, maps))
+    return MatrixReduction(maps, maps, rows, method, output_error(moments, maps, maps))
 
 
 def balanced_pair(P: Tensor, Q: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressm.control.row_criteria import RowCriterion, RowMoments
 from compressm.control.siso import siso_hankel_singular_values
 from compressm.errors import bad_argument
 
@@ -62,6 +63,8 @@ class SelectiveMoments:
         M: (T, N, N), sum over channels of h h^T at T steps; empty (0, N, N) without data.
         C: (T, N), C_t at the same steps.
         mean: the surrogate of recipe "paper".
+        B: (N, N) float64, E[B B^T].
+        gradients: (1, N) float64, see :class:`compressm.control.RowMoments`; None where no criterion wanted them.
     """
 
     P: Tensor
@@ -69,6 +72,8 @@ class SelectiveMoments:
     M: Tensor
     C: Tensor
     mean: MeanSystem
+    B: Tensor
+    gradients: Tensor | None = None
 
     @property
     def order(self) -> int:
@@ -79,6 +84,15 @@ class SelectiveMoments:
     def steps(self) -> int:
         """Steps T at which the states were looked at."""
         return self.M.shape[0]
+
+    def rows(self) -> RowMoments:
+        """What criteria look at, one group; without data h and C count as independent."""
+        states = self.P.diagonal()
+        if self.steps:
+            outputs = (self.M.diagonal(dim1=-2, dim2=-1).double() * self.C.double().square()).mean(0)
+        else:
+            outputs = states * self.Q.diagonal()
+        return RowMoments(self.B[None], self.Q[None], states[None], outputs[None], self.gradients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +143,18 @@ def mean_subset(moments: SelectiveMoments, rank: int) -> SelectiveReduction:
     states = order[:rank].sort().values
     plain = _selection(states, moments.order)
     return SelectiveReduction(states, plain, "mean-LTI subset", _error(moments, states, plain))
+
+
+def best_states(moments: SelectiveMoments, rank: int, criterion: RowCriterion) -> SelectiveReduction:
+    """The ``rank`` states that a criterion chooses, C as it is.
+
+    Raises:
+        ArgumentError: rank out of range.
+    """
+    check_order(rank, moments.order)
+    (states,) = criterion.rows(moments.rows(), rank)
+    plain = _selection(states, moments.order)
+    return SelectiveReduction(states, plain, criterion.name, _error(moments, states, plain))
 
 
 def refitted_subset(moments: SelectiveMoments, rank: int) -> SelectiveReduction:

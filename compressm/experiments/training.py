@@ -306,6 +306,7 @@ class TrainingRun:
             "evaluations": record.evaluations,
             "reductions": record.reductions,
             "verdicts": record.verdicts,
+            "stability": self._stability(),
             "final": {
                 **record.test,
                 "states": states,
@@ -314,6 +315,12 @@ class TrainingRun:
                 "seconds_per_step": statistics.median(recent) if recent else None,
             },
         }
+
+
+    def _stability(self) -> dict[str, Any]:
+        """By layer, where spectra were measured more than once."""
+        layers = {} if self.compressor is None else self.compressor.stability().layers
+        return {name: asdict(layer) for name, layer in layers.items() if len(layer.steps) > 1}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compressm
-from compressm import Budget
+from compressm import Budget, Largest
 from compressm.compression import Policy
 from compressm.compression.planning.policies import LayerSpectrum
 from compressm.errors import ArgumentError, NumericalError
@@ -127,6 +127,14 @@ def test_a_layer_is_measured_by_its_own_sum():
     assert Budget(states=4).ranks(layers) == {"l0": 2, "l1": 2}
     layers = layers_of([[1, 1, 1, 1], [1, 0.1, 0.1, 0.1]])
     assert Budget(states=5).ranks(layers) == {"l0": 4, "l1": 1}
+
+
+def test_the_largest_values_stay_wherever_they_are():
+    layers = layers_of([[1.0, 0.4, 0.3, 0.05], [1.0, 0.5, 0.1, 0.02], [0.01, 0.009]])
+    assert Largest(states=6).ranks(layers) == {"l0": 3, "l1": 2, "l2": 1}
+    assert Largest(states=3).ranks(layers) == {"l0": 1, "l1": 1, "l2": 1}
+    assert Budget(states=6).ranks(layers) == {"l0": 2, "l1": 2, "l2": 2}
+    assert Largest(states=7).ranks(layers_of([[1.0, 0.4, 0.3, 0.05], [1.0, 0.5, 0.1]], multiple_of=2)) == {"l0": 4, "l1": 3}
 
 
 @pytest.mark.parametrize("values", [[1.0] * 6, [0.9**i for i in range(6)], [1.0, 0.5, 0.0, 0.0, 0.0, 0.0]])

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from compressm.control import (
+    AIRE,
+    LAST,
     DiagonalSystem,
     ImpulseEnergy,
     Magnitude,
+    Modulus,
     PeakGain,
     RandomModes,
     best_modes,
@@ -53,7 +56,7 @@ def test_impulse_energy_is_that_of_the_impulse_response(system):
 def test_no_criterion_depends_on_the_scale_of_a_state(system):
     scale = torch.tensor([1e-3, 1.0, 2j, 1e4, -1.0], dtype=torch.complex128)
     other = DiagonalSystem(system.log_lam, scale[:, None] * system.B, system.C / scale)
-    for criterion in (Magnitude(), PeakGain(), ImpulseEnergy(), RandomModes(2)):
+    for criterion in (Magnitude(), PeakGain(), ImpulseEnergy(), Modulus(), LAST(), AIRE(), RandomModes(2)):
         torch.testing.assert_close(criterion.scores(other), criterion.scores(system))
 
 
@@ -67,6 +70,22 @@ def test_the_criteria_rank_differently():
     assert best_modes(torch.zeros(4), 3).tolist() == [0, 1, 2]  # the first of equals
     with pytest.raises(ArgumentError, match="rank"):
         best_modes(torch.zeros(3), 4)
+
+
+@pytest.mark.parametrize(("criterion", "power"), [(LAST(), 1), (AIRE(), 2)])
+def test_scores_that_layers_share_are_shares_of_what_is_larger(system, criterion, power):
+    lam = system.log_lam.exp().abs()
+    plain = system.B.abs().square().sum(1) * system.C.abs().square().sum(0) / (1 - lam**power) ** (2 / power)
+    expected = [float(own / plain[plain >= own].sum()) for own in plain]
+    torch.testing.assert_close(criterion.scores(system), torch.tensor(expected, dtype=torch.float64))
+    assert criterion.scores(system).max() == 1.0
+    louder = DiagonalSystem(system.log_lam, 1e3 * system.B, system.C)
+    torch.testing.assert_close(criterion.scores(louder), criterion.scores(system))
+    assert criterion.scores(DiagonalSystem(system.log_lam, 0 * system.B, system.C)).tolist() == [0.0] * N
+
+
+def test_the_modulus_is_that_of_the_eigenvalue(system):
+    torch.testing.assert_close(Modulus().scores(system), system.log_lam.exp().abs())
 
 
 def test_kept_modes_are_a_part_of_the_system(system):

@@ -27,7 +27,7 @@ def moments_of(h, C):
     order = h.shape[-1]
     M = h.mT @ h
     mean = MeanSystem(-torch.arange(1.0, order + 1).double().repeat(h.shape[1], 1) * 0.1, h.mean(0), C.mean(0))
-    return SelectiveMoments(M.mean(0), C.T @ C / len(C), M, C, mean)
+    return SelectiveMoments(M.mean(0), C.T @ C / len(C), M, C, mean, torch.eye(order, dtype=torch.float64))
 
 
 def output(h, C):
@@ -123,7 +123,7 @@ def test_it_is_close_to_the_best_of_all_subsets():
 def test_without_data_the_backward_map_serves():
     h, C = scan_steps()
     full = moments_of(h, C)
-    blind = SelectiveMoments(full.P, full.Q, full.M[:0], full.C[:0], full.mean)
+    blind = SelectiveMoments(full.P, full.Q, full.M[:0], full.C[:0], full.mean, full.B)
     reduction = refitted_subset(blind, 3)
     states, mix = backward_subset(full.P, full.Q, 3)
     assert torch.equal(reduction.states, states)

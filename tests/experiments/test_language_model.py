@@ -207,7 +207,7 @@ def test_keys_of_the_other_task_are_refused():
     for key, value in {"max_phase": 1.0, "tau": 0.1, "dropout": 0.1, "recipe": "paper", "attempts": 2}.items():
         with pytest.raises(ConfigError, match=rf"^{key} has no meaning for the dataset 'stdlib', expected one of .*rank"):
             resolve("stdlib-lm", {key: value})
-    for key in ("length", "rank", "eval_bytes"):
+    for key in ("length", "expand", "eval_bytes"):
         with pytest.raises(ConfigError, match=rf"{key} has no meaning for the dataset 'digits', expected one of .*tau"):
             resolve("digits", {key: 7})
     with pytest.raises(ConfigError, match=r"unknown key 'lenght' \(did you mean 'length'\?\)") as caught:

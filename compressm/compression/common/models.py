@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from compressm.adapters import Adapter, LTIAdapter, find_layers, supported_layers
-from compressm.control import Criterion
+from compressm.adapters import Adapter, find_layers, supported_layers
+from compressm.control import Criterion, RowCriterion
 from compressm.errors import ModelError, bad_argument
 
 Layers = Mapping[str, tuple[nn.Module, Adapter]]  # state-space layers with their adapters, by module name
@@ -77,21 +77,34 @@ def compressible_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Adapter]
     return layers
 
 
-def judged(layers: Layers, criterion: Criterion | None) -> Layers:
-    """The layers with adapters that rank modes by a criterion; as they are without one.
+def judged(layers: Layers, criterion: Criterion | RowCriterion | None, form: str, calibration: Any) -> Layers:
+    """The layers with adapters whose states a criterion chooses; as they are without one.
+
+    Args:
+        layers: with their adapters.
+        criterion: of the kind that they all take.
+        form, calibration: as the Compressor was given them.
 
     Raises:
-        ArgumentError: it is none, or a layer is not time-invariant.
+        ArgumentError: it is none, does not go with a layer, with the form or without data.
     """
     if criterion is None:
         return layers
-    if not isinstance(criterion, Criterion):
+    if not isinstance(criterion, Criterion | RowCriterion):
         got = f"the class {criterion.__name__}" if isinstance(criterion, type) else repr(criterion)
-        raise bad_argument("criterion", got=got, expected="a compressm.control.Criterion instance, or None")
+        expected = "a compressm.control.Criterion or RowCriterion instance, or None"
+        raise bad_argument("criterion", got=got, expected=expected)
+    if form == "projected":
+        got = f"{criterion.name} with form='projected'"
+        raise bad_argument("criterion", got=got, expected="form 'strict' or 'auto', as it keeps states as they are")
+    if isinstance(criterion, RowCriterion) and criterion.wants_gradients and calibration is None:
+        got = f"None with {criterion.name}"
+        raise bad_argument("calibration", got=got, expected="batches, as this criterion looks at gradients")
     found = {}
     for name, (module, adapter) in layers.items():
-        if not isinstance(adapter, LTIAdapter):
+        if adapter.ranked_by is None or not isinstance(criterion, adapter.ranked_by):
             got = f"{criterion.name} for layer {name!r} ({type(module).__name__})"
-            raise bad_argument("criterion", got=got, expected="None, as this one ranks modes of time-invariant layers")
-        found[name] = (module, adapter.judged_by(criterion))
+            kind = "None" if adapter.ranked_by is None else f"None or a compressm.control.{adapter.ranked_by.__name__}"
+            raise bad_argument("criterion", got=got, expected=f"{kind} for such layers")
+        found[name] = (module, adapter.judged_by(criterion, module, name))
     return found

@@ -17,6 +17,7 @@ from compressm.compression.common.models import compressible_layers, judged
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.cadence import Cadence
 from compressm.compression.compressor.progress import STATE_FORMAT, Progress, check_progress, check_state
+from compressm.compression.compressor.rates import check_factor, multiply_rates
 from compressm.compression.compressor.recipes import check_kind, check_policy, choose_recipe, execute, finish, in_form, log
 from compressm.compression.compressor.refining import Refinement, chosen_steps
 from compressm.compression.distributed.wrapped import team_of
@@ -29,9 +30,10 @@ from compressm.compression.planning.plans import Calibration, Candidate, Demands
 from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
 from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
+from compressm.compression.planning.stability import Sightings, Stability, parsed
 from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_ema, check_optimizers
 from compressm.compression.surgery.moments import check_moments
-from compressm.control import Criterion
+from compressm.control import Criterion, RowCriterion
 from compressm.errors import CompressmError, bad_argument
 
 
@@ -85,11 +87,14 @@ class Compressor:
         uniform: all layers keep as many states as the one that needs most, for servers that expect one state size; a Budget
             is met all the same.
         sequences: at most so many calibration sequences, over all processes.
-        criterion: ranks the modes of time-invariant layers, the best of which are kept as they are, in the place of balanced
-            truncation (``compressm.control.Magnitude``, ``PeakGain``, ``ImpulseEnergy``, ``RandomModes``, or a ``Criterion`` of
-            yours); policies see its scores as the spectrum.
+        criterion: chooses the states that are kept, as they are, in the place of our reduction; policies see its scores as the
+            spectrum.  For time-invariant layers a ``Criterion`` (``compressm.control.Magnitude``, ``PeakGain``, ``LAST``,
+            ``ImpulseEnergy``, ``AIRE``, ``Modulus``), for selective layers and matrix-valued states, in their strict form, a
+            ``RowCriterion`` (``GHOST``, ``OutputEnergy``, ``DRRQR``, ``Taylor``); ``RandomModes`` for both, or one of yours.
         refine: steps of local distillation in every reduction: what the cut leaves of a layer learns, on calibration sequences,
             to give what the layer gave, before training goes on.  For Mamba-2; None: 0, as training closes the gap by itself.
+        lr_after: multiplies the learning rate at the first reduction that removes states, in all parameter groups and, where
+            they are registered (:meth:`register`), in schedulers; 2 to 3 helped LRUs that were cut 8-fold.  None: it stays.
         guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.
 
     Raises:
@@ -116,21 +121,23 @@ class Compressor:
         multiple_of: int | None = None,
         uniform: bool = False,
         sequences: int = 64,
-        criterion: Criterion | None = None,
+        criterion: Criterion | RowCriterion | None = None,
         guard: Rollback | None = None,
         refine: int | None = None,
+        lr_after: float | None = None,
     ) -> None:
         self.optimizers = as_optimizers(optimizer)
         self.team = team_of(model, self.optimizers)
         self.model = self.team.model
         layers = in_form(compressible_layers(self.model), form, self.team, self.optimizers)
-        self.layers = judged(layers, criterion)
+        self.layers = judged(layers, criterion, form, calibration)
         check_known(self.layers)
         self.schedule = check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
         self.demands = Demands(multiple_of, uniform)
         self.moments = moments if moments is not None else self.recipe.moments
         self.ema = ema
+        self.lr_after = check_factor(lr_after)
         check_moments(self.moments)
         self.calibration = Calibration(replayable(calibration), forward, sequences, self.team)
         self.refine = chosen_steps(refine, 0, self.layers, calibration, self.team)
@@ -148,6 +155,7 @@ class Compressor:
         self.team.same("arguments of the Compressor", self._arguments())
         self._progress = Progress(kept=dict.fromkeys(self.layers, 1.0))
         self._waiting = False  # an attempt came due that has not been made
+        self._sightings = Sightings(bounded=self.schedule.adaptive)
         if (batches := self.calibration.batches) is not None:
             rehearse(self.model, self.layers, batches, forward=forward, sequences=sequences, team=self.team)
         self._cadence = Cadence(self.schedule, self.optimizers) if self.optimizers else None
@@ -194,6 +202,13 @@ class Compressor:
         """
         return self._plan().plan
 
+    def stability(self) -> Stability:
+        """Whether spectra and ranking have settled: what was measured so far, each step compared with the last one.
+
+        The measuring steps are those of the schedule: of ``WhenStable`` all its checks, of ``Watch`` the whole training.
+        """
+        return self._sightings.stability()
+
     def step(self) -> ReductionReport | GuardReport | None:
         """Count one optimizer step; reduce if the schedule says so, validate if the guard's recovery window ends.
 
@@ -225,8 +240,9 @@ class Compressor:
         self._waiting = False
         candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
         planned = self._choose(candidates)
+        spectra, kept = in_view(candidates, planned)
+        self._sightings.add(self._progress.step, candidates, kept)
         if self.schedule.adaptive:
-            spectra, kept = in_view(candidates, planned)
             rate = max((float(g["lr"]) for optimizer in self.optimizers for g in optimizer.param_groups), default=1.0)
             look = Look(self._progress.step, spectra, kept, rate, self._progress.attempts)
             due, self._progress.memory = self.team.decide(self.schedule.decide(look, self._progress.memory))
@@ -252,16 +268,25 @@ class Compressor:
             planned, words = outcome
         number, total = self._progress.attempts + 1, self.schedule.attempts
         reason = f"attempt {number} of {total}" if number <= total else f"attempt {number}"
-        reason = "; ".join(filter(None, [f"{reason}, {self._policy_now}, recipe {self.recipe.name}", words]))
+        reason = f"{reason}, {self._policy_now}, recipe {self.recipe.name}"
+        reason = "; ".join(filter(None, [reason, words, self._change_rates(planned)]))
         report = finish(planned, self._progress.step, reason, started)
         self._progress.add(report)
         self.history.append(report)
         return report
 
+    def _change_rates(self, planned: Planned) -> str:
+        """Multiply the learning rate at the first cut, and say so.  A rollback brings the old one back with the optimizer."""
+        if self.lr_after is None or self._progress.reduced or not planned.plan.changed:
+            return ""
+        multiply_rates(self.optimizers, self.registered.values(), self.lr_after)
+        return f"learning rate x{self.lr_after:g}"
+
     def _validate(self, guard: Guard, probation: Probation) -> GuardReport:
         def resume(progress: Mapping[str, Any]) -> None:
             self._progress = Progress.of(progress)
             self._progress.attempts += 1
+            self._sightings.go_back(self._progress.step)
             self._waiting = not guard.stopped and self.schedule.after(self._progress.step) is None
 
         more = partial(self.schedule.after, probation.began)
@@ -339,6 +364,7 @@ class Compressor:
             "schedule": repr(self.schedule),
             **asdict(self._progress),
             "waiting": self._waiting,
+            "seen": self._sightings.state_dict(),
             "guard": None if self.guard is None else self.guard.state_dict(),
             "ranks": self.ranks,
             "history": [report.to_dict() for report in self.history],
@@ -355,11 +381,13 @@ class Compressor:
             remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
             raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
         history = [report_from_dict(report) for report in state["history"]]
+        seen = parsed(state.get("seen", []))
         if self.guard is not None:
             self.guard.load(state.get("guard"), self._parts())
         self._progress = Progress.of(state)
         self._waiting = bool(state.get("waiting", False))
         self.history = history
+        self._sightings = Sightings(bounded=self.schedule.adaptive, seen=seen)
         if self._cadence is not None:
             self._cadence.restart(self._progress.step)
 
@@ -401,7 +429,7 @@ class Compressor:
         """What must be the same on all processes that train the model together, JSON-ready."""
         named = [described(self.policy), described(self.schedule), described(self.demands)]
         needs = {name: adapter.needs(module) for name, (module, adapter) in self.layers.items()}
-        chosen = [*named, self.recipe.name, self.moments, self.ema is None, self.ranks, needs]
+        chosen = [*named, self.recipe.name, self.moments, self.ema is None, self.ranks, needs, self.lr_after]
         return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
 
     def _keep(self) -> dict[str, float] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from compressm.adapters import check_known
-from compressm.compression.common.models import compressible_layers, plain_model
+from compressm.compression.common.models import compressible_layers, judged, plain_model
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.recipes import check_policy, choose_recipe, execute, finish, in_form
 from compressm.compression.compressor.refining import STEPS, Refinement, chosen_steps
@@ -20,6 +20,7 @@ from compressm.compression.planning.policies import Policy
 from compressm.compression.planning.report import ReductionReport
 from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_optimizers, check_swappable
 from compressm.compression.surgery.moments import check_moments
+from compressm.control import Criterion, RowCriterion
 
 
 def compress(
@@ -36,6 +37,7 @@ def compress(
     multiple_of: int | None = None,
     uniform: bool = False,
     sequences: int = 64,
+    criterion: Criterion | RowCriterion | None = None,
     refine: int | None = None,
 ) -> ReductionReport:
     """Reduce a model once, in place, for example after training.
@@ -46,7 +48,7 @@ def compress(
     """
     plain = plain_model(model)
     optimizers = as_optimizers(optimizer)
-    layers = in_form(compressible_layers(plain), form, Team(plain), optimizers)
+    layers = judged(in_form(compressible_layers(plain), form, Team(plain), optimizers), criterion, form, calibration)
     check_known(layers)
     chosen = choose_recipe(recipe, calibration, layers)
     moments = moments if moments is not None else chosen.moments

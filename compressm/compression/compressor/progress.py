@@ -8,6 +8,7 @@ from typing import Any
 
 from compressm.compression.common.types import fits, is_number
 from compressm.compression.planning.report import ReductionReport, report_from_dict
+from compressm.compression.planning.stability import parsed
 from compressm.errors import bad_argument
 
 STATE_FORMAT = 1
@@ -77,6 +78,7 @@ def check_state(state: Any, recipe: str, layers: Collection[str]) -> None:
         raise bad_argument("state_dict guard", got=f"{guard!r:.80}", expected="what Compressor.state_dict() returned")
     for report in state["history"]:
         report_from_dict(report)
+    parsed(state.get("seen", []))
     check_progress(state, layers)
 
 

@@ -100,7 +100,8 @@ class Budget(Policy):
     def _steps(self, place: int, item: tuple[str, LayerSpectrum]) -> list[tuple[float, int, int, int, str]]:
         """(minus the value per size, rank after it, place of the layer, size, name) of each step up, the value falling."""
         name, spectrum = item
-        price, total = self._price(spectrum), math.fsum(values := spectrum.hsv.tolist())
+        values = spectrum.hsv.tolist()
+        price, total = self._price(spectrum), self._scale(values)
         width = 2 if spectrum.convention == "real" else 1
         steps, worth = [], math.inf
         for low, high in pairwise(_rungs(spectrum)):
@@ -109,6 +110,23 @@ class Budget(Policy):
             worth = min(worth, gain / size if size else math.inf)  # equal values may differ by their rounding
             steps.append((-worth, high, place, size, name))
         return steps
+
+
+    def _scale(self, values: list[float]) -> float:
+        """What a layer's values are compared with."""
+        return math.fsum(values)
+
+
+@dataclass(frozen=True)
+class Largest(Budget):
+    """A total for all layers together, for which the largest values of all spectra stay, whichever layer they belong to.
+
+    As :class:`Budget`, but what a layer's cut costs is the sum of the values behind the cut itself, not its share of the
+    layer's sum: for values that mean the same in all layers, as scores of ``compressm.control.LAST`` and ``AIRE`` do.
+    """
+
+    def _scale(self, values: list[float]) -> float:
+        return 1.0
 
 
 def _rungs(layer: Layer) -> list[int]:

@@ -106,7 +106,7 @@ def collect(
 
         def meter(name: str, layer: tuple[nn.Module, Adapter]) -> Meter:
             module, adapter = layer
-            return adapter.meter(module, name, total, rows_per_state, seed)
+            return adapter.instrument(module, name, total, rows_per_state, seed)
 
         meters = team.each(meter, layers)
         run = _Run(model, layers, meters, forward or default_forward)

@@ -22,7 +22,8 @@ class LayerReduction:
         spectrum_after: those of the reduced layer.  With data Gramians: the kept part of ``spectrum``, which is what the
             balanced data Gramians become; data-free: computed anew from the reduced system.
         convention: ``"real"`` (2N real states behind y = Re(C x)), ``"complex"`` (the paper's N complex states),
-            ``"selective"`` (states h_t and output maps C_t of a selective scan) or ``"mean-LTI"`` (its time-invariant mean).
+            ``"selective"`` (states h_t and output maps C_t of a selective scan) or ``"mean-LTI"`` (its time-invariant mean);
+            ``"modal"`` and ``"scores"`` are a criterion's, of modes and of rows, and no Hankel singular values.
         gramians: ``"data"``, ``"data-free"``, or ``"data P, data-free Q"`` where the model allowed no backward pass.
         discarded: fraction of the sum of ``spectrum`` that was cut.
         error_bound: bound on the H-infinity norm of the error, 2 * sum of the cut values; None with data Gramians, to

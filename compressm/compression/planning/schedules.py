@@ -287,6 +287,34 @@ class WhenStable(Schedule):
         return True
 
 
+@dataclass(frozen=True)
+class Watch(Schedule):
+    """No reduction: spectra are measured every ``check * total_steps`` steps, for :meth:`compressm.Compressor.stability`.
+
+    Args:
+        total_steps: optimizer steps of the whole training.
+        check: fraction of training between measurements.
+    """
+
+    total_steps: int
+    check: float = 0.05
+
+    adaptive = True
+
+    def __post_init__(self) -> None:
+        _check_steps("total_steps", self.total_steps)
+        _check_fraction("check", self.check)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        count = int(1 / self.check + 1e-9)
+        return tuple(sorted({max(1, round(i * self.check * self.total_steps)) for i in range(1, count + 1)}))
+
+    def decide(self, look: Look, memory: Any) -> tuple[bool, Any]:
+        """Never."""
+        return False, None
+
+
 def _check_steps(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise bad_argument(name, got=repr(value), expected="a positive integer")

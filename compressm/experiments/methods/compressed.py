@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 
 class CompressedSettings(Settings):
-    """The reductions are spread evenly up to the fraction ``reduce_until`` of the steps.  Until then ``spectrum_weight`` times
-    the sum of the layers' Hankel singular values is a part of the loss, so that states that are not needed fade (of LRUs).
+    """The reductions are spread evenly up to the fraction ``reduce_until`` of the steps; at the first that removes states
+    ``lr_after`` multiplies the learning rate, or does not.  Until then ``spectrum_weight`` times the sum of the layers' Hankel
+    singular values is a part of the loss, so that states that are not needed fade (of LRUs).
     """
 
     reduce_until: float = Field(0.2, gt=0, le=1)
+    lr_after: float | None = Field(None, gt=0)
     spectrum_weight: float = Field(0.0, ge=0)
 
 
@@ -55,6 +57,7 @@ class Compressed(Method):
             form=cut.form,
             multiple_of=cut.multiple_of,
             sequences=settings.calibration_sequences,
+            lr_after=settings.lr_after,
         )
 
     def loss(self, run: TrainingRun, outcome: Outcome) -> Tensor | None:

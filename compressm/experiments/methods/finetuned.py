@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 import compressm
-from compressm.control import Criterion
+from compressm.control import Criterion, RowCriterion
 from compressm.experiments.methods.base import Method
-from compressm.experiments.methods.random_subset import to_states
+from compressm.experiments.methods.same_cut import to_states
+from compressm.experiments.methods.selected import check_unmapped, seen_by, unfit_for
 from compressm.experiments.methods.small import sized_by, small_states
 from compressm.experiments.tasks.rates import Rate, rise_and_fall
 from compressm.experiments.tasks.settings import Settings
@@ -35,14 +36,14 @@ class Finetuned(Method):
 
     Settings = FinetunedSettings
     reduced = True
-    criterion: ClassVar[Criterion | None] = None
+    criterion: ClassVar[Criterion | RowCriterion | None] = None
 
     def unfit(self, model: type[Model]) -> str:
-        if self.criterion is None or model.mixer == "lru":
-            return ""
-        return f"keeps modes of time-invariant layers, the model {model.name!r} has none"
+        return "" if self.criterion is None else unfit_for(self.criterion, model)
 
     def check(self, settings: FinetunedSettings, model: Model) -> None:
+        if self.criterion is not None:
+            check_unmapped(self.name, settings)
         if not 0 < self.cut_after(settings) < settings.steps:
             raise ValueError("steps * finetune must leave at least one step before the cut and one after it")
 
@@ -59,13 +60,22 @@ class Finetuned(Method):
         second = rise_and_fall(settings.steps - cut, settings.warmup, cosine=settings.cosine, least=settings.min_lr_ratio)
         return lambda step: first(step) if step < cut else settings.finetune_lr * second(step - cut)
 
+    def chosen_by(self, settings: FinetunedSettings) -> Criterion | RowCriterion | None:
+        """What ranks the states of a run."""
+        return self.criterion
+
+    def policy(self, run: TrainingRun) -> compressm.compression.Policy:
+        """How many states stay: those of the compressed run."""
+        return to_states(run.task, small_states(run.task, run.finished))
+
     def compressor(self, run: TrainingRun) -> compressm.Compressor:
+        criterion = self.chosen_by(run.settings)
         return compressm.Compressor(
             run.model,
             run.optimizer,
-            policy=to_states(run.task, small_states(run.task, run.finished)),
+            policy=self.policy(run),
             schedule=compressm.At([self.cut_after(run.settings)], run.settings.steps),
-            calibration=run.task.calibration() if self.criterion is None else None,
+            calibration=run.task.calibration() if criterion is None else seen_by(criterion, run),
             sequences=run.settings.calibration_sequences,
-            criterion=self.criterion,
+            criterion=criterion,
         )

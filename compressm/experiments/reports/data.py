@@ -136,8 +136,26 @@ class Final(Quality):
     seconds_per_step: Number = None
 
 
+class LayerSettling(_Record):
+    """One layer at all measuring steps; the fields of :class:`compressm.compression.LayerStability`."""
+
+    steps: list[int] = Field(min_length=1)
+    spectra: list[list[Number]]
+    drift: list[Number]
+    bound: list[Number]
+    correlation: list[Number]
+    overlap: list[Number]
+
+    @model_validator(mode="after")
+    def _complete(self) -> LayerSettling:
+        lists = (self.spectra, self.drift, self.bound, self.correlation, self.overlap)
+        if any(len(values) != len(self.steps) for values in lists):
+            raise ValueError(f"expected {len(self.steps)} entries in every list, one for each step")
+        return self
+
+
 class Run(_Record):
-    """One training run."""
+    """One training run; ``stability`` is by layer, empty where it was not measured more than once."""
 
     name: str
     title: str = ""
@@ -147,6 +165,7 @@ class Run(_Record):
     curve: list[CurvePoint] = Field(default_factory=list)
     evaluations: list[Evaluation] = Field(default_factory=list)
     reductions: list[Reduction] = Field(default_factory=list)
+    stability: dict[str, LayerSettling] = Field(default_factory=dict)
     final: Final = Field(default_factory=Final)
 
     @property

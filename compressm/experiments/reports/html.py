@@ -17,6 +17,7 @@ from compressm.experiments.reports import plots, summary
 from compressm.experiments.reports.comparison import Row, rows
 from compressm.experiments.reports.data import LayerCut, Report, Run, clean, parse_report
 from compressm.experiments.reports.drawing import css_class, looks
+from compressm.experiments.reports.settling import settling
 from compressm.experiments.tasks.metrics import MISSING, Metric
 
 TEMPLATE = "report.html.j2"
@@ -84,6 +85,7 @@ def render(report: Report) -> str:
         compared=report.reference is not None and len(report.runs) > 1,
         notes=_notes(report),
         spectra=plots.spectra(report),
+        settling=settling(report),
         pictures=[picture for picture in drawn.values() if picture is not None],
         missing=[words for words, picture in drawn.items() if picture is None],
         tau=_tau(report),

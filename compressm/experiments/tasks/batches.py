@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import ConfigError
-from compressm.experiments.tasks.datasets.recall import Associations
+from compressm.experiments.tasks.datasets.drawn import Drawn
 from compressm.experiments.tasks.datasets.texts import Text, cut_windows
 
 SEEDS_PER_BLOCK = 1024
@@ -110,7 +110,7 @@ class DrawnBatches:
         seed: of the draws.
     """
 
-    def __init__(self, data: Associations, batch_size: int, seed: int) -> None:
+    def __init__(self, data: Drawn, batch_size: int, seed: int) -> None:
         self.data, self.batch_size, self.seed = data, batch_size, seed
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.compression import Policy
+from compressm.control import Criterion
 from compressm.errors import DataError
 from compressm.experiments.tasks.metrics import Metric
 from compressm.experiments.tasks.settings import BlockSettings, Settings
@@ -131,12 +132,14 @@ class Model(Part, ABC):
     Attributes:
         reads: the kind of data.
         mixer: the attribute of a block that is its state-space layer.
+        criteria: the kind of criteria that can choose among its states.
         notes: for the reader of the report.
     """
 
     Settings: ClassVar[type[Settings]] = BlockSettings
     reads: ClassVar[type[Data]]
     mixer: ClassVar[str]
+    criteria: ClassVar[type] = Criterion
     notes: ClassVar[tuple[str, ...]] = ()
 
     def full_states(self) -> list[int]:

@@ -23,6 +23,10 @@ _PLANT = {
     "d_state": 64, "error_bound": 0.12, "spectrum_weight": 5e-3, "reduce_until": 0.6, "steps": 1000, "batch_size": 8,
     "lr": 1e-2, "warmup": 0.05, "cosine": True, "log_every": 20, "eval_every": 100,
 }  # fmt: skip
+_TOKENS = {
+    "blocks": 2, "d_model": 32, "tied": False, "batch_size": 32, "lr": 6e-3, "weight_decay": 0.05, "max_grad_norm": 1.0,
+    "warmup": 0.05, "cosine": True, "min_lr_ratio": 0.1, "reduce_until": 0.3, "log_every": 20, "eval_every": 100,
+}  # fmt: skip
 
 PRESETS: Registry[dict[str, Any]] = Registry("preset")
 PRESETS |= {
@@ -59,6 +63,21 @@ PRESETS |= {
         "expand": 1, "tied": False, "d_state": 64, "rank": 8, "steps": 800, "batch_size": 32, "lr": 1e-2,
         "weight_decay": 0.05, "max_grad_norm": 1.0, "warmup": 0.05, "cosine": True, "min_lr_ratio": 0.1,
         "reduce_until": 0.4375, "log_every": 10, "eval_every": 50,
+    },
+    "selective-copy": {
+        "title": "Selective copying", "dataset": "selective_copy", **_THREE, **_TOKENS, "length": 48,
+        "d_model": 64, "d_state": 32, "rank": 4, "steps": 1500, "lr": 1e-2,
+    },
+    "listops": {
+        "title": "Value of nested lists", "dataset": "listops", **_THREE, **_TOKENS, "d_state": 32, "rank": 4, "steps": 2000,
+    },
+    "mnist14": {
+        "title": "MNIST, 14 x 14 pixels in a row", "dataset": "mnist14", **_FOUR, "d_state": 128, "rank": 8, "steps": 1500,
+        "batch_size": 50, "lr": 1e-2, "warmup": 0.05, "cosine": True, "reduce_until": 0.1, "log_every": 20, "eval_every": 300,
+    },
+    "tones": {
+        "title": "Chords of two tones in noise", "dataset": "tones", **_FOUR, "d_state": 128, "rank": 8, "steps": 1000,
+        "batch_size": 32, "lr": 3e-2, "dropout": 0.0, "warmup": 0.05, "cosine": True, "log_every": 20, "eval_every": 100,
     },
     "sysid": {
         "title": "Identification of a linear system of order 8", "dataset": "sysid", **_FOUR,

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import compressm
+from compressm.control import RowCriterion
 from compressm.experiments.tasks.datasets.texts import BYTES
 from compressm.experiments.tasks.datasets.tokens import Tokens
 from compressm.experiments.tasks.parts import Cut, Model
@@ -137,6 +138,7 @@ class TokenModel(Model):
     Settings = TokenSettings
     settings: TokenSettings
     reads = Tokens
+    criteria = RowCriterion
 
     @abstractmethod
     def layer(self, states: int) -> nn.Module:

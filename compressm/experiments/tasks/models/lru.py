@@ -20,7 +20,8 @@ from compressm.layers import LayerNorm, LRUBlock
 
 class LruSettings(BlockSettings):
     """``ssm_lr_factor`` scales the learning rate of nu_log, theta_log, gamma_log and B, which get no weight decay; ``tau`` is
-    the fraction of the sum of Hankel singular values that a reduction discards, in ``attempts`` reductions.
+    the fraction of the sum of Hankel singular values that a reduction discards, in ``attempts`` reductions; ``rank`` asks for
+    so many states in its place.
     """
 
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -29,6 +30,7 @@ class LruSettings(BlockSettings):
     max_phase: float = Field(6.28, gt=0, le=6.2831853)
     ssm_lr_factor: float = Field(1.0, gt=0)
     tau: float = Field(0.02, ge=0, lt=1)
+    rank: int | None = Field(None, ge=1)
     attempts: int = Field(1, ge=1)
     recipe: Literal["default", "paper"] = "default"
     multiple_of: int = Field(1, ge=1)
@@ -108,8 +110,9 @@ class Lru(Model):
     reads = Sequences
     mixer = "lru"
 
-    def small_states(self) -> None:
-        return None  # what tau keeps is known when it is cut
+    def small_states(self) -> list[int] | None:
+        """What tau keeps is known when it is cut."""
+        return None if self.settings.rank is None else [self.settings.rank] * self.settings.blocks
 
     def build(self, data: Sequences, states: Sequence[int]) -> Classifier:
         s, (mean, std) = self.settings, data.statistics()
@@ -128,7 +131,13 @@ class Lru(Model):
     @property
     def cut(self) -> Cut:
         s = self.settings
-        return Cut(compressm.Energy(tau=s.tau), s.attempts, s.recipe, s.multiple_of)
+        policy = compressm.Energy(tau=s.tau) if s.rank is None else compressm.FixedRank(s.rank)
+        return Cut(policy, s.attempts, s.recipe, s.multiple_of)
+
+    def check(self, *, reduced: bool) -> None:
+        s = self.settings
+        if reduced and s.rank is not None and s.rank >= s.d_state:
+            raise ValueError(f"rank = {s.rank} must be below d_state = {s.d_state}")
 
     def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
         N, H = self.settings.d_state, self.settings.d_model

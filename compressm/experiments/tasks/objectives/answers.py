@@ -1,4 +1,4 @@
-"""Which value belongs to a key that is asked for."""
+"""What belongs to the places of a sequence that ask for something."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import nn
 
 from compressm.experiments.tasks.batches import HELD_OUT, DrawnBatches, stream
-from compressm.experiments.tasks.datasets.recall import Associations
+from compressm.experiments.tasks.datasets.drawn import Drawn
 from compressm.experiments.tasks.metrics import ACCURACY
 from compressm.experiments.tasks.objectives.classification import EVALUATION_BATCH, evaluate
 from compressm.experiments.tasks.parts import Batch, Objective, Outcome
@@ -21,18 +21,18 @@ class AnswersSettings(Settings):
 
 
 class Answers(Objective):
-    """Cross-entropy of the scores (batch, L, vocabulary) where a key is asked for, judged by accuracy on sequences that no
-    seed trains on.
+    """Cross-entropy of the scores (batch, L, vocabulary) at the places that have an answer, judged by accuracy on sequences
+    that no seed trains on.
     """
 
     name = "answers"
     Settings = AnswersSettings
     settings: AnswersSettings
-    reads = Associations
+    reads = Drawn
     metric = ACCURACY
-    notes = ("Accuracy and loss count the positions where a key is asked for; chance is one in the number of values.",)
+    notes = ("Accuracy and loss count the places of a sequence that have an answer.",)
 
-    def __init__(self, settings: Settings, data: Associations) -> None:
+    def __init__(self, settings: Settings, data: Drawn) -> None:
         super().__init__(settings, data)
         self.length = data.length
         self.batches = DrawnBatches(data, settings.batch_size, settings.seed)
@@ -47,7 +47,7 @@ class Answers(Objective):
         return Outcome(batch, scores, cross_entropy(scores, answers), (scores.argmax(-1) == answers).sum())
 
     def from_tally(self, tally: float, steps: int) -> float:
-        return tally / (steps * self.settings.batch_size * self.data.pairs)
+        return tally / (steps * self.settings.batch_size * self.data.asked)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         accuracy, loss = evaluate(model, *self.test, EVALUATION_BATCH)

@@ -1,0 +1,27 @@
+"""LAST after training, then fine-tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import compressm
+from compressm.control import LAST
+from compressm.experiments.methods.base import Look
+from compressm.experiments.methods.finetuned import Finetuned
+from compressm.experiments.methods.small import small_states
+
+if TYPE_CHECKING:
+    from compressm.experiments.training import TrainingRun
+
+
+class AfterLast(Finetuned):
+    """Keeps the best states of all layers by one threshold (Gwak et al., NeurIPS 2024), as many as the compressed run."""
+
+    name = "after_last"
+    title = "LAST after training"
+    phrase = "the run that was pruned by LAST after training"
+    look = Look("#00695c", "#66c2b0", line=(0, (4, 1, 0.6, 1)), marker=">", layer=2.9)
+    criterion = LAST()
+
+    def policy(self, run: TrainingRun) -> compressm.Largest:
+        return compressm.Largest(states=sum(small_states(run.task, run.finished)))
