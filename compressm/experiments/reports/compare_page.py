@@ -58,7 +58,8 @@ def _seeds(comparison: Comparison) -> list[int]:
 def _headings(comparison: Comparison) -> list[str]:
     metric = comparison.metric
     until = "a quality" if comparison.quality is None else metric.text(comparison.quality)
-    names = ["Learning rate", "Seeds", f"Test {metric.heading}", f"Steps to {until}", f"Time to {until}"]
+    result = f"Test {metric.name}" + (f", {metric.unit.strip()}" if metric.unit else "")
+    names = ["Learning rate", "Seeds", result, f"Steps to {until}", f"Time to {until}"]
     return [*names, "States", "State bytes", "Parameters", "ms per step", "Training"]
 
 

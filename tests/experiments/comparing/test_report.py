@@ -149,6 +149,7 @@ def test_page_says_its_data_and_seeds_and_is_for_all():
     text = Page(page).text
     assert "compressm compare digits; data: images of digits; seeds 0, 1, 2 and 3" in text
     assert "91.50 ± 0.65" in text
+    assert "Test accuracy, %" in text
     assert "mean and standard error" in text
 
 
