@@ -74,6 +74,8 @@ FOR_ALL = {
     '<div class="table-wrapper colwidths-auto docutils container">': (
         '<div class="table-wrapper colwidths-auto docutils container" tabindex="0">'
     ),
+    '<dd><em class="sig-param">': '<dd role="none"><em class="sig-param">',  # lines of a signature define nothing
+    '<dl>\n<dd role="none">': '<dl role="none">\n<dd role="none">',
     'role="heading">': 'role="heading" aria-level="2">',
     '<aside class="sidebar-drawer">': '<aside class="sidebar-drawer" aria-label="all pages">',
     '<div class="view-this-page">': '<div class="view-this-page" role="navigation" aria-label="source of this page">',
