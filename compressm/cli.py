@@ -16,6 +16,7 @@ from rich.table import Table
 import compressm
 from compressm._version import __version__
 from compressm.errors import ConfigError
+from compressm.experiments.declared import check, parse_assignments
 from compressm.experiments.tasks.presets import PRESETS
 
 app = typer.Typer(
@@ -55,18 +56,18 @@ def train(
     ] = None,
 ) -> None:
     """Train, shrink in training, and compare with full size and with small from scratch."""
-    from compressm.experiments import runs
-    from compressm.experiments.display import TrainingDisplay
-    from compressm.experiments.reports.summary import headline, summary_table
-    from compressm.experiments.settings import parse_assignments
-    from compressm.experiments.tasks.objectives import OBJECTIVES
-
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
     overrides = {key: value for key, value in options.items() if value is not None}
     for key, value in parse_assignments(assignments or []).items():
         if key in overrides:
             raise ConfigError(f"--set {key}: given twice, also as an option of its own")
         overrides[key] = value
+    check(preset, overrides)
+    from compressm.experiments import runs
+    from compressm.experiments.display import TrainingDisplay
+    from compressm.experiments.reports.summary import headline, summary_table
+    from compressm.experiments.tasks.objectives import OBJECTIVES
+
     out = Path("runs") / preset if out is None else out
     folder = None if data_dir is None else str(data_dir.resolve())
     console = Console()
@@ -111,13 +112,15 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods over several seeds, their learning rates tuned apart, with statistics."""
+    overrides = parse_assignments(assignments or [])
+    chosen = None if methods is None else [name.strip() for name in methods.split(",")]
+    check(task, overrides if chosen is None else {**overrides, "runs": chosen})
     from compressm.experiments import comparing
-    from compressm.experiments.settings import parse_assignments
 
     design = comparing.plan(
         task,
-        parse_assignments(assignments or []),
-        None if methods is None else [name.strip() for name in methods.split(",")],
+        overrides,
+        chosen,
         seeds=seeds,
         multiples=() if tune is None else comparing.parse_tune(tune),
         tuning_seeds=tune_seeds,

@@ -9,6 +9,7 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -29,7 +30,8 @@ nitpicky = False  # docstrings name types in prose
 
 html_theme = "furo"
 html_title = f"compressm {__version__}"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = True
 
@@ -66,6 +68,35 @@ def llms_text(app: Sphinx, error: Exception | None) -> None:
     Path(app.outdir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+# What the theme leaves out for people who use a keyboard or a screen reader.
+FOR_ALL = {
+    "<pre>": '<pre tabindex="0">',  # what scrolls sideways takes the focus
+    '<div class="table-wrapper colwidths-auto docutils container">': (
+        '<div class="table-wrapper colwidths-auto docutils container" tabindex="0">'
+    ),
+    '<dd><em class="sig-param">': '<dd role="none"><em class="sig-param">',  # lines of a signature define nothing
+    '<dl>\n<dd role="none">': '<dl role="none">\n<dd role="none">',
+    'role="heading">': 'role="heading" aria-level="2">',
+    '<aside class="sidebar-drawer">': '<aside class="sidebar-drawer" aria-label="all pages">',
+    '<div class="view-this-page">': '<div class="view-this-page" role="navigation" aria-label="source of this page">',
+}
+
+
+def for_all(app: Sphinx, error: Exception | None) -> None:
+    """Put ``FOR_ALL`` into every page."""
+    if error is not None or app.builder.format != "html":
+        return
+    absent = set(FOR_ALL)
+    for path in Path(app.outdir).rglob("*.html"):
+        page = path.read_text(encoding="utf-8")
+        for plain, better in FOR_ALL.items():
+            page = page.replace(plain, better)
+            absent -= {plain} if better in page else set()
+        path.write_text(page, encoding="utf-8")
+    if absent:
+        raise ExtensionError(f"no page has {sorted(absent)}: see what the theme writes now, and FOR_ALL in docs/conf.py")
+
+
 def plain_text(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Docstrings are plain text with literals: bars are moduli, and a literal may have an ending."""
     for number, line in enumerate(lines):
@@ -89,3 +120,4 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", plain_text)
     app.connect("autodoc-skip-member", once)
     app.connect("build-finished", llms_text)
+    app.connect("build-finished", for_all)

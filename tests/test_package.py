@@ -105,6 +105,7 @@ assert new <= {"compressm"} | set(sys.stdlib_module_names), new
 assert not torch.cuda.is_initialized()
 compressm.layers.LRU(2, 3)
 assert "rich" not in sys.modules and "matplotlib" not in sys.modules
+assert "torch._dynamo" not in sys.modules, "takes two seconds"
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT.parent)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,6 +14,26 @@ from compressm.kernels.core import cpp
 
 ROOT = Path(__file__).parents[1]
 builders = pytest.importorskip("hatchling.builders.wheel")
+
+BARE = """
+import json, socket, sys, warnings
+
+def refuse(*_):
+    raise OSError("there is no network")
+
+socket.socket.connect = socket.getaddrinfo = refuse
+warnings.simplefilter("error")
+import torch, compressm
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    compressm.layers.LRU(4, 6)(torch.randn(2, 30, 4)).sum().backward()
+    warned = [str(warning.message) for warning in caught]
+print(json.dumps([compressm.__file__, warned]))
+warnings.simplefilter("default")
+from compressm.__main__ import main
+sys.argv = ["compressm", *sys.argv[1:]]
+main()
+"""
 
 
 def build(folder):
@@ -43,3 +66,26 @@ def test_a_prebuilt_wheel_without_a_compiler_says_what_it_needs(tmp_path, monkey
     with pytest.raises(RuntimeError, match=r"C\+\+20 compiler"):
         build(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("doctor", "no C++ compiler found"),
+        pytest.param("train digits --steps 20 --set runs=compressed,small --out runs", "report: runs", marks=pytest.mark.slow),
+    ],
+)
+def test_an_installation_works_without_network_compiler_git_and_home(tmp_path, command, says):
+    place = tmp_path / "with a space"
+    zipfile.ZipFile(build(tmp_path)).extractall(place)
+    environment = {"PATH": "/nonexistent", "HOME": "/dev/null/home", "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *command.split()], cwd=place, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, _, printed = done.stdout.partition("\n")
+    package, warned = json.loads(first)
+    assert Path(package).parent == place / "compressm"
+    assert ["no C++ compiler found" in text for text in warned] == [True]
+    assert says in printed
+    assert printed.endswith("\n")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError, create_model, model_validator
 
 from compressm.errors import ConfigError
+from compressm.experiments.declared import refused
 from compressm.experiments.methods import METHODS, Method
 from compressm.experiments.registry import did_you_mean
 from compressm.experiments.tasks.datasets import DATASETS
@@ -83,10 +83,7 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
     try:
         return whole.model_validate({**values, "model": parts[1].name, "objective": parts[2].name})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        place = f"{key}: got {first['input']!r}: " if key else ""
-        raise ConfigError(f"{place}{first['msg'].removeprefix('Value error, ')}") from error
+        raise refused(error) from error
 
 
 def settings_class(parts: Parts, methods: Iterable[Method]) -> type[Settings]:
@@ -109,24 +106,6 @@ def settings_class(parts: Parts, methods: Iterable[Method]) -> type[Settings]:
 def _combined(kinds: tuple[type[Settings], ...]) -> type[Settings]:
     bases = [kind for kind in kinds if not any(kind is not other and issubclass(other, kind) for other in kinds)]
     return create_model("Settings", __base__=(_Whole, *reversed([base for base in bases if base is not Settings])))
-
-
-def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """``["tau=0.1", "runs=[\\"full\\"]"]`` as a dict; values are JSON, or text where they are not.
-
-    Raises:
-        ConfigError: no equals sign.
-    """
-    values = {}
-    for text in texts:
-        key, sign, value = text.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"--set: got {text!r}, expected key=value, such as tau=0.05")
-        try:
-            values[key.strip()] = json.loads(value)
-        except ValueError:
-            values[key.strip()] = value.strip()
-    return values
 
 
 def _chosen(values: Mapping[str, Any]) -> Parts:

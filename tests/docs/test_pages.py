@@ -18,7 +18,11 @@ DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts}
 PAGES["README.md"] = ROOT / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-NEEDS = {"tutorials/transformers.md": ("transformers", "accelerate"), "tutorials/own_loop.md": ("sklearn",)}
+NEEDS = {
+    "tutorials/transformers.md": ("transformers", "accelerate"),
+    "tutorials/after_training.md": ("transformers",),
+    "tutorials/own_loop.md": ("sklearn",),
+}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 from rich.console import Console
 
@@ -114,6 +115,65 @@ def page_of(data, folder):
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert not re.search(r"@import|url\((?!#)", text)
     return page
+
+
+class _Barriers(HTMLParser):
+    """What keeps people from a page who do not see it, or see it badly."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open, self.headings = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "html" and not attrs.get("lang"):
+            self.found.append("no language")
+        if tag == "th" and attrs.get("scope") not in ("row", "col"):
+            self.found.append("a heading of a table without its scope")
+        named = any(role == "img" and label for role, label in self.open)
+        if tag == "svg" and not (named and attrs.get("aria-hidden") == "true"):
+            self.found.append("a picture without a name")
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            self.open.append((attrs.get("role"), attrs.get("aria-label")))
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        self.open.pop()
+
+
+def barriers(text):
+    """The barriers of a page: names of things, order of headings, contrast of the colours that it declares."""
+    found = _Barriers(text)
+    deep = [after for before, after in pairwise([0, *found.headings]) if after > before + 1]
+    found.found += [f"a heading of level {level} too deep" for level in deep]
+    if found.headings.count(1) != 1 or not re.search("<title>[^<]+</title>", text):
+        found.found.append("no title, or several")
+    roots = re.findall(r":root {(.*?)}", text, re.DOTALL)
+    light, dark = (dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", root)) for root in roots)
+    for theme in (light, dark):
+        assert theme.keys() == light.keys() > {"page", "panel", "ink", "soft", "line"}
+        for ground in ("page", "panel"):
+            for name in theme.keys() - {"page", "panel", "line"}:
+                least = 4.5 if name in ("ink", "soft") else 3.0  # text, and lines and points of pictures
+                if _contrast(theme[name], theme[ground]) < least:
+                    found.found.append(f"{name} {theme[name]} on {ground} {theme[ground]}")
+    return found.found
+
+
+def _contrast(one, other):
+    """Of two colours, after the Web Content Accessibility Guidelines 2.2."""
+    lightness = []
+    for colour in (one, other):
+        parts = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        lightness.append(0.05 + 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return max(lightness) / min(lightness)
 
 
 def printed(data, width=100):

@@ -13,7 +13,8 @@ from experiments.cli_cases import run, spawn, timeless
 
 import compressm
 from compressm.errors import CheckpointError, CompressmError, ConfigError
-from compressm.experiments.settings import parse_assignments, resolve
+from compressm.experiments.declared import parse_assignments
+from compressm.experiments.settings import resolve
 
 QUICK = ["--steps", "20", "--batch-size", "16"]
 SIZES = ["d_state=8", "d_model=4", "eval_every=10", "log_every=5", "timing_rounds=2"]

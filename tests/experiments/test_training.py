@@ -10,9 +10,10 @@ import torch
 import compressm
 from compressm.errors import ConfigError, NumericalError
 from compressm.experiments import training
+from compressm.experiments.declared import parse_assignments
 from compressm.experiments.methods import METHODS
 from compressm.experiments.methods.compressed import Compressed
-from compressm.experiments.settings import parse_assignments, resolve
+from compressm.experiments.settings import resolve
 from compressm.experiments.tasks.batches import SEEDS_PER_BLOCK, Batches, step_seed
 from compressm.experiments.tasks.models.lru import Classifier, parameter_groups
 from compressm.experiments.tasks.objectives.classification import evaluate

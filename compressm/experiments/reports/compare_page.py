@@ -13,6 +13,7 @@ from compressm.experiments.reports.compare_pictures import PICTURES
 from compressm.experiments.reports.data import clean
 from compressm.experiments.reports.drawing import css_class, looks
 from compressm.experiments.reports.html import facts, template, write_page
+from compressm.experiments.reports.summary import origin
 
 TEMPLATE = "compare.html.j2"
 
@@ -33,7 +34,7 @@ def render(comparison: Comparison) -> str:
     return template(TEMPLATE).render(
         looks=looks(),
         title=clean(comparison.entries[0].title) or design.preset,
-        preset=design.preset,
+        origin=origin(f"compressm compare {design.preset}", comparison.entries[0].dataset, _seeds(comparison)),
         sentences=[words.sentence(comparison, pair) for pair in comparison.pairs],
         headings=_headings(comparison),
         arms=[_arm(comparison, arm) for arm in comparison.arms],
@@ -50,10 +51,15 @@ def render(comparison: Comparison) -> str:
     )
 
 
+def _seeds(comparison: Comparison) -> list[int]:
+    return [entry.seed for entry in comparison.entries]
+
+
 def _headings(comparison: Comparison) -> list[str]:
     metric = comparison.metric
     until = "a quality" if comparison.quality is None else metric.text(comparison.quality)
-    names = ["Learning rate", "Seeds", f"Test {metric.heading}", f"Steps to {until}", f"Time to {until}"]
+    result = f"Test {metric.name}" + (f", {metric.unit.strip()}" if metric.unit else "")
+    names = ["Learning rate", "Seeds", result, f"Steps to {until}", f"Time to {until}"]
     return [*names, "States", "State bytes", "Parameters", "ms per step", "Training"]
 
 

@@ -169,7 +169,7 @@ def canvas() -> Iterator[tuple[Figure, Axes]]:
 
 
 def svg_of(figure: Figure) -> str:
-    """The figure as an element for HTML: no prolog, metadata, namespaces, sizes and fonts; colours as CSS variables."""
+    """The figure as an element for HTML, which names it: no prolog, metadata, sizes and fonts; colours as CSS variables."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
@@ -181,7 +181,7 @@ def svg_of(figure: Figure) -> str:
     names = {own.colour: name for name, own in reversed(looks().items())} | {value: name for name, value in THEME.items()}
     body = re.sub(r'style="[^"]*"', lambda match: _themed(match[0], names), body)
     body = re.sub(r"\n\s*", "\n", body).strip()
-    return f'<svg {view} role="img" stroke-linejoin="round">{body}'
+    return f'<svg {view} aria-hidden="true" stroke-linejoin="round">{body}'
 
 
 def _themed(style: str, names: dict[str, str]) -> str:

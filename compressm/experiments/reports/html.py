@@ -75,7 +75,7 @@ def render(report: Report) -> str:
     return template(TEMPLATE).render(
         looks=looks(),
         title=clean(report.title) or "Training runs",
-        preset=clean(report.preset),
+        origin=summary.origin(_command(report), report.dataset, [run.seed for run in report.runs]),
         score=score[0].upper() + score[1:],
         result=f"Test {metric.name}",
         gap_heading=f"Gap to full, {metric.gap_unit}" if metric.higher_is_better else "Gap to full, less is better",
@@ -92,6 +92,10 @@ def render(report: Report) -> str:
         reductions=[_reduction(report, run, number) for run in report.runs for number in range(len(run.reductions))],
         details=[(name, facts(values)) for name, values in _details(report).items()],
     )
+
+
+def _command(report: Report) -> str:
+    return f"compressm train {clean(report.preset)}" if clean(report.preset) else ""
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -154,12 +158,13 @@ def _notes(report: Report) -> list[str]:
     step = summary.step_note(report)
     notes = [f"ms per step: {step}" + ("; small: the 20 % and 80 % quantiles." if "in turn" in step else ".")]
     notes.append("Training: all steps and reductions. Total: evaluations and logging too.")
+    notes.append("One run each, so without standard errors over seeds; compressm compare makes several.")
     noise = summary.sampling_noise(report)
     if noise is not None:
         size = summary.whole(report.dataset["test"])
         notes.append(
-            f"One run each. With {size} test sequences, two accuracies that differ by less than "
-            f"{100 * noise:.1f} points may do so by chance (95 %)."
+            f"With {size} test sequences, two accuracies that differ by less than {100 * noise:.1f} points may do so by chance "
+            "(95 %)."
         )
     losses = [_nats(run) for run in report.runs if run.final.perplexity is not None]
     if losses:

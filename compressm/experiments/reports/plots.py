@@ -72,9 +72,8 @@ def states(report: Report) -> Picture | None:
         ax.set_ylim(0, 1.06 * max(y for _, points in series for _, y in points))
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.yaxis.set_major_formatter(FuncFormatter(plain))
-        ends = {points[-1][1]: look(run.name).colour for run, points in reversed(series) if points}
-        for total, tint in ends.items():
-            ax.annotate(f" {total:,}", (1, total), xycoords=ax.get_yaxis_transform(), color=tint, va="center", weight="bold")
+        for total in {points[-1][1] for _, points in series if points}:
+            ax.annotate(f" {total:,}", (1, total), xycoords=ax.get_yaxis_transform(), va="center", weight="bold")
         finish(figure, ax, report, "states, all layers together", "step")
         svg = svg_of(figure)
     cut = _cut_runs(report) or ["a run"]

@@ -93,6 +93,15 @@ def headline(report: Mapping[str, Any] | Report) -> str:
     return f"{first} {time[0].upper()}{time[1:]}." if quality and time else first
 
 
+def origin(command: str, dataset: Mapping[str, Any], seeds: Sequence[int | None]) -> str:
+    """``compressm train digits; data: handwritten digits; seed 0``, without what is not known."""
+    parts, name = [command], clean(str(dataset.get("name", "")))
+    parts += [f"data: {name}"] if name else []
+    if known := sorted({seed for seed in seeds if seed is not None}):
+        parts.append(f"seed{'s' * (len(known) > 1)} {listed([str(seed) for seed in known])}")
+    return "; ".join(part for part in parts if part)
+
+
 def step_note(report: Report) -> str:
     """How the milliseconds per step were measured."""
     lines = [row for row in rows(report) if row.step_seconds is not None]

@@ -300,7 +300,7 @@ def _build(root: Path, library: Path, flags: list[str]) -> None:
     from torch.utils import cpp_extension
 
     started = time.perf_counter()
-    logger.warning("compressm: building the C++ kernels once (a minute or two) in %s", library.parent)
+    logger.warning("compressm: building the C++ kernels once (two to six minutes on two cores) in %s", library.parent)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder, _quoted_torch():
         _precompile(root, Path(folder), flags)
         cpp_extension.load(

@@ -58,10 +58,11 @@ def chooser(op: str, candidates: Callable[..., Sequence[Candidate]]) -> Callable
     def remembered(facts: tuple, backend: str | None, _preferred: str | None, _transformed: bool) -> str:
         return choose(op, candidates(*facts), backend)
 
-    @torch.compiler.assume_constant_result
     def choose_backend(*facts: Any, backend: str | None = None) -> str:
         return remembered(facts, backend, config.backend(), transformed())
 
+    # What torch.compiler.assume_constant_result does, without importing torch's compiler, which takes two seconds.
+    choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return choose_backend
 
 

@@ -6,7 +6,7 @@ import io
 import math
 
 import pytest
-from experiments.report_cases import HOSTILE, Page
+from experiments.report_cases import HOSTILE, Page, barriers
 from rich.console import Console
 from scipy import stats
 
@@ -29,7 +29,7 @@ def entry(method, seed, score, *, metric="accuracy", multiple=1.0, teachers=0.0,
     return Entry(
         preset="digits", title=title, metric=metric, method=method, seed=seed, lr_multiple=multiple, tuning=tuning,
         diverged="" if score is not None else "the loss is nan", machine={"cpu": "Some CPU"}, state_bytes=32,
-        seconds_teachers=teachers, run={**body, "final": final},
+        dataset={"name": "images of digits"}, seconds_teachers=teachers, run={**body, "final": final},
     )  # fmt: skip
 
 
@@ -139,6 +139,18 @@ def test_tables_fit_the_terminal(width):
     for expected in ("91.50 ± 0.65", "magnitude pruning", "20.0s", "better", "p: paired t-test, corrected for 2", "x1"):
         assert expected in text
     assert "No learning rate was tuned" in text
+
+
+def test_page_says_its_data_and_seeds_and_is_for_all():
+    design = Design("digits", {"steps": 40}, ("compressed", "small"), 4, (1.0, 3.0), 2)
+    found = [Arm(arm.name, arm.entries, {1.0: 0.9, 3.0: 0.8}, None) for arm in arms(compressed=OURS, small=WORSE)]
+    page = render(comparison(found, quality=0.5, design=design))
+    assert barriers(page) == []
+    text = Page(page).text
+    assert "compressm compare digits; data: images of digits; seeds 0, 1, 2 and 3" in text
+    assert "91.50 ± 0.65" in text
+    assert "Test accuracy, %" in text
+    assert "mean and standard error" in text
 
 
 def test_what_is_missing_and_hostile_is_said_and_harmless():

@@ -7,13 +7,13 @@ import math
 import re
 
 import pytest
-from experiments.report_cases import HOSTILE, page_of, printed
+from experiments.report_cases import HOSTILE, barriers, page_of, printed
 
 from compressm.errors import DataError
 from compressm.experiments.reports import plots
 from compressm.experiments.reports.data import parse_report, read_report
-from compressm.experiments.reports.html import write_html
-from compressm.experiments.reports.summary import headline, significant
+from compressm.experiments.reports.html import render, write_html
+from compressm.experiments.reports.summary import headline, origin, significant
 
 
 def test_headline_says_the_gain(data):
@@ -64,6 +64,20 @@ def test_page_holds_the_pictures(data, tmp_path):
         assert expected in page.text
     again = write_html(parse_report(data), tmp_path / "again.html")
     assert again.read_bytes() == (tmp_path / "deep" / "report.html").read_bytes()
+
+
+def test_page_is_for_all(data):
+    page = render(parse_report(data))
+    assert barriers(page) == []
+    found = barriers(page.replace('lang="en"', "").replace('role="img"', "").replace("--soft: #57606a", "--soft: #a0a0a0"))
+    assert {"no language", "a picture without a name", "soft #a0a0a0 on page #ffffff"} <= set(found)
+
+
+def test_page_says_its_data_and_seeds(data, tmp_path):
+    text = page_of(data, tmp_path).text
+    assert "compressm train digits; data: digits; seed 0" in text
+    assert "One run each, so without standard errors" in text
+    assert origin("x", {}, [2, None, 1, 2, 0]) == "x; seeds 0, 1 and 2"
 
 
 def test_hostile_text_stays_text(data, tmp_path):

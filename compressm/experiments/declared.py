@@ -1,0 +1,119 @@
+"""Names and keys of what this package can train, read off its sources: importing them loads torch, which takes seconds.
+
+So a wrong setting is answered at once.  Only what no task can take is refused here; the rest is for
+:mod:`compressm.experiments.settings`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from compressm.errors import ConfigError
+from compressm.experiments.registry import Registry, did_you_mean
+from compressm.experiments.tasks.presets import PRESETS
+
+FOLDERS = {"dataset": "tasks/datasets", "model": "tasks/models", "objective": "tasks/objectives", "runs": "methods"}
+
+
+def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """``["tau=0.1", "runs=[\\"full\\"]"]`` as a dict; values are JSON, or text where they are not.
+
+    Raises:
+        ConfigError: no equals sign.
+    """
+    values = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"--set: got {text!r}, expected key=value, such as tau=0.05")
+        try:
+            values[key.strip()] = json.loads(value)
+        except ValueError:
+            values[key.strip()] = value.strip()
+    return values
+
+
+def check(preset: str, overrides: Mapping[str, Any]) -> None:
+    """Refuse what is wrong for every task, unless torch is loaded: then the parts answer as soon, those from elsewhere too.
+
+    Args:
+        preset: its name.
+        overrides: keys and values that replace the preset's.
+
+    Raises:
+        ConfigError: an unknown preset, key or name, or a value that its key never takes.
+    """
+    if "torch" in sys.modules:
+        return
+    _ = PRESETS[preset]
+    keys = settings()
+    for key, value in overrides.items():
+        if key not in keys:
+            raise ConfigError(f"--set: unknown key {key!r}{did_you_mean(key, keys)}, expected one of {', '.join(sorted(keys))}")
+        if key in FOLDERS:
+            known = Registry[None](key)
+            known |= dict.fromkeys(names(key))
+            for name in (value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]):
+                _ = known[str(name).strip()]
+        else:
+            _validate(key, value, keys[key])
+
+
+def names(what: str) -> list[str]:
+    """Of all datasets, models, objectives or methods (``what`` as a setting is called)."""
+    found = []
+    for node in (node for kind in _classes(FOLDERS[what]) for node in kind.body):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if any(isinstance(target, ast.Name) and target.id == "name" for target in targets):
+            found += [node.value.value] if isinstance(node.value, ast.Constant) else []
+    return found
+
+
+@functools.cache
+def settings() -> dict[str, list[type[BaseModel]]]:
+    """Every key, with the classes of settings that declare it, each a model of its own lines alone."""
+    found: dict[str, list[type[BaseModel]]] = {}
+    for kind in (*_classes("tasks"), *_classes("methods")):
+        if kind.name.endswith("Settings"):
+            kind.bases, kind.body = [ast.Name("BaseModel", ast.Load())], [n for n in kind.body if isinstance(n, ast.AnnAssign)]
+            kind.body = kind.body or [ast.Pass()]
+            space: dict[str, Any] = {"BaseModel": BaseModel, "Field": Field, "Literal": Literal}
+            module = ast.fix_missing_locations(ast.Module([kind], []))
+            exec(compile(module, kind.name, "exec", dont_inherit=True), space)
+            for key in space[kind.name].model_fields:
+                found.setdefault(key, []).append(space[kind.name])
+    return found
+
+
+def _validate(key: str, value: Any, kinds: Sequence[type[BaseModel]]) -> None:
+    """Raise ConfigError where none of the classes that declare a key takes the value."""
+    errors = []
+    for kind in kinds:
+        try:
+            kind.__pydantic_validator__.validate_assignment(kind.model_construct(), key, value)
+        except ValidationError as error:
+            errors.append(error)
+    if len(errors) == len(kinds):
+        raise refused(errors[0]) from errors[0]
+
+
+def refused(error: ValidationError) -> ConfigError:
+    """The first thing that is wrong, in a sentence."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    place = f"{key}: got {first['input']!r}: " if key else ""
+    return ConfigError(f"{place}{first['msg'].removeprefix('Value error, ')}")
+
+
+def _classes(folder: str) -> Iterator[ast.ClassDef]:
+    for path in sorted((Path(__file__).parent / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        yield from (node for node in tree.body if isinstance(node, ast.ClassDef))
