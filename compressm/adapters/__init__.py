@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, Reduced
 from compressm.adapters.gated_delta_net import GATED_DELTA_NETS, GatedDeltaNetAdapter
+from compressm.adapters.linear_attention import LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
 from compressm.adapters.mamba import MambaAdapter
@@ -39,6 +40,18 @@ for _name in (
 register_adapter("compressm.layers.gated_delta_net.GatedDeltaNet", GatedDeltaNetAdapter())
 for _name in ("fla.layers.gated_deltanet.GatedDeltaNet", *GATED_DELTA_NETS):
     register_adapter(_name, GatedDeltaNetAdapter(foreign=True))
+register_adapter(
+    "compressm.layers.linear_attention.LinearAttention",
+    LinearAttentionAdapter("katharopoulos2020transformers", "yang2024gated"),
+)
+for _name, _paper in (
+    ("fla.layers.linear_attn.LinearAttention", "katharopoulos2020transformers"),
+    ("fla.layers.simple_gla.SimpleGatedLinearAttention", "yang2024gated"),
+    ("fla.layers.gla.GatedLinearAttention", "yang2024gated"),
+    ("fla.layers.multiscale_retention.MultiScaleRetention", "sun2023retentive"),
+    ("transformers.models.xlstm.modeling_xlstm.xLSTMLayer", "beck2024xlstm"),
+):
+    register_adapter(_name, LinearAttentionAdapter(_paper, foreign=True))
 
 __all__ = [
     "Adapter",
@@ -48,6 +61,7 @@ __all__ = [
     "LRUAdapter",
     "LTIAdapter",
     "LayerEdit",
+    "LinearAttentionAdapter",
     "Mamba2Adapter",
     "MambaAdapter",
     "Meter",

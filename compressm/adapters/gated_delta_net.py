@@ -129,9 +129,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
                 remedy="Pass multiple_of=1 where other kernels run it",
             )
 
-    def meter(
-        self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int
-    ) -> GatedDeltaMeter:
+    def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> GatedDeltaMeter:
         device = self.checked(module, name)["A_log"].device
         return GatedDeltaMeter(self.shape(module)[0], self.rank(module), self.projected_by(module), device)
 

@@ -125,11 +125,7 @@ class MatrixAdapter(Adapter[MatrixReduction]):
 
     def measured(self, module: nn.Module, name: str) -> MatrixMoments:
         """The moments without data: on white noise of unit variance."""
-        weight = next(p for p in module.get_submodule(self.projected_by(module)).parameters() if p.dim() == 2)
-        noise = torch.randn(*WHITE, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        meter = self.white_meter(module, name)
-        meter.observe(module, (noise.to(weight),), {}, None)
-        return meter.result(name)
+        return on_white_noise(self.white_meter(module, name), module, self.projected_by(module), name)
 
     def projected_by(self, module: nn.Module) -> str:
         """Name of the first of the layer's projections."""
@@ -282,6 +278,15 @@ class Selection:
     def all(self, tensors: TensorMap) -> dict[str, Tensor]:
         """All of a layer's tensors, in float64."""
         return {key: self(key, value.double()) for key, value in tensors.items()}
+
+
+def on_white_noise(meter: Meter, module: nn.Module, projection: str, name: str) -> MatrixMoments:
+    """What a meter says of a layer whose input is white noise; ``projection`` is the name of its first projection."""
+    weight = next(p for p in module.get_submodule(projection).parameters() if p.dim() == 2)
+    noise = torch.randn(*WHITE, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    meter.observe(module, (noise.to(weight),), {}, None)
+    moments: MatrixMoments = meter.result(name)
+    return moments
 
 
 def _mapped(maps: TensorMap, tensors: TensorMap) -> dict[str, Any]:

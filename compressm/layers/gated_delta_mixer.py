@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from compressm.kernels import gated_delta_rule, gated_delta_rule_update
 from compressm.layers.mamba2_mixer import without_padding
-from compressm.layers.mamba_mixer import convolve, convolve_step, decay
+from compressm.layers.mamba_mixer import Convolution, convolve, convolve_step, decay
 
 Mixer = Any  # a module with those names
 EPS = 1e-6  # of the lengths of queries and keys
@@ -56,12 +56,6 @@ class DeltaInputs(NamedTuple):
     v: Tensor
     g: Tensor
     beta: Tensor
-
-
-class _Convolution(NamedTuple):
-    """One of several, where a mixer would have one."""
-
-    conv1d: Any
 
 
 def layout(mixer: Mixer) -> DeltaLayout:
@@ -223,4 +217,4 @@ def _convolutions(mixer: Mixer) -> list[tuple[Any, int]]:
     if hasattr(mixer, "conv1d"):
         return [(mixer, sum(sizes))]
     parts = mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d
-    return [(_Convolution(conv), size) for conv, size in zip(parts, sizes, strict=True)]
+    return [(Convolution(conv), size) for conv, size in zip(parts, sizes, strict=True)]

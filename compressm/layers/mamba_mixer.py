@@ -37,6 +37,12 @@ class Selection(NamedTuple):
     dt_bias: Tensor | None
 
 
+class Convolution(NamedTuple):
+    """One of several, where a mixer would have one."""
+
+    conv1d: Any
+
+
 def mix(
     mixer: Mixer,
     hidden_states: Tensor,
