@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressm.adapters._gated_delta_distiller import gated_delta_distiller
 from compressm.adapters._gated_delta_meter import GatedDeltaMeter
-from compressm.adapters.base import label, plain_parameters, precision
+from compressm.adapters.base import Distiller, LayerEdit, label, plain_parameters, precision
 from compressm.adapters.matrix import MatrixAdapter, Rows
 from compressm.control import MatrixMoments, MatrixReduction, erasing_projection
 from compressm.errors import ModelError, bad_argument
-from compressm.layers.gated_delta_mixer import layout
+from compressm.layers.gated_delta_mixer import DeltaLayout, layout
 
 GATED_DELTA_NETS = (  # of transformers, classes whose forwards are near-copies of one another
     "transformers.models.olmo_hybrid.modeling_olmo_hybrid.OlmoHybridGatedDeltaNet",
@@ -46,6 +47,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
     projections = ("in_proj_qkvz", "in_proj_qkv", "q_proj")
     multiple = 16  # the tensor cores of GPUs take 16 at a time
     remedy = "transformers' mixers have some after compressm.integrations.transformers.accelerate_(model)"
+    distils = True
 
     def independent(self, module: nn.Module) -> tuple[str, ...]:
         return INDEPENDENT
@@ -66,7 +68,14 @@ class GatedDeltaNetAdapter(MatrixAdapter):
         return reduction.key, reduction.key
 
     def rows(self, module: nn.Module) -> Mapping[str, Rows]:
-        sizes, keys = layout(module), layout(module).convolved[0]
+        return self._rows_at(module, layout(module))
+
+    def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
+        return gated_delta_distiller(module, edit, self._rows_at(module, layout(module)._replace(features=edit.rank_after)))
+
+    def _rows_at(self, module: nn.Module, sizes: DeltaLayout) -> Mapping[str, Rows]:
+        """Those of a layer of other sizes."""
+        keys = sizes.convolved[0]
         index = torch.arange(keys, device="cpu").view(sizes.key_heads, sizes.features)
         both = index, keys + index
         found: dict[str, Rows] = {}

@@ -192,9 +192,13 @@ def contraction(maps: Tensor) -> Tensor:
 
 def finish(mixer: Mixer, out: Tensor, z: Tensor | None) -> Tensor:
     """Norm with the gate and projection behind the rule's output (B, L, HV, V)."""
+    return output_projection(mixer)(normed(mixer, out, z))
+
+
+def normed(mixer: Mixer, out: Tensor, z: Tensor | None) -> Tensor:
+    """What the output projection gets of the rule's output (B, L, HV, V): through the norm, with the gate, (B, L, HV V)."""
     norm = mixer.norm if hasattr(mixer, "norm") else mixer.o_norm
-    normed = norm(out) if z is None else norm(out.flatten(0, -2), z.flatten(0, -2)).view_as(out)
-    return output_projection(mixer)(normed.flatten(-2))
+    return (norm(out) if z is None else norm(out.flatten(0, -2), z.flatten(0, -2)).view_as(out)).flatten(-2)
 
 
 def _scale(mixer: Mixer) -> float:

@@ -75,7 +75,7 @@ def test_the_strict_form_is_a_layer_of_the_kept_channels(options):
             state[name] = state[name][index]
     expected.load_state_dict(state)
     expected.o_norm.eps = 1e-12
-    report = compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form="strict").layers[0]
+    report = compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form="strict", refine=0).layers[0]
     assert report.method == "strict, backward subset"
     assert layer.d_state == layer.head_k_dim == 4
     assert layer.q_proj.out_features == layer.k_conv1d.groups == 8
@@ -89,7 +89,7 @@ def test_the_projected_form_keeps_keys_short(options):
     moments = measure(layer, [x])
     reduction = GatedDeltaNetAdapter(form="projected").analyse(layer, "", "real", moments).reduce(3)
     before = None if layer.k_map is None else contraction(layer.k_map)
-    report = compressm.compress(layer, compressm.FixedRank(3), calibration=[x]).layers[0]
+    report = compressm.compress(layer, compressm.FixedRank(3), calibration=[x], refine=0).layers[0]
     assert report.method == "projected, orthonormal keys"
     torch.testing.assert_close(reduction.key @ reduction.key.mT, torch.eye(3).double().expand(2, 3, 3))
     torch.testing.assert_close(layer.k_map, reduction.key if before is None else reduction.key @ before)
@@ -104,7 +104,7 @@ def test_projected_loses_less_than_a_subset():
     for form in ("strict", "projected", "auto"):
         layer = lively()
         before = layer(x)
-        compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form=form)
+        compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form=form, refine=0)
         errors[form] = float((layer(x) - before).norm() / before.norm())
     assert errors["projected"] == errors["auto"] < 0.8 * errors["strict"]
 
@@ -116,7 +116,7 @@ def test_what_no_token_uses_is_cut_without_a_change(form):
         for part in (layer.q_conv1d, layer.k_conv1d):
             part.weight.view(2, 6, -1)[:, [1, 4]] = 0
     before = layer(x)
-    compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form=form)
+    compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form=form, refine=0)
     torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_moments_are_the_reduced_layer_s_own_gradients():
         return dict(zip(names, torch.autograd.grad(loss, [layer.k_map, layer.q_map]), strict=True))
 
     carried = edit.first_moments(gradients())
-    compressm.compress(layer, compressm.FixedRank(4), calibration=[x])
+    compressm.compress(layer, compressm.FixedRank(4), calibration=[x], refine=0)
     for name, expected in gradients().items():
         assert (carried[name] - expected).norm() < 1e-3 * expected.norm(), name
 
