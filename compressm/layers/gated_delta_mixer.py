@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.kernels import gated_delta_rule, gated_delta_rule_update
+from compressm.kernels.core.custom_op import transformed
 from compressm.layers.mamba2_mixer import without_padding
 from compressm.layers.mamba_mixer import Convolution, convolve, convolve_step, decay
 
@@ -166,7 +167,7 @@ def rule_inputs(mixer: Mixer, convolved: Tensor, b: Tensor, a: Tensor) -> DeltaI
     q, k = (unit(part.unflatten(-1, (sizes.key_heads, sizes.features))) for part in (q, k))
     if getattr(mixer, "k_map", None) is not None:
         q = torch.einsum("blhk,hrk->blhr", q, mixer.q_map.to(q.dtype))
-        k = torch.einsum("blhk,hrk->blhr", k, contraction(mixer.k_map).to(k.dtype))
+        k = torch.einsum("blhk,hrk->blhr", k, contracted(mixer).to(k.dtype))
     rates, bias = decay(mixer), mixer.dt_bias
     g = rates * F.softplus(a.to(rates.dtype) + bias)
     beta = b.sigmoid() * (2 if getattr(mixer, "allow_neg_eigval", False) else 1)
@@ -177,6 +178,24 @@ def unit(x: Tensor) -> Tensor:
     """Vectors (..., K) of length one, computed in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def contracted(mixer: Mixer) -> Tensor:
+    """:func:`contraction` of a mixer's map of keys; where nothing is trained, that of the last call while the map is the same.
+
+    Its numbers are compared, which costs little beside the eigenvalues: every write into the map is heard, by whatever way.
+    """
+    maps: Tensor = mixer.k_map
+    trained = (maps.requires_grad and torch.is_grad_enabled()) or transformed() or torch._C._are_functorch_transforms_active()
+    if trained or torch.compiler.is_compiling() or type(maps) not in (Tensor, nn.Parameter):
+        return contraction(maps)
+    seen: tuple[Tensor, Tensor] | None = vars(mixer).get("_contracted")
+    if seen is None or (seen[0].device, seen[0].dtype) != (maps.device, maps.dtype) or not torch.equal(seen[0], maps):
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must do outside of inference mode as well
+            kept = maps.clone()
+            seen = kept, contraction(kept)
+        mixer._contracted = seen
+    return seen[1]
 
 
 def contraction(maps: Tensor) -> Tensor:
