@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, Reduced
 from compressm.adapters.gated_delta_net import GATED_DELTA_NETS, GatedDeltaNetAdapter
+from compressm.adapters.kimi_delta import KIMI_DELTAS, KimiDeltaAdapter
 from compressm.adapters.linear_attention import LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
@@ -40,6 +41,8 @@ for _name in (
 register_adapter("compressm.layers.gated_delta_net.GatedDeltaNet", GatedDeltaNetAdapter())
 for _name in ("fla.layers.gated_deltanet.GatedDeltaNet", *GATED_DELTA_NETS):
     register_adapter(_name, GatedDeltaNetAdapter(foreign=True))
+for _name in KIMI_DELTAS:
+    register_adapter(_name, KimiDeltaAdapter())
 register_adapter(
     "compressm.layers.linear_attention.LinearAttention",
     LinearAttentionAdapter("katharopoulos2020transformers", "yang2024gated"),
@@ -58,6 +61,7 @@ __all__ = [
     "Analysis",
     "Distiller",
     "GatedDeltaNetAdapter",
+    "KimiDeltaAdapter",
     "LRUAdapter",
     "LTIAdapter",
     "LayerEdit",

@@ -53,7 +53,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
         return INDEPENDENT
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
-        plain_parameters(module, ("A_log",))
+        plain_parameters(module, self.recurrence)
         sizes = layout(module)
         return sizes.key_heads, sizes.features
 
@@ -98,7 +98,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
 
     def state_bytes(self, module: nn.Module, rank: int) -> int:
         """``rank`` numbers a channel of values, float32 unless A_log is wider, and the last inputs of the convolutions."""
-        A_log, sizes = plain_parameters(module, ("A_log",))["A_log"], layout(module)
+        A_log, sizes = plain_parameters(module, self.recurrence)[self.recurrence[-1]], layout(module)
         conv = module.get_submodule(self.convolution(module))
         width: int = vars(conv)["kernel_size"][0]
         inner = sum(sizes.convolved if self.maps(module) else sizes._replace(features=rank).convolved)
@@ -139,7 +139,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
             )
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> GatedDeltaMeter:
-        device = self.checked(module, name)["A_log"].device
+        device = self.checked(module, name)[self.recurrence[-1]].device
         return GatedDeltaMeter(self.shape(module)[0], self.rank(module), self.projected_by(module), device)
 
     def check_sizes(self, module: nn.Module, name: str) -> None:

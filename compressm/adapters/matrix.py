@@ -36,7 +36,6 @@ from compressm.adapters.base import (
 from compressm.control import MatrixMoments, MatrixReduction, pair_spectrum, subset, subset_spectrum
 from compressm.errors import ModelError, NumericalError, bad_argument
 
-RECURRENCE = ("dt_bias", "A_log")
 WHITE = (4, 256)  # sequences and steps of white noise that stand in for data
 Rows = Sequence[Tensor]  # of a parameter, (G, N) int64 each: those that make the keys or queries of group g, row n of its state
 
@@ -84,6 +83,7 @@ class MatrixAdapter(Adapter[MatrixReduction]):
 
     conventions = ("real",)
     forms = ("strict", "projected")
+    recurrence = ("dt_bias", "A_log")  # names of what decays are made of; float32 states are as wide as the last one at least
     last_axes: tuple[str, ...] = ()  # names of parameters (HV, ..., N) whose last axis are the rows of each head's state
     projections: tuple[str, ...] = ("in_proj",)  # of which a layer has one
     remedy = ""  # how a layer that takes no maps can be made to
@@ -137,9 +137,10 @@ class MatrixAdapter(Adapter[MatrixReduction]):
         Raises:
             ModelError, NumericalError: a parameter is missing or not finite, or sizes do not fit together.
         """
-        parameters = plain_parameters(module, (*RECURRENCE, *self.parameters(module)), name)
+        parameters = plain_parameters(module, (*self.recurrence, *self.parameters(module)), name)
         check_finite(module, parameters, name)
-        check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
+        rates = self.recurrence[-1]
+        check_finite(module, {f"exp({rates})": parameters[rates].detach().double().exp()}, name)
         self.check_sizes(module, name)
         return parameters
 
@@ -186,7 +187,7 @@ class MatrixAdapter(Adapter[MatrixReduction]):
         return {name: identity.repeat(groups, 1, 1) for name in self.optional}
 
     def neighbour(self, module: nn.Module) -> str:
-        return "A_log"  # which is not decayed either, where anything is not
+        return self.recurrence[-1]  # which is not decayed either, where anything is not
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         if self.needs(module):
@@ -261,6 +262,7 @@ class Selection:
 
     rows: Mapping[str, Rows]
     kept: Tensor
+    recurrence = ("dt_bias", "A_log")  # names of what decays are made of; float32 states are as wide as the last one at least
     last_axes: tuple[str, ...] = ()
 
     def __call__(self, key: str, value: Tensor) -> Tensor:

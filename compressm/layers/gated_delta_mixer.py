@@ -1,7 +1,8 @@
 """The steps of a gated delta rule mixer: projections, causal convolution of q, k and v, the rule, gated norm, projection.
 
 The sub-modules are called, so that whatever stands in their place or hangs on them acts.  What reads a mixer works for every
-module with the names of flash-linear-attention's GatedDeltaNet or of transformers' (Qwen3-Next, Qwen3.5, OLMo-hybrid).
+module with the names of flash-linear-attention's GatedDeltaNet or of transformers' (Qwen3-Next, Qwen3.5, OLMo-hybrid; Kimi
+Delta Attention).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class DeltaInputs(NamedTuple):
     Attributes:
         q, k: (B, L, H, K), of length one, or of the states that maps make of them.
         v: (B, L, HV, V).
-        g: (B, L, HV), log decays.
+        g: (B, L, HV), log decays; (B, L, HV, K) where every channel has one.
         beta: (B, L, HV).
     """
 
@@ -61,7 +62,7 @@ class DeltaInputs(NamedTuple):
 
 def layout(mixer: Mixer) -> DeltaLayout:
     """How a mixer's channels are divided, read from its parameters and numbers of heads."""
-    heads = mixer.A_log.shape[0]
+    heads = mixer.A_log.shape[0] if hasattr(mixer, "A_log") else mixer.num_heads
     key_heads = mixer.num_k_heads if hasattr(mixer, "num_k_heads") else mixer.num_heads
     values = output_projection(mixer).weight.shape[1] // heads
     if hasattr(mixer, "conv1d"):
@@ -138,7 +139,7 @@ def project(
     mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Of hidden states (B, L, d_model): q, k and v in front of their convolution (B, L, channels), the output's gate
-    (B, L, HV, V) or None, and what beta and the decays are made of, (B, L, HV) each."""
+    (B, L, HV, V) or None, and what beta and the decays are made of, (B, L, HV) each; decays of channels are whole."""
     x, sizes = without_padding(hidden_states, mask), layout(mixer)
     z: Tensor | None
     if hasattr(mixer, "in_proj_qkvz"):
@@ -146,8 +147,10 @@ def project(
     elif hasattr(mixer, "in_proj_qkv"):
         mixed, z, b, a = mixer.in_proj_qkv(x), mixer.in_proj_z(x), mixer.in_proj_b(x), mixer.in_proj_a(x)
     else:
-        mixed = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
-        z, b, a = (mixer.g_proj(x) if hasattr(mixer, "g_proj") else None), mixer.b_proj(x), mixer.a_proj(x)
+        mixed, b = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1), mixer.b_proj(x)
+        z = mixer.g_b_proj(mixer.g_a_proj(x)) if hasattr(mixer, "g_a_proj") else None
+        z = mixer.g_proj(x) if hasattr(mixer, "g_proj") else z
+        a = mixer.forget_gate(x) if of_channels(mixer) else mixer.a_proj(x)
     return mixed, None if z is None else z.unflatten(-1, (sizes.heads, sizes.values)), b, a
 
 
@@ -165,13 +168,26 @@ def rule_inputs(mixer: Mixer, convolved: Tensor, b: Tensor, a: Tensor) -> DeltaI
     sizes = layout(mixer)
     q, k, v = convolved.split(sizes.convolved, dim=-1)
     q, k = (unit(part.unflatten(-1, (sizes.key_heads, sizes.features))) for part in (q, k))
+    g = a if of_channels(mixer) else _log_decays(mixer, a)
     if getattr(mixer, "k_map", None) is not None:
+        map_ = contracted(mixer)
         q = torch.einsum("blhk,hrk->blhr", q, mixer.q_map.to(q.dtype))
-        k = torch.einsum("blhk,hrk->blhr", k, contracted(mixer).to(k.dtype))
-    rates, bias = decay(mixer), mixer.dt_bias
-    g = rates * F.softplus(a.to(rates.dtype) + bias)
+        k = torch.einsum("blhk,hrk->blhr", k, map_.to(k.dtype))
+        if of_channels(mixer):  # a row decays like the channels that it mixes, by their shares in it
+            shares = map_.square()
+            g = torch.einsum("blhk,hrk->blhr", g, (shares / shares.sum(-1, keepdim=True)).to(g.dtype))
     beta = b.sigmoid() * (2 if getattr(mixer, "allow_neg_eigval", False) else 1)
     return DeltaInputs(q, k, v.unflatten(-1, (sizes.heads, sizes.values)), g, beta)
+
+
+def of_channels(mixer: Mixer) -> bool:
+    """Whether every channel of the keys has a decay of its own, as in Kimi Delta Attention."""
+    return hasattr(mixer, "forget_gate")
+
+
+def _log_decays(mixer: Mixer, a: Tensor) -> Tensor:
+    rates = decay(mixer)
+    return rates * F.softplus(a.to(rates.dtype) + mixer.dt_bias)
 
 
 def unit(x: Tensor) -> Tensor:
