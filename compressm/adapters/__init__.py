@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, Reduced
+from compressm.adapters.delta_net import DeltaNetAdapter
 from compressm.adapters.gated_delta_net import GATED_DELTA_NETS, GatedDeltaNetAdapter
 from compressm.adapters.kimi_delta import KIMI_DELTAS, KimiDeltaAdapter
 from compressm.adapters.linear_attention import LinearAttentionAdapter
@@ -41,6 +42,7 @@ for _name in (
 register_adapter("compressm.layers.gated_delta_net.GatedDeltaNet", GatedDeltaNetAdapter())
 for _name in ("fla.layers.gated_deltanet.GatedDeltaNet", *GATED_DELTA_NETS):
     register_adapter(_name, GatedDeltaNetAdapter(foreign=True))
+register_adapter("fla.layers.delta_net.DeltaNet", DeltaNetAdapter(foreign=True))
 for _name in KIMI_DELTAS:
     register_adapter(_name, KimiDeltaAdapter())
 register_adapter(
@@ -59,6 +61,7 @@ for _name, _paper in (
 __all__ = [
     "Adapter",
     "Analysis",
+    "DeltaNetAdapter",
     "Distiller",
     "GatedDeltaNetAdapter",
     "KimiDeltaAdapter",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters._distilling import MAP_RATE, RATE, MixerDistiller, projection_rate
-from compressm.adapters.base import Distiller, LayerEdit, TensorMap
+from compressm.adapters.base import Distiller, LayerEdit, TensorMap, precision
 from compressm.kernels import causal_conv1d, gated_delta_rule
 from compressm.layers._plain import plain
 from compressm.layers.gated_delta_mixer import (
@@ -28,7 +28,7 @@ from compressm.layers.gated_delta_mixer import (
     unit,
 )
 from compressm.layers.mamba2_mixer import without_padding
-from compressm.layers.mamba_mixer import SILU
+from compressm.layers.mamba_mixer import SILU, plain_convolution
 
 MAPS = ("k_map", "q_map")
 Rows = Mapping[str, Sequence[Tensor]]  # by parameter, (G, r) each: those of queries and then of keys, or of what its name says
@@ -51,7 +51,8 @@ def gated_delta_distiller(module: nn.Module, edit: LayerEdit, rows: Rows) -> Dis
     if not edit.tensors.keys() >= rows.keys():
         return None
     parts = {name.rpartition(".")[0] for name in rows}
-    whole = all(plain(module.get_submodule(part), nn.Conv1d if "conv1d" in part else nn.Linear) for part in parts)
+    modules = [module.get_submodule(part) for part in parts]
+    whole = all(plain_convolution(part) if isinstance(part, nn.Conv1d) else plain(part, nn.Linear) for part in modules)
     return _Rows(module, edit, rows) if whole else None
 
 
@@ -97,6 +98,9 @@ class _GatedDeltaDistiller(MixerDistiller):
     def _rule(self, fixed: TensorMap, q: Tensor, k: Tensor, channels: int) -> Tensor:
         """What the output projection gets from the rule, (sequences, steps, HV V)."""
         out, _ = gated_delta_rule(q, k, fixed["v"], fixed["g"], fixed["beta"], scale=channels**-0.5)
+        norm = getattr(self.module, "o_norm", None)
+        if isinstance(norm, nn.RMSNorm):  # which takes the precision of its weight
+            out = out.to(precision(norm, out.dtype))
         return normed(self.module, out, fixed.get("z")).float()
 
 

@@ -139,7 +139,7 @@ def project(
     mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Of hidden states (B, L, d_model): q, k and v in front of their convolution (B, L, channels), the output's gate
-    (B, L, HV, V) or None, and what beta and the decays are made of, (B, L, HV) each; decays of channels are whole."""
+    (B, L, HV, V) or None, and what beta and the decays are made of, (B, L, HV) each; without an A_log these are whole."""
     x, sizes = without_padding(hidden_states, mask), layout(mixer)
     z: Tensor | None
     if hasattr(mixer, "in_proj_qkvz"):
@@ -150,7 +150,10 @@ def project(
         mixed, b = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1), mixer.b_proj(x)
         z = mixer.g_b_proj(mixer.g_a_proj(x)) if hasattr(mixer, "g_a_proj") else None
         z = mixer.g_proj(x) if hasattr(mixer, "g_proj") else z
-        a = mixer.forget_gate(x) if of_channels(mixer) else mixer.a_proj(x)
+        if of_channels(mixer):
+            a = mixer.forget_gate(x)
+        else:
+            a = mixer.a_proj(x) if hasattr(mixer, "a_proj") else torch.zeros_like(b)
     return mixed, None if z is None else z.unflatten(-1, (sizes.heads, sizes.values)), b, a
 
 
@@ -168,7 +171,7 @@ def rule_inputs(mixer: Mixer, convolved: Tensor, b: Tensor, a: Tensor) -> DeltaI
     sizes = layout(mixer)
     q, k, v = convolved.split(sizes.convolved, dim=-1)
     q, k = (unit(part.unflatten(-1, (sizes.key_heads, sizes.features))) for part in (q, k))
-    g = a if of_channels(mixer) else _log_decays(mixer, a)
+    g = _log_decays(mixer, a) if hasattr(mixer, "A_log") else a
     if getattr(mixer, "k_map", None) is not None:
         map_ = contracted(mixer)
         q = torch.einsum("blhk,hrk->blhr", q, mixer.q_map.to(q.dtype))

@@ -7,8 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 
 FLA = {
-    "LinearAttention": "fla.layers.linear_attn", "SimpleGatedLinearAttention": "fla.layers.simple_gla",
-    "GatedLinearAttention": "fla.layers.gla", "MultiScaleRetention": "fla.layers.multiscale_retention",
+    "LinearAttention": "fla.layers.linear_attn",
+    "SimpleGatedLinearAttention": "fla.layers.simple_gla",
+    "GatedLinearAttention": "fla.layers.gla",
+    "MultiScaleRetention": "fla.layers.multiscale_retention",
+}
+OTHERS = {"DeltaNet": "fla.layers.delta_net", "ShortConvolution": "fla.modules.convolution"
 }  # fmt: skip
 
 
@@ -79,5 +83,41 @@ class MultiScaleRetention(Layer):
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(self.num_heads))).to(x)[:, None].expand(*x.shape[:2], -1, 1)
 
 
-for _name, _module in FLA.items():
+class ShortConvolution(nn.Conv1d):
+    """(batch, L, channels), and not (batch, channels, L), with SiLU; returns what it would keep for the next token as well."""
+
+    def __init__(self, hidden_size, kernel_size):
+        super().__init__(hidden_size, hidden_size, kernel_size, groups=hidden_size, padding=kernel_size - 1, bias=False)
+        self.hidden_size, self.activation = hidden_size, "silu"
+
+    def forward(self, x, mask=None, cache=None):
+        assert x.shape[-1] == self.hidden_size == self.in_channels
+        return F.silu(super().forward(x.mT)[..., : x.shape[1]]).mT, None
+
+
+class DeltaNet(Layer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.expand_k, self.use_short_conv, self.use_beta, self.qk_activation, self.qk_norm = 1.5, True, True, "silu", "l2"
+        self.allow_neg_eigval = True
+        for name, size in (("q", self.key_dim), ("k", self.key_dim), ("v", self.hidden_size)):
+            setattr(self, f"{name}_conv1d", ShortConvolution(size, 3))
+        self.b_proj = nn.Linear(self.hidden_size, self.num_heads, bias=False)
+        self.o_norm = nn.RMSNorm(self.head_v_dim, eps=1e-12)
+
+    def forward(self, hidden_states):
+        x, parts = hidden_states, {}
+        for name in "qkv":
+            out, _ = self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x))
+            parts[name] = out.unflatten(-1, (self.num_heads, -1))
+        q, k = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6) for part in (parts["q"], parts["k"]))
+        beta, state, outputs = 2 * self.b_proj(x).sigmoid(), x.new_zeros(len(x), 4, self.head_k_dim, self.head_v_dim), []
+        for t in range(x.shape[1]):
+            read = (k[:, t, :, None] @ state)[:, :, 0]
+            state = state + beta[:, t, :, None, None] * k[:, t, ..., None] * (parts["v"][:, t] - read)[:, :, None]
+            outputs.append((q[:, t, :, None] @ state)[:, :, 0])
+        return self.o_proj(self.o_norm(torch.stack(outputs, 1)).flatten(-2))
+
+
+for _name, _module in {**FLA, **OTHERS}.items():
     globals()[_name].__module__ = _module

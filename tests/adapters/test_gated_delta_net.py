@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from adapters.linear_layers import DeltaNet
 from torch import nn
 
 import compressm
@@ -192,6 +193,30 @@ def test_what_is_refused():
     nn.utils.parametrize.register_parametrization(hooked.q_proj, "weight", nn.Identity())
     with pytest.raises(ModelError, match=r"q_proj\.weight is not a plain parameter"):
         compressm.compress(hooked, compressm.FixedRank(2), form="strict")
+
+
+def test_flash_linear_attention_s_delta_net():
+    """By its name, with short convolutions that are called in another way than torch's."""
+    torch.manual_seed(0)
+    layer, x = DeltaNet(hidden_size=12, expand_k=2).double().requires_grad_(False), data(40, 17, 12)
+    with torch.no_grad():
+        for part in (layer.q_conv1d, layer.k_conv1d):
+            part.weight.view(4, 6, -1)[:, [1, 4]] = 0
+    before, other = layer(x), copy.deepcopy(layer)
+    assert compressm.inspect(layer).layers[0].slowest == 1
+    (report,) = compressm.compress(layer, compressm.FixedRank(4), calibration=[x], multiple_of=1, refine=0).layers
+    assert report.method == "strict, backward subset"
+    assert (layer.head_k_dim, layer.key_dim, layer.q_conv1d.hidden_size) == (4, 16, 16)
+    assert layer.expand_k == 16 / 12
+    torch.testing.assert_close(layer(x), before, rtol=1e-3, atol=1e-4)
+    (report,) = compressm.compress(other, compressm.FixedRank(3), calibration=[x], multiple_of=1, refine=5, sequences=40).layers
+    own = float((other(x) - before)[-5:].norm() / before[-5:].norm())
+    assert min(report.refine_error_before, report.refine_error_after) == pytest.approx(own, rel=1e-3)
+    with pytest.raises(ArgumentError, match="whose forward has no maps"):
+        compressm.compress(layer, compressm.FixedRank(2), form="projected")
+    layer.qk_norm = "sum"
+    with pytest.raises(ModelError, match="qk_norm='sum', expected qk_norm='l2'"):
+        compressm.compress(layer, compressm.FixedRank(2), multiple_of=1)
 
 
 def test_data_free_and_inspect():

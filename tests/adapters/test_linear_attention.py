@@ -80,6 +80,19 @@ def test_moments_are_those_of_the_recurrence(decay):
     torch.testing.assert_close(moments.Q, torch.einsum("blhk,blhj->hkj", q, q) / 33)
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_what_two_processes_have_measured_adds_up(decay):
+    """The same on both: twice the sums over twice the tokens."""
+    layer, x = lively(decay).requires_grad_(False), data(3, 11)
+    meter = find_layers(layer)[""][1].meter(layer, "", 3, None, 0)
+    meter.observe(layer, (x,), {}, None)
+    alone = meter.result("")
+    meter.merge(lambda value: 2 * value, lambda tensor: torch.cat([tensor, tensor]))
+    for name in ("P", "Q", "Z"):
+        torch.testing.assert_close(getattr(meter.result(""), name), getattr(alone, name))
+    assert len(meter.result("").M) == 2 * len(alone.M)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unused", ["both", "queries"])
 def test_what_is_not_used_is_cut_without_a_change(kind, unused):

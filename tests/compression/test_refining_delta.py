@@ -101,3 +101,12 @@ def test_what_is_more_than_its_parameters_is_not_trained():
         report = reduced(mapped, x, "maps")
         own = float((mapped(x) - before)[-20:].norm() / before[-20:].norm())
     assert own == pytest.approx(report.refine_error_after, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["biased", "given maps"])
+def test_other_precisions(kind, dtype):
+    layer = lively(kind).to(dtype)
+    report = reduced(layer, hidden().to(dtype), kind)
+    assert report.refine_error_after < report.refine_error_before
+    assert layer(hidden(2).to(dtype)).dtype == dtype
