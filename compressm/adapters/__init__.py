@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, Reduced
+from compressm.adapters.delta_net import DeltaNetAdapter
 from compressm.adapters.gated_delta_net import GATED_DELTA_NETS, GatedDeltaNetAdapter
+from compressm.adapters.kimi_delta import KIMI_DELTAS, KimiDeltaAdapter
+from compressm.adapters.linear_attention import LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
 from compressm.adapters.mamba import MambaAdapter
@@ -40,15 +43,33 @@ for _name in (
 register_adapter("compressm.layers.gated_delta_net.GatedDeltaNet", GatedDeltaNetAdapter())
 for _name in ("fla.layers.gated_deltanet.GatedDeltaNet", *GATED_DELTA_NETS):
     register_adapter(_name, GatedDeltaNetAdapter(foreign=True))
+register_adapter("fla.layers.delta_net.DeltaNet", DeltaNetAdapter(foreign=True))
+for _name in KIMI_DELTAS:
+    register_adapter(_name, KimiDeltaAdapter())
+register_adapter(
+    "compressm.layers.linear_attention.LinearAttention",
+    LinearAttentionAdapter("katharopoulos2020transformers", "yang2024gated"),
+)
+for _name, _paper in (
+    ("fla.layers.linear_attn.LinearAttention", "katharopoulos2020transformers"),
+    ("fla.layers.simple_gla.SimpleGatedLinearAttention", "yang2024gated"),
+    ("fla.layers.gla.GatedLinearAttention", "yang2024gated"),
+    ("fla.layers.multiscale_retention.MultiScaleRetention", "sun2023retentive"),
+    ("transformers.models.xlstm.modeling_xlstm.xLSTMLayer", "beck2024xlstm"),
+):
+    register_adapter(_name, LinearAttentionAdapter(_paper, foreign=True))
 
 __all__ = [
     "Adapter",
     "Analysis",
+    "DeltaNetAdapter",
     "Distiller",
     "GatedDeltaNetAdapter",
+    "KimiDeltaAdapter",
     "LRUAdapter",
     "LTIAdapter",
     "LayerEdit",
+    "LinearAttentionAdapter",
     "Mamba2Adapter",
     "MambaAdapter",
     "Meter",

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressm.adapters._gated_delta_distiller import gated_delta_distiller
 from compressm.adapters._gated_delta_meter import GatedDeltaMeter
-from compressm.adapters.base import label, plain_parameters, precision
+from compressm.adapters.base import Distiller, LayerEdit, label, plain_parameters, precision
 from compressm.adapters.matrix import MatrixAdapter, Rows
 from compressm.control import MatrixMoments, MatrixReduction, erasing_projection
 from compressm.errors import ModelError, bad_argument
-from compressm.layers.gated_delta_mixer import layout
+from compressm.layers.gated_delta_mixer import DeltaLayout, layout
 
 GATED_DELTA_NETS = (  # of transformers, classes whose forwards are near-copies of one another
     "transformers.models.olmo_hybrid.modeling_olmo_hybrid.OlmoHybridGatedDeltaNet",
@@ -46,12 +47,13 @@ class GatedDeltaNetAdapter(MatrixAdapter):
     projections = ("in_proj_qkvz", "in_proj_qkv", "q_proj")
     multiple = 16  # the tensor cores of GPUs take 16 at a time
     remedy = "transformers' mixers have some after compressm.integrations.transformers.accelerate_(model)"
+    distils = True
 
     def independent(self, module: nn.Module) -> tuple[str, ...]:
         return INDEPENDENT
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
-        plain_parameters(module, ("A_log",))
+        plain_parameters(module, self.recurrence)
         sizes = layout(module)
         return sizes.key_heads, sizes.features
 
@@ -66,7 +68,14 @@ class GatedDeltaNetAdapter(MatrixAdapter):
         return reduction.key, reduction.key
 
     def rows(self, module: nn.Module) -> Mapping[str, Rows]:
-        sizes, keys = layout(module), layout(module).convolved[0]
+        return self._rows_at(module, layout(module))
+
+    def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
+        return gated_delta_distiller(module, edit, self._rows_at(module, layout(module)._replace(features=edit.rank_after)))
+
+    def _rows_at(self, module: nn.Module, sizes: DeltaLayout) -> Mapping[str, Rows]:
+        """Those of a layer of other sizes."""
+        keys = sizes.convolved[0]
         index = torch.arange(keys, device="cpu").view(sizes.key_heads, sizes.features)
         both = index, keys + index
         found: dict[str, Rows] = {}
@@ -89,7 +98,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
 
     def state_bytes(self, module: nn.Module, rank: int) -> int:
         """``rank`` numbers a channel of values, float32 unless A_log is wider, and the last inputs of the convolutions."""
-        A_log, sizes = plain_parameters(module, ("A_log",))["A_log"], layout(module)
+        A_log, sizes = plain_parameters(module, self.recurrence)[self.recurrence[-1]], layout(module)
         conv = module.get_submodule(self.convolution(module))
         width: int = vars(conv)["kernel_size"][0]
         inner = sum(sizes.convolved if self.maps(module) else sizes._replace(features=rank).convolved)
@@ -129,10 +138,8 @@ class GatedDeltaNetAdapter(MatrixAdapter):
                 remedy="Pass multiple_of=1 where other kernels run it",
             )
 
-    def meter(
-        self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int
-    ) -> GatedDeltaMeter:
-        device = self.checked(module, name)["A_log"].device
+    def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> GatedDeltaMeter:
+        device = self.checked(module, name)[self.recurrence[-1]].device
         return GatedDeltaMeter(self.shape(module)[0], self.rank(module), self.projected_by(module), device)
 
     def check_sizes(self, module: nn.Module, name: str) -> None:

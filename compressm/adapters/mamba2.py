@@ -119,7 +119,7 @@ class Mamba2Adapter(MatrixAdapter):
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Mamba2Meter:
         device = self.checked(module, name)["A_log"].device
-        return Mamba2Meter(layout(module).groups, self.rank(module), device, sequences, rows_per_state, seed)
+        return Mamba2Meter(layout(module).groups, self.rank(module), "in_proj", device, sequences, rows_per_state, seed)
 
     def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
         return mamba2_distiller(module, edit, self.attributes(module, edit.rank_after).get("mup_vector"))

@@ -46,7 +46,6 @@ from compressm.control import (
 )
 from compressm.errors import ModelError, NumericalError, bad_argument
 
-RECURRENCE = ("dt_bias", "A_log")
 WHITE = (4, 256)  # sequences and steps of white noise that stand in for data
 
 
@@ -113,6 +112,7 @@ class MatrixAdapter(RowRanked[MatrixReduction]):
 
     conventions = ("real",)
     forms = ("strict", "projected")
+    recurrence = ("dt_bias", "A_log")  # names of what decays are made of; float32 states are as wide as the last one at least
     last_axes: tuple[str, ...] = ()  # names of parameters (HV, ..., N) whose last axis are the rows of each head's state
     projections: tuple[str, ...] = ("in_proj",)  # of which a layer has one
     remedy = ""  # how a layer that takes no maps can be made to
@@ -150,11 +150,7 @@ class MatrixAdapter(RowRanked[MatrixReduction]):
 
     def measured(self, module: nn.Module, name: str) -> MatrixMoments:
         """The moments without data: on white noise of unit variance."""
-        weight = next(p for p in module.get_submodule(self.projected_by(module)).parameters() if p.dim() == 2)
-        noise = torch.randn(*WHITE, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        meter = self.white_meter(module, name)
-        meter.observe(module, (noise.to(weight),), {}, None)
-        return meter.result(name)
+        return on_white_noise(self.white_meter(module, name), module, self.projected_by(module), name)
 
     def projected_by(self, module: nn.Module) -> str:
         """Name of the first of the layer's projections."""
@@ -166,9 +162,10 @@ class MatrixAdapter(RowRanked[MatrixReduction]):
         Raises:
             ModelError, NumericalError: a parameter is missing or not finite, or sizes do not fit together.
         """
-        parameters = plain_parameters(module, (*RECURRENCE, *self.parameters(module)), name)
+        parameters = plain_parameters(module, (*self.recurrence, *self.parameters(module)), name)
         check_finite(module, parameters, name)
-        check_finite(module, {"exp(A_log)": parameters["A_log"].detach().double().exp()}, name)
+        rates = self.recurrence[-1]
+        check_finite(module, {f"exp({rates})": parameters[rates].detach().double().exp()}, name)
         self.check_sizes(module, name)
         return parameters
 
@@ -224,7 +221,7 @@ class MatrixAdapter(RowRanked[MatrixReduction]):
         return {name: identity.repeat(groups, 1, 1) for name in self.optional}
 
     def neighbour(self, module: nn.Module) -> str:
-        return "A_log"  # which is not decayed either, where anything is not
+        return self.recurrence[-1]  # which is not decayed either, where anything is not
 
     def parameters(self, module: nn.Module) -> tuple[str, ...]:
         if self.needs(module):
@@ -300,6 +297,7 @@ class Selection:
 
     rows: Mapping[str, Rows]
     kept: Tensor
+    recurrence = ("dt_bias", "A_log")  # names of what decays are made of; float32 states are as wide as the last one at least
     last_axes: tuple[str, ...] = ()
 
     def __call__(self, key: str, value: Tensor) -> Tensor:
@@ -317,6 +315,15 @@ class Selection:
     def all(self, tensors: TensorMap) -> dict[str, Tensor]:
         """All of a layer's tensors, in float64."""
         return {key: self(key, value.double()) for key, value in tensors.items()}
+
+
+def on_white_noise(meter: Meter, module: nn.Module, projection: str, name: str) -> MatrixMoments:
+    """What a meter says of a layer whose input is white noise; ``projection`` is the name of its first projection."""
+    weight = next(p for p in module.get_submodule(projection).parameters() if p.dim() == 2)
+    noise = torch.randn(*WHITE, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    meter.observe(module, (noise.to(weight),), {}, None)
+    moments: MatrixMoments = meter.result(name)
+    return moments
 
 
 def _mapped(maps: TensorMap, tensors: TensorMap) -> dict[str, Any]:

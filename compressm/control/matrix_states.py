@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compressm.control.balancing import singular_values
 from compressm.control.row_criteria import RowCriterion, RowMoments
-from compressm.control.selective import check_order
+from compressm.control.selective import backward_subset, check_order
 
 FLOOR = 1e-12  # least eigenvalue of a second moment scaled to a unit diagonal, so that pairs of any rank have bases
 
@@ -63,7 +63,7 @@ class MatrixReduction:
 
     Attributes:
         key, query: (G, r, N) float64, E_k and E_q.
-        rows: (G, r) int64 ascending, the rows of the strict form, whose maps select them; None in the projected form.
+        rows: (G, r) int64 ascending, the rows that keys are, where they are a subset; else None.
         method: how it was found.
         output_error: relative root mean square error of the scan's output at the steps looked at; None where none were.
     """
@@ -170,6 +170,22 @@ def keep_rows(moments: MatrixMoments, rows: Tensor, method: str) -> MatrixReduct
     """The states of some of their own rows, (G, r) ascending; ``method`` says how they were chosen, in words."""
     maps = torch.eye(moments.order, dtype=torch.float64, device=rows.device)[rows]
     return MatrixReduction(maps, maps, rows, method, output_error(moments, maps, maps))
+
+
+def predicted_subset(moments: MatrixMoments, rank: int) -> MatrixReduction:
+    """For decays of rows, S_t = diag(a_t) S_{t-1} + k_t v_t^T, of which a subset of the rows is the only smaller recurrence.
+
+    Any map of the queries may read what is left.  Rows are removed one by one, each predicted from those that stay, with
+    E[S S^T] as ``P`` of the moments.
+
+    Raises:
+        ArgumentError: rank out of range.
+    """
+    check_order(rank, moments.order)
+    found = [backward_subset(P, Q, rank) for P, Q in zip(moments.P, moments.Q, strict=True)]
+    rows, query = (torch.stack(part) for part in zip(*found, strict=True))
+    key = torch.eye(moments.order, dtype=torch.float64, device=rows.device)[rows]
+    return MatrixReduction(key, query, rows, "backward subset, queries predicted", output_error(moments, key, query))
 
 
 def balanced_pair(P: Tensor, Q: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from compressm.compression.surgery.audit import full_name
 from compressm.errors import bad_argument
 
 # What configs call the number of states of all layers.
-SIZE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size", "linear_key_head_dim")
+SIZE_FIELDS = ("state_size", "mamba_d_state", "ssm_state_size", "linear_key_head_dim", "qk_dim_factor")
 
 ScheduleArgument = Schedule | Callable[[int], Schedule]
 
@@ -70,6 +70,12 @@ class SizedConfig:
         """The size (``Adapter.size``) of the layers by their names."""
         return {name: adapter.size(module) for name, (module, adapter) in self.layers.items()}
 
+    def _said(self, rank: int) -> float:
+        """What the field must be for layers of a size: xLSTM has its share in the channels of the model."""
+        if self.field != "qk_dim_factor":
+            return rank
+        return rank * self.config.num_heads / self.config.hidden_size
+
     @property
     def _places(self) -> dict[str, Any]:
         return {name: getattr(module, "layer_idx", None) for name, (module, _) in self.layers.items()}
@@ -101,10 +107,10 @@ class SizedConfig:
             options.pop(field, None)
         if differ:
             for name, place in self._places.items():
-                others.setdefault(place, {})[field] = ranks[name]
+                others.setdefault(place, {})[field] = self._said(ranks[name])
         if getattr(self.config, "is_heterogeneous", False):
             self.config.per_layer_config = None
-        setattr(self.config, field, max(ranks.values()))
+        setattr(self.config, field, self._said(max(ranks.values())))
         if others := {place: options for place, options in others.items() if options}:
             self.config.per_layer_config = others
         return True

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from compressm.adapters.gated_delta_net import GATED_DELTA_NETS
+from compressm.adapters.kimi_delta import KIMI_DELTAS
 from compressm.adapters.mamba2 import TRANSFORMERS as MAMBA2S
 from compressm.errors import ModelError
 from compressm.integrations._gated_delta_mixer import accelerated as accelerated_delta
@@ -18,6 +19,8 @@ from compressm.integrations._mamba2_mixer import accelerated as accelerated_mamb
 from compressm.kernels import KernelPlan, plan, selective_scan, selective_state_update
 from compressm.layers.mamba2_mixer import without_padding
 from compressm.layers.mamba_mixer import SILU, convolve, convolve_step, decay, mix, project, select, working_dtype
+
+DELTAS = (*GATED_DELTA_NETS, *KIMI_DELTAS)
 
 
 class AcceleratedMambaMixer(MambaMixer):
@@ -89,8 +92,8 @@ def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:
     there the library forgets the scan's state, and where a Mamba-2 has a ``time_step_limit``, which the library does not apply
     in decoding.
 
-    Mamba-2 and gated delta rule mixers can be reduced in form ``"projected"`` then.  ``save_pretrained`` of a model with maps
-    raises ModelError: the library could not load them; store it with ``compressm.save``.
+    Mamba-2 mixers and those of the delta rule can be reduced in form ``"projected"`` then.  ``save_pretrained`` of a model with
+    maps raises ModelError: the library could not load them; store it with ``compressm.save``.
 
     Args:
         model: such as ``MambaForCausalLM``, or a hybrid, whose other layers are left alone; before or after reductions.
@@ -147,13 +150,13 @@ def _own_class(module: nn.Module) -> type[nn.Module] | None:
     """The library's class of a mixer; None of another module."""
     names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__)
     kinds = dict(zip(names, type(module).__mro__, strict=True))
-    return next((kind for name, kind in kinds.items() if kind is MambaMixer or name in (*MAMBA2S, *GATED_DELTA_NETS)), None)
+    return next((kind for name, kind in kinds.items() if kind is MambaMixer or name in (*MAMBA2S, *DELTAS)), None)
 
 
 def _accelerated(own: Any) -> type[nn.Module]:
     if own is MambaMixer:
         return AcceleratedMambaMixer
-    return accelerated_delta(own) if f"{own.__module__}.{own.__qualname__}" in GATED_DELTA_NETS else accelerated_mamba2(own)
+    return accelerated_delta(own) if f"{own.__module__}.{own.__qualname__}" in DELTAS else accelerated_mamba2(own)
 
 
 def _check(name: str, mixer: Any) -> None:

@@ -1,7 +1,8 @@
 """The steps of a gated delta rule mixer: projections, causal convolution of q, k and v, the rule, gated norm, projection.
 
 The sub-modules are called, so that whatever stands in their place or hangs on them acts.  What reads a mixer works for every
-module with the names of flash-linear-attention's GatedDeltaNet or of transformers' (Qwen3-Next, Qwen3.5, OLMo-hybrid).
+module with the names of flash-linear-attention's GatedDeltaNet or of transformers' (Qwen3-Next, Qwen3.5, OLMo-hybrid; Kimi
+Delta Attention).
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.kernels import gated_delta_rule, gated_delta_rule_update
+from compressm.kernels.core.custom_op import transformed
 from compressm.layers.mamba2_mixer import without_padding
-from compressm.layers.mamba_mixer import convolve, convolve_step, decay
+from compressm.layers.mamba_mixer import Convolution, convolve, convolve_step, decay
 
 Mixer = Any  # a module with those names
 EPS = 1e-6  # of the lengths of queries and keys
@@ -47,7 +49,7 @@ class DeltaInputs(NamedTuple):
     Attributes:
         q, k: (B, L, H, K), of length one, or of the states that maps make of them.
         v: (B, L, HV, V).
-        g: (B, L, HV), log decays.
+        g: (B, L, HV), log decays; (B, L, HV, K) where every channel has one.
         beta: (B, L, HV).
     """
 
@@ -58,15 +60,9 @@ class DeltaInputs(NamedTuple):
     beta: Tensor
 
 
-class _Convolution(NamedTuple):
-    """One of several, where a mixer would have one."""
-
-    conv1d: Any
-
-
 def layout(mixer: Mixer) -> DeltaLayout:
     """How a mixer's channels are divided, read from its parameters and numbers of heads."""
-    heads = mixer.A_log.shape[0]
+    heads = mixer.A_log.shape[0] if hasattr(mixer, "A_log") else mixer.num_heads
     key_heads = mixer.num_k_heads if hasattr(mixer, "num_k_heads") else mixer.num_heads
     values = output_projection(mixer).weight.shape[1] // heads
     if hasattr(mixer, "conv1d"):
@@ -143,7 +139,7 @@ def project(
     mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Of hidden states (B, L, d_model): q, k and v in front of their convolution (B, L, channels), the output's gate
-    (B, L, HV, V) or None, and what beta and the decays are made of, (B, L, HV) each."""
+    (B, L, HV, V) or None, and what beta and the decays are made of, (B, L, HV) each; without an A_log these are whole."""
     x, sizes = without_padding(hidden_states, mask), layout(mixer)
     z: Tensor | None
     if hasattr(mixer, "in_proj_qkvz"):
@@ -151,8 +147,13 @@ def project(
     elif hasattr(mixer, "in_proj_qkv"):
         mixed, z, b, a = mixer.in_proj_qkv(x), mixer.in_proj_z(x), mixer.in_proj_b(x), mixer.in_proj_a(x)
     else:
-        mixed = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
-        z, b, a = (mixer.g_proj(x) if hasattr(mixer, "g_proj") else None), mixer.b_proj(x), mixer.a_proj(x)
+        mixed, b = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1), mixer.b_proj(x)
+        z = mixer.g_b_proj(mixer.g_a_proj(x)) if hasattr(mixer, "g_a_proj") else None
+        z = mixer.g_proj(x) if hasattr(mixer, "g_proj") else z
+        if of_channels(mixer):
+            a = mixer.forget_gate(x)
+        else:
+            a = mixer.a_proj(x) if hasattr(mixer, "a_proj") else torch.zeros_like(b)
     return mixed, None if z is None else z.unflatten(-1, (sizes.heads, sizes.values)), b, a
 
 
@@ -170,19 +171,50 @@ def rule_inputs(mixer: Mixer, convolved: Tensor, b: Tensor, a: Tensor) -> DeltaI
     sizes = layout(mixer)
     q, k, v = convolved.split(sizes.convolved, dim=-1)
     q, k = (unit(part.unflatten(-1, (sizes.key_heads, sizes.features))) for part in (q, k))
+    g = _log_decays(mixer, a) if hasattr(mixer, "A_log") else a
     if getattr(mixer, "k_map", None) is not None:
+        map_ = contracted(mixer)
         q = torch.einsum("blhk,hrk->blhr", q, mixer.q_map.to(q.dtype))
-        k = torch.einsum("blhk,hrk->blhr", k, contraction(mixer.k_map).to(k.dtype))
-    rates, bias = decay(mixer), mixer.dt_bias
-    g = rates * F.softplus(a.to(rates.dtype) + bias)
+        k = torch.einsum("blhk,hrk->blhr", k, map_.to(k.dtype))
+        if of_channels(mixer):  # a row decays like the channels that it mixes, by their shares in it
+            shares = map_.square()
+            g = torch.einsum("blhk,hrk->blhr", g, (shares / shares.sum(-1, keepdim=True)).to(g.dtype))
     beta = b.sigmoid() * (2 if getattr(mixer, "allow_neg_eigval", False) else 1)
     return DeltaInputs(q, k, v.unflatten(-1, (sizes.heads, sizes.values)), g, beta)
+
+
+def of_channels(mixer: Mixer) -> bool:
+    """Whether every channel of the keys has a decay of its own, as in Kimi Delta Attention."""
+    return hasattr(mixer, "forget_gate")
+
+
+def _log_decays(mixer: Mixer, a: Tensor) -> Tensor:
+    rates = decay(mixer)
+    return rates * F.softplus(a.to(rates.dtype) + mixer.dt_bias)
 
 
 def unit(x: Tensor) -> Tensor:
     """Vectors (..., K) of length one, computed in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def contracted(mixer: Mixer) -> Tensor:
+    """:func:`contraction` of a mixer's map of keys; where nothing is trained, that of the last call while the map is the same.
+
+    Its numbers are compared, which costs little beside the eigenvalues: every write into the map is heard, by whatever way.
+    """
+    maps: Tensor = mixer.k_map
+    trained = (maps.requires_grad and torch.is_grad_enabled()) or transformed() or torch._C._are_functorch_transforms_active()
+    if trained or torch.compiler.is_compiling() or type(maps) not in (Tensor, nn.Parameter):
+        return contraction(maps)
+    seen: tuple[Tensor, Tensor] | None = vars(mixer).get("_contracted")
+    if seen is None or (seen[0].device, seen[0].dtype) != (maps.device, maps.dtype) or not torch.equal(seen[0], maps):
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must do outside of inference mode as well
+            kept = maps.clone()
+            seen = kept, contraction(kept)
+        mixer._contracted = seen
+    return seen[1]
 
 
 def contraction(maps: Tensor) -> Tensor:
@@ -198,9 +230,13 @@ def contraction(maps: Tensor) -> Tensor:
 
 def finish(mixer: Mixer, out: Tensor, z: Tensor | None) -> Tensor:
     """Norm with the gate and projection behind the rule's output (B, L, HV, V)."""
+    return output_projection(mixer)(normed(mixer, out, z))
+
+
+def normed(mixer: Mixer, out: Tensor, z: Tensor | None) -> Tensor:
+    """What the output projection gets of the rule's output (B, L, HV, V): through the norm, with the gate, (B, L, HV V)."""
     norm = mixer.norm if hasattr(mixer, "norm") else mixer.o_norm
-    normed = norm(out) if z is None else norm(out.flatten(0, -2), z.flatten(0, -2)).view_as(out)
-    return output_projection(mixer)(normed.flatten(-2))
+    return (norm(out) if z is None else norm(out.flatten(0, -2), z.flatten(0, -2)).view_as(out)).flatten(-2)
 
 
 def _scale(mixer: Mixer) -> float:
@@ -223,4 +259,4 @@ def _convolutions(mixer: Mixer) -> list[tuple[Any, int]]:
     if hasattr(mixer, "conv1d"):
         return [(mixer, sum(sizes))]
     parts = mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d
-    return [(_Convolution(conv), size) for conv, size in zip(parts, sizes, strict=True)]
+    return [(Convolution(conv), size) for conv, size in zip(parts, sizes, strict=True)]

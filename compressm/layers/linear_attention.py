@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,11 @@ from compressm.errors import bad_argument
 from compressm.kernels import KernelPlan, linear_attention, linear_attention_update, plan
 from compressm.layers.gated_norm import GatedRMSNorm
 from compressm.layers.mamba_layer import MambaLayer
-from compressm.layers.mamba_mixer import convolve, convolve_step
+from compressm.layers.mamba_mixer import Convolution, convolve, convolve_step
 from compressm.layers.norms import RMSNorm
 
 DECAYS = ("none", "fixed", "scalar", "channel")
 NORMS = ("g_norm_swish_gate.weight", "norm.weight")  # what flash-linear-attention calls the weight of the norm as well
-
-
-class _Taps(NamedTuple):
-    """A convolution as a mixer has its own."""
-
-    conv1d: nn.Module
 
 
 class LinearAttention(MambaLayer):
@@ -176,8 +170,8 @@ class LinearAttention(MambaLayer):
     def _project(self, hidden_states: Tensor) -> list[Tensor]:
         return [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
 
-    def _taps(self) -> list[_Taps]:
-        return [_Taps(taps) for taps in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+    def _taps(self) -> list[Convolution]:
+        return [Convolution(taps) for taps in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
 
     def _log_decays(self, hidden_states: Tensor) -> Tensor | None:
         if self.decay in ("none", "fixed"):

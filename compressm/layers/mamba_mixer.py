@@ -37,6 +37,12 @@ class Selection(NamedTuple):
     dt_bias: Tensor | None
 
 
+class Convolution(NamedTuple):
+    """One of several, where a mixer would have one."""
+
+    conv1d: Any
+
+
 def mix(
     mixer: Mixer,
     hidden_states: Tensor,
@@ -120,7 +126,7 @@ def convolve(
         convolution: with that op's arguments.
     """
     conv, silu = mixer.conv1d, getattr(mixer, "activation", "silu") in SILU
-    if plain(conv, nn.Conv1d):
+    if plain_convolution(conv):
         packed = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
         packed = {name: numbers for name, numbers in packed.items() if numbers is not None}
         out = convolution(x, conv.weight[:, 0], conv.bias, activation="silu" if silu else None, **packed)
@@ -134,10 +140,16 @@ def convolve(
     return F.silu(out) if silu else mixer.act(out)
 
 
+def plain_convolution(conv: nn.Module) -> bool:
+    """Whether a causal convolution is no more than its taps and bias: torch's, or flash-linear-attention's with SiLU."""
+    short = type(conv).__name__ == "ShortConvolution" and type(conv).__module__.startswith("fla.")
+    return plain(conv, nn.Conv1d) or (short and plain(conv, type(conv)) and getattr(conv, "activation", None) in SILU)
+
+
 def convolve_step(mixer: Mixer, x: Tensor, conv_state: Tensor) -> Tensor:
     """The same of one step x (B, d_inner) behind the last inputs conv_state (B, d_inner, width), which are written."""
     conv, silu = mixer.conv1d, getattr(mixer, "activation", "silu") in SILU
-    if plain(conv, nn.Conv1d):
+    if plain_convolution(conv):
         out = causal_conv1d_update(x, conv_state, conv.weight[:, 0], conv.bias, activation="silu" if silu else None)
         return out if silu else mixer.act(out)
     width = conv_state.shape[-1]

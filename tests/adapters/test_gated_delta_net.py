@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from adapters.linear_layers import DeltaNet
 from torch import nn
 
 import compressm
@@ -75,7 +76,7 @@ def test_the_strict_form_is_a_layer_of_the_kept_channels(options):
             state[name] = state[name][index]
     expected.load_state_dict(state)
     expected.o_norm.eps = 1e-12
-    report = compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form="strict").layers[0]
+    report = compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form="strict", refine=0).layers[0]
     assert report.method == "strict, backward subset"
     assert layer.d_state == layer.head_k_dim == 4
     assert layer.q_proj.out_features == layer.k_conv1d.groups == 8
@@ -89,7 +90,7 @@ def test_the_projected_form_keeps_keys_short(options):
     moments = measure(layer, [x])
     reduction = GatedDeltaNetAdapter(form="projected").analyse(layer, "", "real", moments).reduce(3)
     before = None if layer.k_map is None else contraction(layer.k_map)
-    report = compressm.compress(layer, compressm.FixedRank(3), calibration=[x]).layers[0]
+    report = compressm.compress(layer, compressm.FixedRank(3), calibration=[x], refine=0).layers[0]
     assert report.method == "projected, orthonormal keys"
     torch.testing.assert_close(reduction.key @ reduction.key.mT, torch.eye(3).double().expand(2, 3, 3))
     torch.testing.assert_close(layer.k_map, reduction.key if before is None else reduction.key @ before)
@@ -104,7 +105,7 @@ def test_projected_loses_less_than_a_subset():
     for form in ("strict", "projected", "auto"):
         layer = lively()
         before = layer(x)
-        compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form=form)
+        compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form=form, refine=0)
         errors[form] = float((layer(x) - before).norm() / before.norm())
     assert errors["projected"] == errors["auto"] < 0.8 * errors["strict"]
 
@@ -116,7 +117,7 @@ def test_what_no_token_uses_is_cut_without_a_change(form):
         for part in (layer.q_conv1d, layer.k_conv1d):
             part.weight.view(2, 6, -1)[:, [1, 4]] = 0
     before = layer(x)
-    compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form=form)
+    compressm.compress(layer, compressm.FixedRank(4), calibration=[x], form=form, refine=0)
     torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +138,7 @@ def test_moments_are_the_reduced_layer_s_own_gradients():
         return dict(zip(names, torch.autograd.grad(loss, [layer.k_map, layer.q_map]), strict=True))
 
     carried = edit.first_moments(gradients())
-    compressm.compress(layer, compressm.FixedRank(4), calibration=[x])
+    compressm.compress(layer, compressm.FixedRank(4), calibration=[x], refine=0)
     for name, expected in gradients().items():
         assert (carried[name] - expected).norm() < 1e-3 * expected.norm(), name
 
@@ -192,6 +193,30 @@ def test_what_is_refused():
     nn.utils.parametrize.register_parametrization(hooked.q_proj, "weight", nn.Identity())
     with pytest.raises(ModelError, match=r"q_proj\.weight is not a plain parameter"):
         compressm.compress(hooked, compressm.FixedRank(2), form="strict")
+
+
+def test_flash_linear_attention_s_delta_net():
+    """By its name, with short convolutions that are called in another way than torch's."""
+    torch.manual_seed(0)
+    layer, x = DeltaNet(hidden_size=12, expand_k=2).double().requires_grad_(False), data(40, 17, 12)
+    with torch.no_grad():
+        for part in (layer.q_conv1d, layer.k_conv1d):
+            part.weight.view(4, 6, -1)[:, [1, 4]] = 0
+    before, other = layer(x), copy.deepcopy(layer)
+    assert compressm.inspect(layer).layers[0].slowest == 1
+    (report,) = compressm.compress(layer, compressm.FixedRank(4), calibration=[x], multiple_of=1, refine=0).layers
+    assert report.method == "strict, backward subset"
+    assert (layer.head_k_dim, layer.key_dim, layer.q_conv1d.hidden_size) == (4, 16, 16)
+    assert layer.expand_k == 16 / 12
+    torch.testing.assert_close(layer(x), before, rtol=1e-3, atol=1e-4)
+    (report,) = compressm.compress(other, compressm.FixedRank(3), calibration=[x], multiple_of=1, refine=5, sequences=40).layers
+    own = float((other(x) - before)[-5:].norm() / before[-5:].norm())
+    assert min(report.refine_error_before, report.refine_error_after) == pytest.approx(own, rel=1e-3)
+    with pytest.raises(ArgumentError, match="whose forward has no maps"):
+        compressm.compress(layer, compressm.FixedRank(2), form="projected")
+    layer.qk_norm = "sum"
+    with pytest.raises(ModelError, match="qk_norm='sum', expected qk_norm='l2'"):
+        compressm.compress(layer, compressm.FixedRank(2), multiple_of=1)
 
 
 def test_data_free_and_inspect():

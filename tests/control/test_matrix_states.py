@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from compressm.control import MatrixMoments, pair_spectrum, projection, subset, subset_spectrum
+from compressm.control import MatrixMoments, pair_spectrum, predicted_subset, projection, subset, subset_spectrum
 from compressm.control.matrix_states import balanced_pair, removals
 from compressm.errors import ArgumentError
 
@@ -99,6 +99,16 @@ def test_removals_are_greedy_and_their_energy_is_what_is_taken_away():
         gone.append(row)
         assert best[1] == row
         assert cost == pytest.approx(best[0], rel=1e-9)
+
+
+def test_predicted_queries_read_best_what_is_left():
+    """Where queries and states are independent, whatever is read of the kept rows loses no less."""
+    moments = moments_of(*samples())
+    reduction = predicted_subset(moments, 3)
+    assert reduction.key.argmax(-1).tolist() == reduction.rows.tolist()
+    for P, E_q, rows in zip(moments.P, reduction.query, reduction.rows, strict=True):
+        best = torch.linalg.solve(P[rows][:, rows], P[rows])
+        torch.testing.assert_close(E_q, best, rtol=1e-3, atol=1e-4)
 
 
 def test_the_subset_is_what_is_left_and_near_the_best():

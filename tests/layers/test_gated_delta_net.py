@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,49 @@ def test_maps_stay_contractions():
         assert state[1].abs().max() < 1e3
         inside = 0.3 * layer.k_map / torch.linalg.matrix_norm(layer.k_map, 2).max()
         assert torch.equal(contraction(inside), inside)
+
+
+def test_decoding_takes_eigenvalues_once_and_hears_every_write(monkeypatch):
+    layer, x, taken = build(d_state=3), data(2, 7, 8), []
+    eigenvalues = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda matrix: taken.append(1) or eigenvalues(matrix))
+
+    def decoded():
+        states = layer.allocate_inference_cache(2, dtype=torch.float64)
+        return torch.cat([layer.step(x[:, t : t + 1], *states)[0] for t in range(7)], 1)
+
+    writes = [
+        lambda: layer.k_map.data.mul_(2), lambda: layer.k_map.data[1, 2].add_(1),
+        lambda: layer.k_map.detach().numpy().fill(0.7), lambda: setattr(layer, "k_map", nn.Parameter(layer.k_map.detach() * 3)),
+    ]  # fmt: skip
+    for count, write in enumerate(writes, 1):
+        write()
+        with torch.inference_mode():
+            torch.testing.assert_close(decoded(), layer(x))
+        assert len(taken) == count
+        assert torch.equal(read(layer.requires_grad_(False), x).k, read(layer.requires_grad_(True), x).k)
+        taken.pop()
+    with torch.no_grad():
+        first = layer(x)
+    layer.k_map.requires_grad_(False)
+    inputs = x.clone().requires_grad_()
+    layer(inputs).sum().backward()  # what inference has kept is of use to autograd
+    assert inputs.grad.abs().max() > 0
+    layer.k_map.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.k_map.grad.abs().max() > 0
+    assert len(taken) == len(writes) + 1
+    again = torch.load(_stored(layer), weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(again(x), first)
+    assert "_contracted" not in layer.state_dict()
+
+
+def _stored(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return file
 
 
 def test_gradients_reach_every_parameter():
