@@ -16,19 +16,23 @@ from compressm.kernels.ssd.triton_chunks import Chunks, chunks_of, dense, precis
 
 HEADS = 8  # of a program of the kernels of steps
 SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # launch options of these
-Config = dict[str, int]  # T; BK x BP: tile of the states that walks; BN, BV: columns of tiles elsewhere; threads, stages
+# T; BK x BP, the tile of the states that walks; BN and BV, columns of tiles of keys and values elsewhere, BC in place of BN
+# where each channel has its decay; threads, stages
+Config = dict[str, int]
 
 
 def config_of(keys: int, values: int, half: bool) -> Config:
     """half: operands of products are bfloat16; float32 takes two registers and three products where that takes one of each."""
     BK = max(16, 1 << (keys - 1).bit_length())
     T = 32 if keys <= 32 or not half else 64
-    while T > 16 and T * BK > (64 * 256 if half else 32 * 128):
+    while T > 16 and T * BK > 64 * 128:
         T //= 2
     most = 64 if half else 32
     BN, BV = (min(most, max(16, 1 << (size - 1).bit_length())) for size in (keys, values))
-    BP = max(16, min(BV, 4096 // BK))
-    return {"T": T, "BK": BK, "BP": BP, "BN": min(BN, 32), "BV": BV, "threads": 128, "stages": 2 if half else 1}
+    BP = max(16, min(BV, (4096 if half else 2048) // BK))
+    threads = 256 if T == 64 or BK >= 128 else 128
+    stages = 2 if half and not torch.version.hip else 1
+    return {"T": T, "BK": BK, "BP": BP, "BN": min(BN, 32), "BC": 16, "BV": BV, "threads": threads, "stages": stages}
 
 
 class Call(NamedTuple):
@@ -85,6 +89,17 @@ class Operands(NamedTuple):
         return wide(self.q, self.k, self.into)
 
 
+def launch_options(config: Config, lanes: int) -> dict:
+    """Options of the kernels that multiply, for warps of ``lanes``."""
+    warps = max(1, config["threads"] // lanes)
+    return {"num_warps": warps, "num_stages": config["stages"], "enable_fp_fusion": True}
+
+
+def square_options(T: int) -> dict:
+    """T and launch options of a kernel that holds a few numbers of a triangle (T, T) a lane."""
+    return {"T": T, "num_warps": T // 8, "enable_fp_fusion": True}
+
+
 def call_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, config: Config | None) -> Call:
     """For q, k (batch, L, H, K) and v (batch, L, HV, V)."""
     length, heads, values = v.shape[1:]
@@ -93,9 +108,7 @@ def call_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, config: 
     half = dtype == torch.bfloat16
     config = config or config_of(keys, values, half)
     chunks = chunks_of(v, None, cu_seqlens, config["T"])
-    warps = max(1, config["threads"] // triton_language.WARP)
-    products = {"PRECISION": precision(v.is_cuda, dtype), "num_warps": warps, "num_stages": config["stages"]}
-    products["enable_fp_fusion"] = True
+    products = {"PRECISION": precision(v.is_cuda, dtype)} | launch_options(config, triton_language.WARP)
     sizes, kept = (length, chunks.row, heads), dtype if half else torch.float32
     return Call(chunks, config, sizes, keys, values, -(-values // 8) * 8, kept, products)
 
@@ -123,7 +136,9 @@ def inverse_of(erased: Tensor, call: Call) -> Tensor:
     """(I + N)^-1 of N (chunks, heads, T, T), strictly lower triangles."""
     inverse = torch.empty_like(erased, dtype=call.dtype)
     exact = "widened" if not erased.is_cuda else "ieee" if torch.version.hip else "tf32x3"
-    fwd._delta_inverse_kernel[(erased.shape[0] * erased.shape[1],)](erased, inverse, EXACT=exact, T=call.config["T"], **SMALL)
+    fwd._delta_inverse_kernel[(erased.shape[0] * erased.shape[1],)](
+        erased, inverse, EXACT=exact, **square_options(call.config["T"])
+    )
     return inverse
 
 

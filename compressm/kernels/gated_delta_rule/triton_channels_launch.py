@@ -52,16 +52,16 @@ def operands_of(given: Given, call: shared.Call) -> shared.Operands:
     q, into = (given.q.new_empty(shape, dtype=call.dtype) for _ in range(2))
     k = torch.empty_like(q) if given.erases else None
     passing = q.new_empty((chunks.count, heads, call.K), dtype=torch.float32)
-    columns = -(-call.K // call.config["BN"])
+    columns = -(-call.K // call.config["BC"])
     fwd._channel_operands_kernel[(chunks.count * heads * columns,)](
         *given.tensors(call), q, k, into, passing, length, row, heads, given.own, call.K, padded, given.scale,
-        *given.strides(), T=T, BN=call.config["BN"], **shared.SMALL,
+        *given.strides(), T=T, BN=call.config["BC"], **shared.SMALL,
     )  # fmt: skip
     reads = q.new_empty((chunks.count, heads, T, T))
     erased = torch.empty_like(reads, dtype=torch.float32) if given.erases else None
     fwd._channel_products_kernel[(chunks.count * heads * (T // 16),)](
         *given.tensors(call), reads, erased, length, row, heads, given.own, call.K, given.scale, *given.strides(),
-        **call.options("BN"),
+        BN=call.config["BC"], **call.options(),
     )  # fmt: skip
     inverse = shared.inverse_of(erased, call) if given.erases else None
     q, k, into = (t if t is None else t[..., : call.K] for t in (q, k, into))
@@ -80,13 +80,13 @@ def gradients_of(
     call: shared.Call,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """Gradients of q and k, where they have lengths in float32 and but for the change of those, of g and of beta."""
-    chunks, (length, row, heads), K, BN = call.chunks, call.sizes, call.K, call.config["BN"]
+    chunks, (length, row, heads), K, BN = call.chunks, call.sizes, call.K, call.config["BC"]
     padded, columns = -(-K // 8) * 8, -(-K // BN)
     inner = grad_o.new_empty((3, *given.g.shape[:3], padded), dtype=torch.float32)
     of_q, of_k, of_into = inner[0], inner[1] if given.erases else None, inner[2]
     bwd._channel_within_kernel[(chunks.count * heads * (call.config["T"] // 16) * columns,)](
         *given.tensors(call), *pairs[:2], of_q, of_k, of_into, length, row, heads, given.own, K, padded, given.scale,
-        *given.strides(), **call.options("BN"),
+        *given.strides(), BN=call.config["BC"], **call.options(),
     )  # fmt: skip
     dtype = None if given.q_lengths is None else torch.float32
     grads = [torch.empty_like(t, dtype=dtype) for t in (given.q, given.k)]
@@ -96,6 +96,6 @@ def gradients_of(
         *given.tensors(call), grad_o, grad_v, writes, operands.passing, of_q, of_k, of_into, states, grad_states, *grads,
         grad_g, by_gain, length, row, heads, given.own, K, call.V, padded, call.padded, batch * length, given.scale,
         *given.strides(), *grad_o.stride(), *grad_v.stride(), *writes.stride(), *grads[0].stride(), *grads[1].stride(),
-        *grad_g.stride(), WIDE=wide(grad_o, grad_v, writes), **call.options("BN", "BV"),
+        *grad_g.stride(), WIDE=wide(grad_o, grad_v, writes), BN=call.config["BC"], **call.options("BV"),
     )  # fmt: skip
     return grads, grad_g, None if given.beta is None else torch.empty_like(given.beta).copy_(by_gain.sum(0))

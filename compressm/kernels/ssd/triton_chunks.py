@@ -20,7 +20,7 @@ class Chunks(NamedTuple):
         segments: (batch, L) int32, how often another sequence has begun; None: never.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
     row: int
     firsts: Tensor | None
     ends: Tensor | None
