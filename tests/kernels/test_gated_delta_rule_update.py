@@ -46,10 +46,27 @@ def test_cpp_agrees_with_the_reference_on_every_instruction_set(assert_close, si
     assert_close(state, exact, "state")
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(("sizes", "channelwise"), [((2, 1, 2, 4, 5, 7), False), ((1, 1, 1, 1, 150, 70), True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_triton_agrees_with_the_reference(assert_close, sizes, channelwise, dtype, normalize, device):
+    inputs = random_inputs(*sizes, channelwise=channelwise)
+    given = token(inputs, 0, dtype)
+    exact, state = inputs["initial_state"].clone(), inputs["initial_state"].to(device, torch.float32)
+    options = {"scale": 0.7, "use_qk_l2norm_in_kernel": normalize}
+    expected = gated_delta_rule_update(exact, **{name: t.double() for name, t in given.items()}, **options)
+    o = gated_delta_rule_update(state, **{name: t.to(device) for name, t in given.items()}, **options, backend="triton")
+    assert o.dtype == dtype
+    assert_close(o.cpu(), expected, "o")
+    assert_close(state.cpu(), exact, "state")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("moved", [False, True])
 def test_rows_of_a_pool(backend, dtype, moved):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter runs on CPU tensors where there is no GPU")
     inputs = random_inputs(4, 1, 1, 2, 5, 3)
     pool = torch.randn(7, 2, 5, 3).to(dtype)
     rows = torch.tensor([5, -1, 0, 3], dtype=torch.int32)

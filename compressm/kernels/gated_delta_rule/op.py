@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import custom_op, in_cpp, plain_call, recomputed_gradients, transformed
-from compressm.kernels.core.dispatch import chooser, cpp_or_reference
+from compressm.kernels.core.dispatch import chooser, compiled_first
 from compressm.kernels.core.dtypes import cast, common_dtype
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.gated_delta_rule import chunked, reference
@@ -55,7 +55,7 @@ def gated_delta_rule(
             (sequences, HV, K, V)).
         chunk_size: steps of a chunk, which changes the numbers by rounding alone; None chooses by K and V
             (:func:`compressm.kernels.plan`).
-        backend: ``"cpp"`` or ``"reference"``; None chooses.
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
 
     Returns:
         (o, final states): o (batch, L, HV, V) in v's dtype, the states (batch, HV, K, V) in float32, or None unless they were
@@ -81,8 +81,19 @@ def gated_delta_rule(
     return cast(o, v.dtype), last if output_final_state else None
 
 
-# Of (device type, the dtype that the tensors promote to): C++ on a CPU, else the reference.
-choose_backend = chooser("gated_delta_rule", cpp_or_reference)
+# Of (device type, the dtype that the tensors promote to): Triton on a GPU, C++ on a CPU, else the reference.
+choose_backend = chooser(
+    "gated_delta_rule",
+    lambda device, dtype: compiled_first(
+        device, lambda: _triton_why_not(device, dtype), lambda: cpp.why_not_for(device, dtype)
+    ),
+)
+
+
+def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
+    from compressm.kernels.gated_delta_rule import triton_launch
+
+    return triton_launch.why_not(device, dtype)
 
 
 def plan_for_shapes(device: str, dtype: torch.dtype, keys: int, length: int, values: int, backend: str | None) -> KernelPlan:
@@ -94,6 +105,10 @@ def plan_for_shapes(device: str, dtype: torch.dtype, keys: int, length: int, val
         backend: as the function takes it.
     """
     chosen = choose_backend(device, dtype, backend=backend)
+    if chosen == "triton":
+        from compressm.kernels.gated_delta_rule import triton_launch
+
+        return triton_launch.plan(keys, values, dtype)
     if chosen == "reference" and stepwise(dtype, backend):
         return KernelPlan("gated_delta_rule", "reference", "scan", (), "one step at a time")
     chunk = chunk_length(keys, values, length)
@@ -128,11 +143,11 @@ def gated_delta_rule_op(
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """gated_delta_rule on a backend: ``"cpp"``, which takes float32 alone, ``"reference"``, or ``"chunked"``, torch's own.
+    """gated_delta_rule on a backend: ``"cpp"``, which takes float32 alone, ``"triton"``, ``"reference"``, or ``"chunked"``.
 
     Args:
         normalize: q and k are brought to length one.
-        chunk: steps of a chunk; 0: as planned for the sizes.
+        chunk: steps of a chunk; 0: as planned for the sizes.  Triton's chunks are always those of its plan.
 
     Returns:
         o, contiguous, in v's dtype, and final states, at least float32.
@@ -141,6 +156,10 @@ def gated_delta_rule_op(
         return cpp.library().gated_delta_rule(
             q, k, v, g, beta, initial_state, cu_seqlens, reference.factor(k, scale), normalize, _chunk(q, v, chunk)
         )
+    if backend == "triton":
+        from compressm.kernels.gated_delta_rule import triton_launch
+
+        return triton_launch.forward(q, k, v, g, beta, initial_state, cu_seqlens, reference.factor(k, scale), normalize)
     o, last = _in_torch(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, chunk, backend)
     return o.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
@@ -174,6 +193,13 @@ def gated_delta_rule_backward_op(
         return cpp.library().gated_delta_rule_backward(
             grad_o, grad_last, *tensors, cu_seqlens, reference.factor(k, scale), normalize, _chunk(q, v, chunk)
         )
+    if backend == "triton":
+        from compressm.kernels.gated_delta_rule import triton_launch
+
+        gradients: Any = triton_launch.backward(
+            grad_o, grad_last, *tensors, cu_seqlens, reference.factor(k, scale), normalize
+        )
+        return gradients
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
         return _in_torch(*leaves, cu_seqlens, scale, normalize, chunk, backend)

@@ -125,5 +125,6 @@ OPS = (
         rivals={"torch in chunks": in_chunks},
         compiled=in_compiled_chunks,
         measured=measured,
+        gpu="compressm.kernels.gated_delta_rule.gpu",
     ),
 )

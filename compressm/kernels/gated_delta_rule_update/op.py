@@ -8,7 +8,7 @@ from torch import Tensor
 from compressm.errors import bad_argument
 from compressm.kernels.core import cpp, slots
 from compressm.kernels.core.custom_op import custom_op
-from compressm.kernels.core.dispatch import Candidate, chooser
+from compressm.kernels.core.dispatch import Candidate, chooser, compiled_first
 from compressm.kernels.gated_delta_rule import reference
 from compressm.kernels.gated_delta_rule.arguments import check_heads, check_rest, check_scale
 
@@ -47,7 +47,7 @@ def gated_delta_rule_update(
         dst_state_batch_indices: (batch,) likewise, the rows that the new states are written to; None for those that were read.
             Which entry's state stays in a row that several write to is not defined.
         pad_slot_id: the index of an entry that has no state.
-        backend: ``"cpp"`` or ``"reference"``; None chooses.
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
 
     Returns:
         o (batch, HV, V) in v's dtype.  Differentiable (by the reference, which runs where an argument requires a gradient).
@@ -70,7 +70,7 @@ def gated_delta_rule_update(
         state, q, k, v, g, beta, state_batch_indices, dst_state_batch_indices, None if scale is None else float(scale),
         use_qk_l2norm_in_kernel, pad_slot_id,
     )  # fmt: skip
-    return _reference(*given) if chosen == "reference" else gated_delta_rule_update_op(*given)
+    return _reference(*given) if chosen == "reference" else gated_delta_rule_update_op(*given, chosen)
 
 
 def _reference(
@@ -99,16 +99,24 @@ def _reference(
 
 
 def _candidates(device: str, dtype: torch.dtype, differentiate: bool) -> tuple[Candidate, ...]:
-    def why_not() -> str | None:
-        if differentiate:
-            return "it has no backward, and an argument requires a gradient"
-        return cpp.why_not_for(device, dtype)
+    def only_forward(why_not: str | None) -> str | None:
+        return "it has no backward, and an argument requires a gradient" if differentiate else why_not
 
-    return Candidate("cpp", why_not), Candidate("reference", lambda: None)
+    return compiled_first(
+        device,
+        lambda: only_forward(_triton_why_not(device, dtype)),
+        lambda: only_forward(cpp.why_not_for(device, dtype)),
+    )
 
 
-# Of (device type, dtype, whether an argument requires a gradient): C++ on a CPU, else the reference.
+# Of (device type, dtype, whether an argument requires a gradient): Triton on a GPU, C++ on a CPU, else the reference.
 choose_backend = chooser("gated_delta_rule_update", _candidates)
+
+
+def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
+    from compressm.kernels.gated_delta_rule_update import triton_update
+
+    return triton_update.why_not(device, dtype)
 
 
 @custom_op("compressm::gated_delta_rule_update", mutates=("state",))
@@ -124,16 +132,22 @@ def gated_delta_rule_update_op(
     scale: float | None,
     normalize: bool,
     pad_slot_id: int,
+    backend: str,
 ) -> Tensor:
-    """gated_delta_rule_update in C++."""
-    return cpp.library().gated_delta_rule_step(
+    """gated_delta_rule_update on a backend: ``"cpp"`` or ``"triton"``."""
+    arguments = (
         state, q, k, v, g, beta, state_batch_indices, dst_state_batch_indices, reference.factor(k, scale), normalize,
         pad_slot_id,
     )  # fmt: skip
+    if backend == "cpp":
+        return cpp.library().gated_delta_rule_step(*arguments)
+    from compressm.kernels.gated_delta_rule_update import triton_update
+
+    return triton_update.step(*arguments)
 
 
 @gated_delta_rule_update_op.register_fake
-def _(state, q, k, v, g, beta, state_batch_indices, dst_state_batch_indices, scale, normalize, pad_slot_id):
+def _(state, q, k, v, g, beta, state_batch_indices, dst_state_batch_indices, scale, normalize, pad_slot_id, backend):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 

@@ -71,5 +71,6 @@ OPS = (
         writes=("state",),
         differentiable=False,
         measured=measured,
+        gpu="compressm.kernels.gated_delta_rule_update.gpu",
     ),
 )

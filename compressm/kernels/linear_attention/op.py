@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from compressm.kernels.core import cpp
 from compressm.kernels.core.custom_op import custom_op, in_cpp, plain_call, recomputed_gradients, transformed
-from compressm.kernels.core.dispatch import chooser, cpp_or_reference
+from compressm.kernels.core.dispatch import chooser, compiled_first
 from compressm.kernels.core.dtypes import cast, common_dtype
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.linear_attention import chunked, reference
@@ -44,8 +44,8 @@ def linear_attention(
     al. 2023, arXiv 2312.06635).  K, V, L, H and HV are arbitrary; cost and memory are linear in L.
 
     Where all channels of a head decay alike this is :func:`compressm.kernels.ssd` with step sizes that only decay, and runs on
-    its kernels.  Decays of channels have a kernel of their own on a CPU, elsewhere torch's products in chunks.  No form divides
-    by a decay, so that decays may be as strong as they like.
+    its kernels.  Decays of channels have kernels of their own.  No form divides by a decay, so that decays may be as strong as
+    they like.
 
     Args:
         q: (batch, L, H, K), float32, bfloat16 or float16 (float64 on the reference); any strides.
@@ -63,7 +63,7 @@ def linear_attention(
             whose values are one: the last of states (batch, HV, K, V + 1).
         chunk_size: steps of a chunk, which changes the numbers by rounding alone; None chooses
             (:func:`compressm.kernels.plan`).
-        backend: ``"triton"`` (not for decays of channels), ``"cpp"`` or ``"reference"``; None chooses.
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
 
     Returns:
         (out, final states): out (batch, L, HV, V) in v's dtype, the states in float32, or None unless they were asked for.
@@ -146,8 +146,20 @@ def _of_channels(
     return cast(out, v.dtype), last
 
 
-# For decays of channels, of (device type, the dtype that the tensors promote to): C++ on a CPU, else the reference.
-choose_backend = chooser("linear_attention", cpp_or_reference)
+# For decays of channels, of (device type, the dtype that the tensors promote to): Triton on a GPU, C++ on a CPU, else the
+# reference.
+choose_backend = chooser(
+    "linear_attention",
+    lambda device, dtype: compiled_first(
+        device, lambda: _triton_why_not(device, dtype), lambda: cpp.why_not_for(device, dtype)
+    ),
+)
+
+
+def _triton_why_not(device: str, dtype: torch.dtype) -> str | None:
+    from compressm.kernels.linear_attention import triton_launch
+
+    return triton_launch.why_not(device, dtype)
 
 
 def plan_for_shapes(
@@ -159,6 +171,10 @@ def plan_for_shapes(
     chosen = choose_backend(device, dtype, backend=backend)
     if chosen == "reference" and ssd.stepwise(dtype, backend):
         return KernelPlan("linear_attention", "reference", "scan", (), "one step at a time")
+    if chosen == "triton":
+        from compressm.kernels.linear_attention import triton_launch
+
+        return triton_launch.plan(q[3], v[3], dtype, "linear_attention")
     config = (("chunk", steps_of(chosen, q[3], v[3], q[1])),)
     if chosen == "cpp":
         return KernelPlan("linear_attention", "cpp", "walk", config, "tiles of states in registers, which walk over the steps")
@@ -191,16 +207,20 @@ def linear_attention_op(
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Decays of channels on a backend: ``"cpp"``, which takes float32 alone, ``"reference"``, or ``"chunked"``, torch's own.
+    """Decays of channels on a backend: ``"cpp"``, which takes float32 alone, ``"triton"``, ``"reference"``, or ``"chunked"``.
 
     Args:
-        chunk: steps of a chunk; 0: as planned for the sizes.
+        chunk: steps of a chunk; 0: as planned for the sizes.  Triton's chunks are always those of its plan.
 
     Returns:
         out, contiguous, in v's dtype, and final states, at least float32.
     """
     if backend == "cpp":
         return cpp.library().linear_attention(q, k, v, g, initial_state, cu_seqlens, scale, _chunk(q, v, chunk, backend))
+    if backend == "triton":
+        from compressm.kernels.linear_attention import triton_launch
+
+        return triton_launch.forward(q, k, v, g, initial_state, cu_seqlens, scale)
     out, last = _in_torch(q, k, v, g, initial_state, cu_seqlens, scale, chunk, backend)
     return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
@@ -231,11 +251,16 @@ def linear_attention_backward_op(
     if backend == "cpp":
         chunk = _chunk(q, v, chunk, backend)
         return cpp.library().linear_attention_backward(grad_out, grad_last, *tensors, cu_seqlens, scale, chunk)
+    if backend == "triton":
+        from compressm.kernels.linear_attention import triton_launch
+
+        gradients: Any = triton_launch.backward(grad_out, grad_last, *tensors, cu_seqlens, scale)
+        return gradients
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
         return _in_torch(*leaves, cu_seqlens, scale, chunk, backend)
 
-    gradients: Any = tuple(t.contiguous() for t in recomputed_gradients(run, tensors, (grad_out, grad_last)))
+    gradients = tuple(t.contiguous() for t in recomputed_gradients(run, tensors, (grad_out, grad_last)))
     return gradients
 
 

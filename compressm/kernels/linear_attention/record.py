@@ -128,5 +128,6 @@ OPS = (
         rivals={"torch in chunks": in_chunks},
         compiled=in_compiled_chunks,
         measured=measured,
+        gpu="compressm.kernels.linear_attention.gpu",
     ),
 )

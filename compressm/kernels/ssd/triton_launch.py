@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from compressm.kernels.core import triton_language
 from compressm.kernels.core.custom_op import recomputed_gradients
@@ -20,32 +19,13 @@ from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.ssd import reference
 from compressm.kernels.ssd import triton_backward as bwd
 from compressm.kernels.ssd import triton_forward as fwd
+from compressm.kernels.ssd.triton_chunks import Chunks, chunks_of, dense, precision, sequences_of, strides, wide
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENOUGH_PROGRAMS = 512  # about four a multiprocessor of a large GPU
 HEADS = 8  # of a program of the kernels that only turn dt into decays and back
 SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # launch options of these
 Config = dict[str, int]  # T, BP, BN, few (heads of a program), threads, stages; maxnreg, most registers a lane, where set
-
-
-class Chunks(NamedTuple):
-    """Where the chunks of a call lie.
-
-    Attributes:
-        count: of all sequences; where they are packed, with room for an incomplete one at the end of each.
-        row: chunks of a batch row.
-        firsts, ends: (sequences,) int64, the first chunk of each sequence and the one behind its last; None: rows of the batch.
-        starts, counts: (count,) first step and number of steps of each; None: T by T.
-        segments: (batch, L) int32, how often another sequence has begun; None: never.
-    """
-
-    count: int
-    row: int
-    firsts: Tensor | None
-    ends: Tensor | None
-    starts: Tensor | None
-    counts: Tensor | None
-    segments: Tensor | None
 
 
 def why_not(device: str, dtype: torch.dtype) -> str | None:
@@ -82,25 +62,6 @@ def plan(batch: int, length: int, heads: int, width: int, groups: int, states: i
     return KernelPlan("ssd", "triton", "chunks", tuple(sorted(config.items())), reason)
 
 
-def _chunks(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Chunks:
-    batch, length = x.shape[:2]
-    segments, row = None, -(-length // T)
-    if seq_idx is not None:
-        segments = pad(seq_idx.diff(dim=1) != 0, (1, 0)).cumsum(1, dtype=torch.int32)
-    if cu_seqlens is None:
-        return Chunks(batch * row, row, None, None, None, None, segments)
-    sequences = cu_seqlens.shape[0] - 1
-    count = length // T + sequences
-    bounds = cu_seqlens.long().clamp(0, length)
-    begin, steps = bounds[:-1], bounds.diff().clamp_(min=0)
-    firsts = begin // T + torch.arange(sequences, device=x.device)
-    places = torch.arange(count, device=x.device)
-    owner = torch.searchsorted(firsts, places, right=True).sub_(1).clamp_(min=0)
-    before = (places - firsts[owner]) * T
-    counts = (steps[owner] - before).clamp_(0, T).int()
-    return Chunks(count, row, firsts, firsts + (steps + T - 1) // T, begin[owner] + before, counts, segments)
-
-
 def forward(
     x: Tensor,
     dt: Tensor,
@@ -124,7 +85,7 @@ def forward(
     Tensors may differ in dtype.  Products of matrices have bfloat16 operands where x, B and C are bfloat16.
     """
     out = x.new_empty(x.shape)
-    last = x.new_empty((_sequences(x, cu_seqlens), *x.shape[2:], B.shape[3]), dtype=torch.float32)
+    last = x.new_empty((sequences_of(x, cu_seqlens), *x.shape[2:], B.shape[3]), dtype=torch.float32)
     if out.numel() == 0 or last.numel() == 0:
         result, state = reference.ssd(
             x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled
@@ -163,7 +124,7 @@ def backward(
     All sums have a fixed order: the same bits every time.
     """
     states = B.shape[3]
-    sequences = _sequences(x, cu_seqlens)
+    sequences = sequences_of(x, cu_seqlens)
     if x.numel() == 0 or states * sequences == 0:
         return recomputed_gradients(
             lambda *tensors: reference.ssd(*tensors, seq_idx, cu_seqlens, dt_softplus, low, high, scaled),
@@ -220,19 +181,15 @@ class _Call(NamedTuple):
         return heads // own * -(-own // few)
 
 
-def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def _call(x: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, config: Config | None) -> _Call:
     _, length, heads, width = x.shape
     groups, states = B.shape[2:]
-    chunks = _chunks(x, seq_idx, cu_seqlens, config["T"] if config else chunk_steps(states))
+    chunks = chunks_of(x, seq_idx, cu_seqlens, config["T"] if config else chunk_steps(states))
     dtype = x.dtype if x.dtype == B.dtype == C.dtype else torch.float32
     half = dtype == torch.bfloat16
     config = config or _config(chunks.count, heads, groups, width, states, half)
     sizes = (length, chunks.row, heads, heads // groups, config["few"], width, states, -(-states // 8) * 8)
-    launch = launch_options(config, triton_language.WARP) | {"PRECISION": _precision(x.is_cuda, dtype)}
+    launch = launch_options(config, triton_language.WARP) | {"PRECISION": precision(x.is_cuda, dtype)}
     return _Call(chunks, config, sizes, dtype if half else torch.float32, launch)
 
 
@@ -243,22 +200,13 @@ def launch_options(config: Config, lanes: int) -> dict:
     return own | {"num_warps": warps, "num_stages": config["stages"], "enable_fp_fusion": True}
 
 
-def _precision(on_gpu: bool, dtype: torch.dtype) -> str:
-    """Of products for inputs of ``dtype``; float16 multiplies as tf32, which has its digits and does not overflow."""
-    if not on_gpu:
-        return "widened"
-    if torch.version.hip or dtype == torch.bfloat16:
-        return "ieee"
-    return "tf32" if dtype == torch.float16 else "tf32x3"
-
-
 def _decays(
     dt: Tensor, A: Tensor, bias: Tensor | None, call: _Call, softplus: bool, low: float, high: float, scaled: bool
 ) -> Tensor:
     chunks, T, heads = call.chunks, call.config["T"], dt.shape[2]
     decays = dt.new_empty((chunks.count, heads, 5, T), dtype=torch.float32)
     fwd._ssd_decays_kernel[(chunks.count * -(-heads // HEADS),)](
-        dt, _dense(A), _dense(bias), chunks.segments, chunks.starts, chunks.counts, decays,
+        dt, dense(A), dense(bias), chunks.segments, chunks.starts, chunks.counts, decays,
         *call.sizes[:3], low, high, *dt.stride(), SOFTPLUS=softplus, SCALED=scaled, BH=HEADS, T=T, **SMALL,
     )  # fmt: skip
     return decays
@@ -279,9 +227,9 @@ def _states(
     kept = x.new_empty((chunks.count, heads, width, padded), dtype=call.dtype)
     tiles = -(-width // call.config["BP"]) * -(-states // call.config["BN"])
     fwd._ssd_states_kernel[(last.shape[0] * heads * tiles,)](
-        x, z, B, decays, chunks.firsts, chunks.ends, chunks.starts, chunks.counts, _dense(initial), kept, last,
-        length, row, heads, own, width, states, padded, *x.stride(), *_strides(z), *B.stride(),
-        REVERSE=reverse, WIDE=_wide(x, z), WIDE_B=_wide(B), **call.launch,
+        x, z, B, decays, chunks.firsts, chunks.ends, chunks.starts, chunks.counts, dense(initial), kept, last,
+        length, row, heads, own, width, states, padded, *x.stride(), *strides(z), *B.stride(),
+        REVERSE=reverse, WIDE=wide(x, z), WIDE_B=wide(B), **call.launch,
     )  # fmt: skip
     return kept
 
@@ -299,9 +247,9 @@ def _outputs(
 ) -> None:
     chunks = call.chunks
     fwd._ssd_outputs_kernel[(chunks.count * call.blocks(),)](
-        x, B, C, _dense(D), z, decays, chunks.segments, chunks.starts, chunks.counts, states, out, *call.sizes,
-        *x.stride(), *B.stride(), *C.stride(), *_strides(z), *out.stride(), *_skip_strides(D),
-        WIDE=_wide(x, z, out), WIDE_B=_wide(B, C), **call.launch,
+        x, B, C, dense(D), z, decays, chunks.segments, chunks.starts, chunks.counts, states, out, *call.sizes,
+        *x.stride(), *B.stride(), *C.stride(), *strides(z), *out.stride(), *_skip_strides(D),
+        WIDE=wide(x, z, out), WIDE_B=wide(B, C), **call.launch,
     )  # fmt: skip
 
 
@@ -324,10 +272,10 @@ def _values(
     grad_x, grad_z = torch.empty_like(x), None if z is None else torch.empty_like(z)
     grad_D = None if D is None else decays.new_zeros((chunks.count, *x.shape[2:]))  # chunks without steps write nothing
     bwd._ssd_values_kernel[(chunks.count * call.blocks(),)](
-        x, B, C, _dense(D), z, y, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept,
+        x, B, C, dense(D), z, y, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept,
         grad_kept, grad_x, grad_z, *shares, grad_D, *call.sizes,
-        *x.stride(), *B.stride(), *C.stride(), *_strides(z), *_strides(y), *grad.stride(), *grad_x.stride(),
-        *_strides(grad_z), *_skip_strides(D), WIDE=_wide(x, z, y, grad, grad_x, grad_z), WIDE_B=_wide(B, C), **call.launch,
+        *x.stride(), *B.stride(), *C.stride(), *strides(z), *strides(y), *grad.stride(), *grad_x.stride(),
+        *strides(grad_z), *_skip_strides(D), WIDE=wide(x, z, y, grad, grad_x, grad_z), WIDE_B=wide(B, C), **call.launch,
     )  # fmt: skip
     return grad_x, grad_D, grad_z
 
@@ -351,8 +299,8 @@ def _keys(
     bwd._ssd_keys_kernel[(chunks.count * call.blocks() * -(-states // call.config["BN"]),)](
         x, B, C, z, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept, grad_kept, sums[0], sums[1],
         *call.sizes, batch * length,
-        *x.stride(), *B.stride(), *C.stride(), *_strides(z), *grad.stride(),
-        WIDE=_wide(x, z, grad), WIDE_B=_wide(B, C), **call.launch,
+        *x.stride(), *B.stride(), *C.stride(), *strides(z), *grad.stride(),
+        WIDE=wide(x, z, grad), WIDE_B=wide(B, C), **call.launch,
     )  # fmt: skip
     sums = sums[:, 0] if blocks == 1 else sums.sum(1)
     return [torch.empty_like(like).copy_(t) for like, t in zip((B, C), sums[..., :states], strict=True)]
@@ -374,28 +322,11 @@ def _steps(
     grad_dt = torch.empty_like(dt)
     sums = shares.new_zeros((2, chunks.count, heads))  # chunks without steps write nothing
     bwd._ssd_steps_kernel[(chunks.count * -(-heads // HEADS),)](
-        dt, _dense(A), _dense(bias), chunks.starts, chunks.counts, *shares, grad_dt, sums[0], sums[1],
+        dt, dense(A), dense(bias), chunks.starts, chunks.counts, *shares, grad_dt, sums[0], sums[1],
         length, row, heads, low, high, *dt.stride(), *grad_dt.stride(),
         SOFTPLUS=softplus, SCALED=scaled, BH=HEADS, T=call.config["T"], **SMALL,
     )  # fmt: skip
     return grad_dt, *sums.sum(1)
-
-
-def _wide(*tensors: Tensor | None) -> bool:
-    """Whether all have neighbours along their last axis, in aligned runs of 8."""
-    return all(
-        t.data_ptr() % 16 == t.shape[-1] % 8 == 0 and t.stride(-1) == 1 and all(step % 8 == 0 for step in t.stride()[:-1])
-        for t in tensors
-        if t is not None and t.numel()
-    )
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
 def _skip_strides(D: Tensor | None) -> tuple[int, int]:
