@@ -74,16 +74,15 @@ FOR_ALL = {
     '<div class="table-wrapper colwidths-auto docutils container">': (
         '<div class="table-wrapper colwidths-auto docutils container" tabindex="0">'
     ),
-    '<dd><em class="sig-param">': '<dd role="none"><em class="sig-param">',  # lines of a signature define nothing
-    '<dl>\n<dd role="none">': '<dl role="none">\n<dd role="none">',
     'role="heading">': 'role="heading" aria-level="2">',
     '<aside class="sidebar-drawer">': '<aside class="sidebar-drawer" aria-label="all pages">',
     '<div class="view-this-page">': '<div class="view-this-page" role="navigation" aria-label="source of this page">',
 }
+SIGNATURE = re.compile("<dl>\n((?:<dd>.*</dd>\n)+)</dl>")  # over several lines: a list of definitions, which it is not
 
 
 def for_all(app: Sphinx, error: Exception | None) -> None:
-    """Put ``FOR_ALL`` into every page."""
+    """Put ``FOR_ALL`` into every page, and make lines of what are the lines of a signature."""
     if error is not None or app.builder.format != "html":
         return
     absent = set(FOR_ALL)
@@ -92,6 +91,7 @@ def for_all(app: Sphinx, error: Exception | None) -> None:
         for plain, better in FOR_ALL.items():
             page = page.replace(plain, better)
             absent -= {plain} if better in page else set()
+        page = SIGNATURE.sub(lambda lines: f'<div class="sig-lines">\n{lines[1].replace("dd>", "div>")}</div>', page)
         path.write_text(page, encoding="utf-8")
     if absent:
         raise ExtensionError(f"no page has {sorted(absent)}: see what the theme writes now, and FOR_ALL in docs/conf.py")
