@@ -112,7 +112,7 @@ class MatrixAdapter(RowRanked[MatrixReduction]):
 
     conventions = ("real",)
     forms = ("strict", "projected")
-    recurrence = ("dt_bias", "A_log")  # names of what decays are made of; float32 states are as wide as the last one at least
+    recurrence: tuple[str, ...] = ("dt_bias", "A_log")  # what decays are made of; states are as wide as the last at least
     last_axes: tuple[str, ...] = ()  # names of parameters (HV, ..., N) whose last axis are the rows of each head's state
     projections: tuple[str, ...] = ("in_proj",)  # of which a layer has one
     remedy = ""  # how a layer that takes no maps can be made to
@@ -297,7 +297,7 @@ class Selection:
 
     rows: Mapping[str, Rows]
     kept: Tensor
-    recurrence = ("dt_bias", "A_log")  # names of what decays are made of; float32 states are as wide as the last one at least
+    recurrence: tuple[str, ...] = ("dt_bias", "A_log")  # what decays are made of; states are as wide as the last at least
     last_axes: tuple[str, ...] = ()
 
     def __call__(self, key: str, value: Tensor) -> Tensor:
