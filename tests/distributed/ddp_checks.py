@@ -93,7 +93,7 @@ def bytes_are_those_of_the_formulas(folder):
             gathered = 0
             broadcast = 2 * 3 * item * (3 * rank + 4 * rank * H)
         else:
-            reduced = sum(16 * D * N for N in orders)
+            reduced = sum(16 * D * N + 8 * N**2 for N in orders)
             gathered = sum(4 * samples * (N**2 + N) for N in orders)
             broadcast = 2 * 3 * item * (D * rank + (R + 2 * rank) * D)
         gradients = 2 * count * len(orders)  # that every layer wanted and got
