@@ -17,14 +17,19 @@ from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
 from compressm.layers import LRU, S4D, S5
 
+BLOCKS = (8, 4, 2, 1)  # the first that divides the states
 LOOP_STEPS = 50
 EAGER = "the layer's step, torch"
 
 
 def s5(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torch.device) -> Problem:
-    """An S5 layer as it is initialised, with zero-order hold."""
+    """An S5 layer as it is initialised, in blocks as published, with zero-order hold.
+
+    One block of 384 states has eigenvalues that turn thousands of radians a step, of which float32 keeps three digits.
+    """
     batch, length, channels, states = (sizes[name] for name in ("batch", "length", "channels", "states"))
-    layer = S5(channels, states, device=device)
+    blocks = next(count for count in BLOCKS if states % count == 0)
+    layer = S5(channels, states, block_count=blocks, device=device)
     least = counts.of_op("lti_scan", sizes, dtype.itemsize, passes != "forward")
     return layer_problem(layer, sizes, passes, dtype, least, batch * length * states)
 
@@ -55,8 +60,7 @@ def loop(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: tor
     u = torch.randn(LOOP_STEPS, channels, dtype=torch.float64, device=device)
     with torch.no_grad():
         oracle = {"out": layer(u[None])[0]}
-    width = 2 * states + channels
-    least = Counts(bytes=8 * width**2, flops=2 * width**2, exponentials=0)
+    least = Counts(bytes=0, flops=2 * (2 * states + channels) ** 2, exponentials=0)  # the matrix stays in a core's cache
     problem = Problem("step", dtype, device, {"u": u}, None, oracle, least, dict(sizes), {"layer": layer})
 
     def ours() -> Contender:
