@@ -297,7 +297,6 @@ class Selection:
 
     rows: Mapping[str, Rows]
     kept: Tensor
-    recurrence: tuple[str, ...] = ("dt_bias", "A_log")  # what decays are made of; states are as wide as the last at least
     last_axes: tuple[str, ...] = ()
 
     def __call__(self, key: str, value: Tensor) -> Tensor:
