@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters._tokens import real_tokens
-from compressm.adapters.base import Distiller, LayerEdit, TensorMap, layer_input, precision
+from compressm.adapters.base import Distiller, LayerEdit, TensorMap
+from compressm.adapters.parameters import layer_input, precision
 from compressm.layers._plain import plain
 
 RATE, MAP_RATE = 4e-3, 2e-3  # Adam's first learning rates, of projections and taps, and of maps

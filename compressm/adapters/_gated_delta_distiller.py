@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters._distilling import MAP_RATE, RATE, MixerDistiller, projection_rate
-from compressm.adapters.base import Distiller, LayerEdit, TensorMap, precision
+from compressm.adapters.base import Distiller, LayerEdit, TensorMap
+from compressm.adapters.parameters import precision
 from compressm.kernels import causal_conv1d, gated_delta_rule
 from compressm.layers._plain import plain
 from compressm.layers.gated_delta_mixer import (

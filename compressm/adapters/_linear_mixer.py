@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.base import own_parameter
+from compressm.adapters.parameters import own_parameter
 from compressm.layers.mamba2_mixer import without_padding
 from compressm.layers.mamba_mixer import Convolution, convolve
 

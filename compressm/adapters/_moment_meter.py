@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters._tokens import real_tokens
-from compressm.adapters.base import Meter, layer_input
+from compressm.adapters.base import Meter
+from compressm.adapters.parameters import layer_input
 from compressm.control import MatrixMoments
 from compressm.errors import NumericalError
 

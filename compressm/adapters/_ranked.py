@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import Adapter, Kind, Meter, label, own_parameter
+from compressm.adapters.base import Adapter, Kind, Meter
+from compressm.adapters.parameters import label, own_parameter
 from compressm.control import RowCriterion
 from compressm.errors import ModelError
 

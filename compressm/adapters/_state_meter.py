@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from compressm.adapters._moment_meter import check_moments
 from compressm.adapters._tokens import real_tokens
-from compressm.adapters.base import Meter, layer_input
+from compressm.adapters.base import Meter
+from compressm.adapters.parameters import layer_input
 from compressm.control import MatrixMoments
 
 LOOKS = 512  # at most so many times are the states of one sequence looked at, of all sequences together

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from compressm.adapters.base import check_finite, label, plain_parameters
 from compressm.adapters.gated_delta_net import GatedDeltaNetAdapter
+from compressm.adapters.parameters import check_finite, label, plain_parameters
 from compressm.errors import ModelError
 from compressm.layers.gated_delta_mixer import layout
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from compressm.adapters._diagonal_form import DiagonalForm, Modes
 from compressm.adapters._diagonal_transport import DiagonalTransport
-from compressm.adapters.base import LayerEdit, check_finite, label, plain_parameters, wide
+from compressm.adapters.base import LayerEdit
 from compressm.adapters.lti import LTIAdapter
+from compressm.adapters.parameters import check_finite, label, plain_parameters, wide
 from compressm.control import DiagonalSystem, Reduction
 from compressm.errors import ModelError, NumericalError
 

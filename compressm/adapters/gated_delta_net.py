@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from compressm.adapters._gated_delta_distiller import gated_delta_distiller
 from compressm.adapters._gated_delta_meter import GatedDeltaMeter
-from compressm.adapters.base import Distiller, LayerEdit, label, plain_parameters, precision
+from compressm.adapters.base import Distiller, LayerEdit
 from compressm.adapters.matrix import MatrixAdapter, Rows
+from compressm.adapters.parameters import label, plain_parameters, precision
 from compressm.control import MatrixMoments, MatrixReduction, erasing_projection
 from compressm.errors import ModelError, bad_argument
 from compressm.layers.gated_delta_mixer import DeltaLayout, layout

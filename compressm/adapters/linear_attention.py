@@ -22,18 +22,9 @@ from torch import Tensor, nn
 
 from compressm.adapters import _linear_mixer as mixers
 from compressm.adapters._linear_meter import DecayingMeter, LinearMeter
-from compressm.adapters.base import (
-    Adapter,
-    Analysis,
-    LayerEdit,
-    Meter,
-    TensorMap,
-    check_finite,
-    label,
-    plain_parameters,
-    precision,
-)
+from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, TensorMap
 from compressm.adapters.matrix import WHITE, on_white_noise
+from compressm.adapters.parameters import check_finite, label, plain_parameters, precision
 from compressm.control import (
     MatrixMoments,
     MatrixReduction,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters._diagonal_form import DiagonalForm, Modes, Scalars
-from compressm.adapters.base import check_finite, label, plain_parameters, wide
 from compressm.adapters.diagonal import MAX_LOG_DECAY, MIN_LOG_DECAY, DiagonalAdapter
+from compressm.adapters.parameters import check_finite, label, plain_parameters, wide
 from compressm.control import DiagonalSystem
 from compressm.errors import NumericalError
 

@@ -16,17 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters._ranked import RowRanked, Rows
-from compressm.adapters.base import (
-    Analysis,
-    LayerEdit,
-    Meter,
-    TensorMap,
-    check_finite,
-    label,
-    layer_input,
-    plain_parameters,
-    precision,
-)
+from compressm.adapters.base import Analysis, LayerEdit, Meter, TensorMap
+from compressm.adapters.parameters import check_finite, label, layer_input, plain_parameters, precision
 from compressm.control import (
     MeanSystem,
     RowCriterion,

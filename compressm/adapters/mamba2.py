@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from compressm.adapters._mamba2_distiller import mamba2_distiller
 from compressm.adapters._mamba2_meter import Mamba2Meter
-from compressm.adapters.base import Distiller, LayerEdit, label, own_parameter, plain_parameters, precision
+from compressm.adapters.base import Distiller, LayerEdit
 from compressm.adapters.matrix import WHITE, MatrixAdapter, Rows
+from compressm.adapters.parameters import label, own_parameter, plain_parameters, precision
 from compressm.control import MatrixMoments, MatrixReduction, projection
 from compressm.errors import ModelError, bad_argument
 from compressm.layers.mamba2_mixer import Layout, layout

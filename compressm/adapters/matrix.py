@@ -22,18 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters._ranked import RowRanked, Rows
-from compressm.adapters.base import (
-    Adapter,
-    Analysis,
-    LayerEdit,
-    Meter,
-    TensorMap,
-    Transport,
-    check_finite,
-    label,
-    own_parameter,
-    plain_parameters,
-)
+from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, TensorMap, Transport
+from compressm.adapters.parameters import check_finite, label, own_parameter, plain_parameters
 from compressm.control import (
     MatrixMoments,
     MatrixReduction,

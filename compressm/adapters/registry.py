@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from compressm.adapters.base import Adapter, label, own_parameter, parameter_at
+from compressm.adapters.base import Adapter
+from compressm.adapters.parameters import label, own_parameter, parameter_at
 from compressm.errors import ModelError, bad_argument
 
 # Parameters that only state-space layers carry; a module that owns one and has no adapter is reported, never skipped.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters._diagonal_form import DiagonalForm, Modes, Scalars
-from compressm.adapters.base import Analysis, own_parameter, plain_parameters, wide
+from compressm.adapters.base import Analysis
 from compressm.adapters.diagonal import DiagonalAdapter, tensor_input
 from compressm.adapters.lti import DataGramians, LTIMeter, balanced, kind_of, used_of
+from compressm.adapters.parameters import own_parameter, plain_parameters, wide
 from compressm.control import Balanced, DiagonalSystem, Reduction, white_gramians
 from compressm.kernels.lti_scan.op import without_autocast
 from compressm.layers._discretization import zoh

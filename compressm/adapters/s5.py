@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters._diagonal_form import DiagonalForm, Modes, Scalars
-from compressm.adapters.base import label, own_parameter, plain_parameters, wide
 from compressm.adapters.diagonal import DiagonalAdapter, tensor_input
+from compressm.adapters.parameters import label, own_parameter, plain_parameters, wide
 from compressm.errors import ModelError
 from compressm.layers._discretization import DISCRETIZATIONS, continuous
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compressm.adapters.base import own_parameter, wide
 from compressm.adapters.diagonal import DiagonalAdapter
+from compressm.adapters.parameters import own_parameter, wide
 from compressm.adapters.registry import find_layers
 from compressm.control.streaming import Stream
 from compressm.errors import ModelError

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter, find_layers
-from compressm.adapters.base import plain_parameters
+from compressm.adapters.parameters import plain_parameters
 from compressm.compression import Schedule
 from compressm.compression.common.models import compressible_layers
 from compressm.compression.surgery.audit import full_name

@@ -23,7 +23,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compressm.adapters import Adapter
-from compressm.adapters.base import holder, own_parameter, parameter_at
+from compressm.adapters.parameters import holder, own_parameter, parameter_at
 from compressm.compression.common.models import Layers
 from compressm.compression.common.workers import each
 from compressm.compression.distributed.team import ProcessTeam, Result

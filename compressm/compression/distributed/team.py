@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from compressm.adapters import Adapter
-from compressm.adapters.base import own_parameter, parameter_at
+from compressm.adapters.parameters import own_parameter, parameter_at
 from compressm.adapters.registry import qualified_name
 from compressm.compression.common.described import described
 from compressm.compression.common.models import Layers

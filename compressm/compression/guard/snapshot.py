@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import holder, own_parameter
+from compressm.adapters.parameters import holder, own_parameter
 from compressm.compression.common import random_states
 from compressm.compression.common.codec import join, split
 from compressm.compression.common.memory import placed_like

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from compressm._version import __version__
 from compressm.adapters import Adapter
-from compressm.adapters.base import own_parameter
+from compressm.adapters.parameters import own_parameter
 from compressm.compression.common import random_states
 from compressm.compression.common.codec import decode, encode
 from compressm.compression.common.models import Layers, compressible_layers

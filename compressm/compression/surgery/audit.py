@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.adapters.base import holder, own_parameter, parameter_at, plain_parameters
+from compressm.adapters.parameters import holder, own_parameter, parameter_at, plain_parameters
 from compressm.compression.common.models import Layers
 from compressm.compression.surgery.optimizer_state import held_parameters, masters_of, shaped_keys
 from compressm.errors import ArgumentError, ModelError, OptimizerError, bad_argument

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import Adapter, LayerEdit
-from compressm.adapters.base import holder, own_parameter, wide
+from compressm.adapters.parameters import holder, own_parameter, wide
 from compressm.compression.common.memory import placed_like
 from compressm.compression.common.models import Layers
 from compressm.compression.common.undisturbed import ordinary

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressm.adapters import LayerEdit
-from compressm.adapters.base import wide
+from compressm.adapters.parameters import wide
 from compressm.compression.surgery.audit import Optimizers
 from compressm.compression.surgery.optimizer_state import (
     COLUMNS,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compressm.adapters import Adapter
-from compressm.adapters.base import own_parameter
+from compressm.adapters.parameters import own_parameter
 from compressm.compression.common.models import Layers
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_layer, full_name
 

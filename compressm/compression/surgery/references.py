@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compressm.adapters.base import holder
+from compressm.adapters.parameters import holder
 from compressm.compression.common.models import Layers
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_layer, ema_slot, full_name
 from compressm.compression.surgery.optimizer_state import master_stores
