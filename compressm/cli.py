@@ -16,7 +16,6 @@ from rich.table import Table
 import compressm
 from compressm._version import __version__
 from compressm.errors import ConfigError
-from compressm.experiments.declared import check, parse_assignments
 from compressm.experiments.tasks.presets import PRESETS
 
 app = typer.Typer(
@@ -56,6 +55,8 @@ def train(
     ] = None,
 ) -> None:
     """Train, shrink in training, and compare with full size and with small from scratch."""
+    from compressm.experiments.declared import check, parse_assignments
+
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
     overrides = {key: value for key, value in options.items() if value is not None}
     for key, value in parse_assignments(assignments or []).items():
@@ -112,6 +113,8 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods over several seeds, their learning rates tuned apart, with statistics."""
+    from compressm.experiments.declared import check, parse_assignments
+
     overrides = parse_assignments(assignments or [])
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
     check(task, overrides if chosen is None else {**overrides, "runs": chosen})
