@@ -30,7 +30,8 @@ app = typer.Typer(
 _FOLDERS = (Path(__file__).parent / "kernels").glob("*/__init__.py")
 KERNELS = sorted(path.parent.name for path in _FOLDERS if "OPS" in path.read_text())
 BENCH_OPS = (
-    *KERNELS, "lru", "mamba", "smnist", "scifar", "mamba-lm", "balanced_truncation", "attempt", "rollback", "waiting",
+    *KERNELS, "lru", "mamba", "s5", "s4d", "loop", "smnist", "scifar", "mamba-lm", "balanced_truncation", "attempt",
+    "attempt-s5", "rollback", "waiting",
 )  # fmt: skip
 Preset = Annotated[str, typer.Argument(help="One of: " + ", ".join(PRESETS), show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Output folder of compressm train.", show_default=False)]
