@@ -81,7 +81,7 @@ def test_half_precision(assert_close, device, dtype, sizes, channelwise):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GOLDEN[1:])
+@pytest.mark.parametrize("name", GOLDEN[::2])
 def test_golden(golden, assert_close, device, name):
     g = golden(name)
     leaves = {key: g[key].to(device, torch.float32).requires_grad_() for key in TENSORS}
@@ -107,9 +107,9 @@ def test_slices_dtypes_and_expanded_gradients(assert_close, device, channelwise)
         assert_close(leaf.grad.cpu(), oracle[name].grad, name, torch.bfloat16)
 
 
-@FORMS
-def test_same_bits_every_time(device, channelwise):
-    inputs = {name: t.to(device) for name, t in random_inputs(1, 20, 1, 1, 5, 3, channelwise=channelwise).items()}
+@pytest.mark.parametrize(("length", "channelwise"), [(20, False), (7, True)], ids=["head", "channel"])
+def test_same_bits_every_time(device, length, channelwise):
+    inputs = {name: t.to(device) for name, t in random_inputs(1, length, 1, 1, 5, 3, channelwise=channelwise).items()}
     first, second = (evaluate(inputs, torch.float32, "triton") for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -41,12 +41,6 @@ def rows_of(p, t, row_stride, stride, low, high, columns_left, COLUMNS: tl.const
     return tl.load(address, mask=inside, other=0.0).to(tl.float32)
 
 
-@jit
-def one_row(p, t, row_stride, stride, count, columns_left, COLUMNS: tl.constexpr):
-    """Row t, (1, COLUMNS)."""
-    return rows_of(p, tl.arange(0, 1) + t, row_stride, stride, 0, count, columns_left, COLUMNS)
-
-
 @jit(
     do_not_specialize=[
         "q", "k", "g", "beta", "q_lengths", "k_lengths", "starts", "counts", "of_q", "of_k", "into", "passing", "L", "chunks",
@@ -118,6 +112,7 @@ def _channel_products_kernel(
     DOT: tl.constexpr = reads.dtype.element_ty
     t = tl.arange(0, T)
     r = tl.arange(0, 16)
+    c = tl.arange(0, BN).to(tl.int64)[None, :]
     q += line * q_b + start * q_t + head // own * q_h
     k += line * k_b + start * k_t + head // own * k_h
     g += line * g_b + start * g_t + head * g_h
@@ -143,14 +138,17 @@ def _channel_products_kernel(
         decay = tl.zeros([16, BN], tl.float32)
         for turn in range(0, 16):
             s = 15 - turn
-            along = one_row(keys, border + s, k_t, k_n, count, K - n, BN)
-            along = along * tl.sum(tl.where(t == border + s, gain, 0.0), 0)
-            decay = tl.where((r > s)[:, None], decay + one_row(gates, border + s + 1, g_t, g_n, count, K - n, BN), 0.0)
-            along = along * tl.exp(decay)
-            there = (t == border + s)[None, :]
-            of_q += tl.where(there & (r >= s)[:, None], tl.sum(reading * along, 1)[:, None], 0.0)
+            at = border + s
+            along = tl.load(keys + at.to(tl.int64) * k_t + c * k_n, mask=c < tl.where(at < count, K - n, 0), other=0.0)
+            along = along.to(tl.float32) * tl.sum(tl.where(t == at, gain, 0.0), 0)
+            inside = c < tl.where(at + 1 < count, K - n, 0)
+            later = tl.load(gates + (at + 1).to(tl.int64) * g_t + c * g_n, mask=inside, other=0.0)
+            decay = tl.where((r > s)[:, None], decay + later.to(tl.float32), 0.0)
+            weight = along * tl.exp(decay)
+            there = (t == at)[None, :]
+            of_q += tl.where(there & (r >= s)[:, None], tl.sum(reading * weight, 1)[:, None], 0.0)
             if erased is not None:
-                of_k += tl.where(there & (r > s)[:, None], tl.sum(erasing * along, 1)[:, None], 0.0)
+                of_k += tl.where(there & (r > s)[:, None], tl.sum(erasing * weight, 1)[:, None], 0.0)
     square = (chunk * heads + head) * (T * T) + (border + r)[:, None] * T + t[None, :]
     tl.store(reads + square, of_q.to(DOT))
     if erased is not None:

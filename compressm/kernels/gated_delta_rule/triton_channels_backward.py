@@ -71,27 +71,33 @@ def _channel_within_kernel(
         after = _from_border(k, g, key, t, end, count, k_t, k_n, g_t, g_n, K - n, BN).to(DOT)
         to_into = tiles.product(tl.trans(tl.load(of_erased + rows)), after, to_into, PRECISION)
     to_into *= later
+    c = tl.arange(0, BN).to(tl.int64)[None, :]
     decay = tl.zeros([16, BN], tl.float32)
     for turn in range(0, 16):
         s = 15 - turn
-        along = channels.one_row(k, border + s, k_t, k_n, count, K - n, BN)
-        along = along * tl.sum(tl.where(t == border + s, gain, 0.0), 0)
-        decay = tl.where((r > s)[:, None], decay + channels.one_row(g, border + s + 1, g_t, g_n, count, K - n, BN), 0.0)
-        along = along * tl.exp(decay)
-        column = place + (border + r) * T + border + s
-        to_query += tl.load(of_reads + column).to(tl.float32)[:, None] * along
+        at = border + s
+        along = tl.load(k + at.to(tl.int64) * k_t + c * k_n, mask=c < tl.where(at < count, K - n, 0), other=0.0)
+        along = along.to(tl.float32) * tl.sum(tl.where(t == at, gain, 0.0), 0)
+        passed = tl.load(g + (at + 1).to(tl.int64) * g_t + c * g_n, mask=c < tl.where(at + 1 < count, K - n, 0), other=0.0)
+        decay = tl.where((r > s)[:, None], decay + passed.to(tl.float32), 0.0)
+        weight = along * tl.exp(decay)
+        column = place + (border + r) * T + at
+        to_query += tl.load(of_reads + column).to(tl.float32)[:, None] * weight
         if of_erased is not None:
-            to_key += tl.load(of_erased + column).to(tl.float32)[:, None] * along
+            to_key += tl.load(of_erased + column).to(tl.float32)[:, None] * weight
     decay = tl.zeros([16, BN], tl.float32)
     for i in range(0, 16):
-        decay = tl.where((r < i)[:, None], decay + channels.one_row(g, border + i, g_t, g_n, count, K - n, BN), 0.0)
-        across = place + (border + i) * T + border + r
-        along = channels.one_row(q, border + i, q_t, q_n, count, K - n, BN)
-        along = along * tl.sum(tl.where(t == border + i, query, 0.0), 0)
+        at = border + i
+        inside = c < tl.where(at < count, K - n, 0)
+        passed = tl.load(g + at.to(tl.int64) * g_t + c * g_n, mask=inside, other=0.0)
+        decay = tl.where((r < i)[:, None], decay + passed.to(tl.float32), 0.0)
+        across = place + at * T + border + r
+        along = tl.load(q + at.to(tl.int64) * q_t + c * q_n, mask=inside, other=0.0).to(tl.float32)
+        along = along * tl.sum(tl.where(t == at, query, 0.0), 0)
         added = tl.load(of_reads + across).to(tl.float32)[:, None] * along
         if of_erased is not None:
-            along = channels.one_row(k, border + i, k_t, k_n, count, K - n, BN)
-            along = along * tl.sum(tl.where(t == border + i, key, 0.0), 0)
+            along = tl.load(k + at.to(tl.int64) * k_t + c * k_n, mask=inside, other=0.0).to(tl.float32)
+            along = along * tl.sum(tl.where(t == at, key, 0.0), 0)
             added += tl.load(of_erased + across).to(tl.float32)[:, None] * along
         to_into += added * tl.exp(decay)
     target = ((line * L + start + border) * heads + head) * padded + n
