@@ -162,7 +162,7 @@ def test_the_registry_names_every_case_once_and_covers_the_paper(device):
     steps = [c for family in families for c in family.cases if c.level == "step"]
     states = {op: {c.shape["states"] for c in steps if c.op == op} for op in {c.op for c in steps}}
     assert states == {"smnist": {256, 47, 28, 13}, "scifar": {384, 161, 93, 57}, "mamba-lm": {128, 64, 32, 16, 12}}
-    assert {c.op for f in families for c in f.cases} == set(OPS)
+    assert {c.op for f in families for c in f.cases} == {name for name in OPS if device == "cpu" or name != "loop"}
     for op in ("selective_scan", "lti_scan"):
         curves = next(f for f in families if f.name.startswith(f"{op} curves"))
         for name in ("states", "length", "batch"):
