@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compressm.control import StateSpace, sampled
 from compressm.errors import DataError
-from compressm.experiments.tasks.datasets.signals import BURN_IN, SEED, Signals
+from compressm.experiments.tasks.datasets.signals import SEED, Signals, white_pairs
 from compressm.experiments.tasks.parts import Dataset
 from compressm.experiments.tasks.settings import Settings
 
@@ -56,16 +56,9 @@ class Plant(Dataset):
             raise DataError(f"channels = {s.channels}: an arm of two links has 2. Set channels=2")
         random = torch.Generator().manual_seed(SEED + s.seed)
         simulate = springs(s, random) if s.plant == "springs" else arm(s, random)
-        scale = 1 / simulate(_white(BURN_IN, s, random)).std((0, 1))
-
-        def pairs(count: int) -> tuple[Tensor, Tensor]:
-            x = _white(count, s, random)
-            return x, scale * simulate(x)
-
-        (test_x, test_y), (x, y) = pairs(64), pairs(s.sequences)
-        y += s.noise * torch.randn(y.shape, generator=random)
         name = f"{s.channels} masses between springs" if s.plant == "springs" else "an arm of two links"
-        return Signals(f"{name}, order {2 * s.channels}", x, y, test_x, test_y)
+        name = f"{name}, order {2 * s.channels}"
+        return white_pairs(name, simulate, random, s.sequences, s.length, s.channels, s.noise, alike=True)
 
 
 def springs(settings: PlantSettings, random: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -135,7 +128,3 @@ def runge_kutta(slope: Callable[[Tensor], Tensor], state: Tensor, step: float) -
     k3 = slope(state + step / 2 * k2)
     k4 = slope(state + step * k3)
     return state + step / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-
-
-def _white(count: int, settings: PlantSettings, random: torch.Generator) -> Tensor:
-    return torch.randn(count, settings.length, settings.channels, generator=random)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -90,15 +91,8 @@ class SystemIdentification(Dataset):
             raise DataError(f"--data-dir {folder}: the systems are drawn at random, expected no folder. Omit it")
         random = torch.Generator().manual_seed(SEED + s.seed)
         truth = true_system(s, random)
-        scale = 1 / truth(_white(BURN_IN, s, random)).std()
-
-        def pairs(count: int) -> tuple[Tensor, Tensor]:
-            x = _white(count, s, random)
-            return x, scale * truth(x)
-
-        (test_x, test_y), (x, y) = pairs(64), pairs(s.sequences)
-        y += s.noise * torch.randn(y.shape, generator=random)
-        return Signals(f"white noise through a system of order {s.true_order}", x, y, test_x, test_y)
+        name = f"white noise through a system of order {s.true_order}"
+        return white_pairs(name, truth, random, s.sequences, s.length, s.channels, s.noise)
 
 
 def true_system(settings: SystemSettings, random: torch.Generator) -> LRU:
@@ -116,5 +110,30 @@ def true_system(settings: SystemSettings, random: torch.Generator) -> LRU:
     return truth
 
 
-def _white(count: int, settings: SystemSettings, random: torch.Generator) -> Tensor:
-    return torch.randn(count, settings.length, settings.channels, generator=random)
+def white_pairs(
+    name: str,
+    system: Callable[[Tensor], Tensor],
+    random: torch.Generator,
+    sequences: int,
+    length: int,
+    channels: int,
+    noise: float,
+    *,
+    alike: bool = False,
+) -> Signals:
+    """White inputs (n, L, channels) and what a system makes of them, scaled to variance one: of all outputs together, or, where
+    they are to be ``alike``, of each.  Outputs for training have white noise of a standard deviation ``noise``.
+    """
+
+    def white(count: int) -> Tensor:
+        return torch.randn(count, length, channels, generator=random)
+
+    scale = 1 / system(white(BURN_IN)).std((0, 1) if alike else None)
+
+    def pairs(count: int) -> tuple[Tensor, Tensor]:
+        x = white(count)
+        return x, scale * system(x)
+
+    (test_x, test_y), (x, y) = pairs(64), pairs(sequences)
+    y += noise * torch.randn(y.shape, generator=random)
+    return Signals(name, x, y, test_x, test_y)
