@@ -100,10 +100,9 @@ class Mamba2(MambaLayer):
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         _check_heads(self.d_inner, self.d_ssm, headdim, ngroups)
         _check_ranges(A_init_range, dt_min, dt_max, dt_limit)
+        _check_features(d_features, d_state)
         if process_group is not None:
             raise bad_argument("process_group", got=type(process_group).__name__, expected="None: one process has all heads")
-        if d_features is not None and (isinstance(d_features, bool) or not isinstance(d_features, int) or d_features < d_state):
-            raise bad_argument("d_features", got=repr(d_features), expected=f"an integer from d_state = {d_state} on, or None")
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_conv, self.expand, self.conv_init = d_model, d_conv, expand, conv_init
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, self.d_ssm // headdim
@@ -228,6 +227,11 @@ def _check_heads(d_inner: int, d_ssm: int, headdim: int, ngroups: int) -> None:
         raise bad_argument("headdim", got=headdim, expected=f"a divisor of the scan's {d_ssm} channels (d_ssm)")
     if (d_ssm // headdim) % ngroups:
         raise bad_argument("ngroups", got=ngroups, expected=f"a divisor of the {d_ssm // headdim} heads (d_ssm / headdim)")
+
+
+def _check_features(d_features: int | None, d_state: int) -> None:
+    if d_features is not None and (isinstance(d_features, bool) or not isinstance(d_features, int) or d_features < d_state):
+        raise bad_argument("d_features", got=repr(d_features), expected=f"an integer from d_state = {d_state} on, or None")
 
 
 def _check_ranges(A_init_range: tuple[float, float], dt_min: float, dt_max: float, dt_limit: tuple[float, float]) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from compressm.adapters import check_known
-from compressm.compression.common.described import described
 from compressm.compression.common.models import compressible_layers, judged
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.cadence import Cadence
-from compressm.compression.compressor.progress import STATE_FORMAT, Progress, check_progress, check_state
+from compressm.compression.compressor.progress import Progress
 from compressm.compression.compressor.rates import check_factor, multiply_rates
 from compressm.compression.compressor.recipes import check_kind, check_policy, choose_recipe, execute, finish, in_form, log
 from compressm.compression.compressor.refining import Refinement, chosen_steps
+from compressm.compression.compressor.state import arguments_of, check, restore, state_of
 from compressm.compression.distributed.wrapped import team_of
 from compressm.compression.guard.probation import Guard, Probation
 from compressm.compression.guard.rollback import Rollback
@@ -28,13 +28,13 @@ from compressm.compression.planning.batches import replayable
 from compressm.compression.planning.calibration import Forward, rehearse
 from compressm.compression.planning.plans import Calibration, Candidate, Demands, Planned, analyse, in_view, make_plan, raised
 from compressm.compression.planning.policies import Policy
-from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
+from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport
 from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
-from compressm.compression.planning.stability import Sightings, Stability, parsed
+from compressm.compression.planning.stability import Sightings, Stability
 from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_ema, check_optimizers
 from compressm.compression.surgery.moments import check_moments
 from compressm.control import Criterion, RowCriterion
-from compressm.errors import CompressmError, bad_argument
+from compressm.errors import CompressmError
 
 
 class Compressor:
@@ -153,7 +153,7 @@ class Compressor:
             check_kind(guard, Rollback, "guard")
         self.guard = None if guard is None else Guard(guard, self.schedule, self.team, self.optimizers)
         self.registered: dict[str, Any] = {}
-        self.team.same("arguments of the Compressor", self._arguments())
+        self.team.same("arguments of the Compressor", arguments_of(self))
         self._progress = Progress(kept=dict.fromkeys(self.layers, 1.0))
         self._waiting = False  # an attempt came due that has not been made
         self._sightings = Sightings(bounded=self.schedule.adaptive)
@@ -201,7 +201,7 @@ class Compressor:
         Raises:
             NumericalError, DataError: the model or the calibration data do not allow an answer.
         """
-        return self._plan().plan
+        return self._choose(analyse(self.model, self.layers, self.recipe.convention, self.calibration)).plan
 
     def stability(self) -> Stability:
         """Whether spectra and ranking have settled: what was measured so far, each step compared with the last one.
@@ -358,18 +358,7 @@ class Compressor:
     def state_dict(self) -> dict[str, Any]:
         """State for resuming in mid-schedule: JSON-ready, but for the tensors that a guard has put aside while a reduction is
         on probation (:func:`compressm.save` takes them as well)."""
-        return {
-            "format": STATE_FORMAT,
-            "recipe": self.recipe.name,
-            "policy": repr(self.policy),
-            "schedule": repr(self.schedule),
-            **asdict(self._progress),
-            "waiting": self._waiting,
-            "seen": self._sightings.state_dict(),
-            "guard": None if self.guard is None else self.guard.state_dict(),
-            "ranks": self.ranks,
-            "history": [report.to_dict() for report in self.history],
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; the model must have the ranks it had then.
@@ -377,35 +366,11 @@ class Compressor:
         Raises:
             ArgumentError: of another format, recipe or model; nothing has changed.
         """
-        self.check_state_dict(state)
-        if dict(state["ranks"]) != self.ranks:
-            remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
-            raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
-        history = [report_from_dict(report) for report in state["history"]]
-        seen = parsed(state.get("seen", []))
-        if self.guard is not None:
-            self.guard.load(state.get("guard"), self._parts())
-        self._progress = Progress.of(state)
-        self._waiting = bool(state.get("waiting", False))
-        self.history = history
-        self._sightings = Sightings(bounded=self.schedule.adaptive, seen=seen)
-        if self._cadence is not None:
-            self._cadence.restart(self._progress.step)
+        restore(self, state)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ArgumentError unless ``state`` fits this compressor's recipe and layers (ranks may differ)."""
-        check_state(state, self.recipe.name, self.layers)
-        if (saved := state.get("guard")) is None:
-            return
-        if self.guard is not None:
-            if (progress := self.guard.check(saved, self._parts())) is not None:
-                check_progress(progress, self.layers)
-        elif saved["probation"] is not None:
-            remedy = "Pass guard=Rollback(...), as in the saved run"
-            raise bad_argument("guard", got=None, expected="a Rollback to validate the last reduction", remedy=remedy)
-
-    def _plan(self) -> Planned:
-        return self._choose(analyse(self.model, self.layers, self.recipe.convention, self.calibration))
+        check(self, state)
 
     def _choose(self, candidates: Mapping[str, Candidate]) -> Planned:
         return make_plan(candidates, self._policy_now, keep=self._keep(), demands=self.demands, team=self.team)
@@ -425,13 +390,6 @@ class Compressor:
 
     def _parts(self) -> Parts:
         return Parts(self.model, self.layers, self.optimizers, self.ema, self.registered)
-
-    def _arguments(self) -> list[Any]:
-        """What must be the same on all processes that train the model together, JSON-ready."""
-        named = [described(self.policy), described(self.schedule), described(self.demands)]
-        needs = {name: adapter.needs(module) for name, (module, adapter) in self.layers.items()}
-        chosen = [*named, self.recipe.name, self.moments, self.ema is None, self.ranks, needs, self.lr_after]
-        return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]
 
     def _keep(self) -> dict[str, float] | None:
         """Per layer, the fraction the next attempt must keep, where attempts share a budget."""
