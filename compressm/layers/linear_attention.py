@@ -125,6 +125,11 @@ class LinearAttention(MambaLayer):
         self.register_buffer("log_decay", fixed, persistent=False)
         self.register_buffer("inv_freq", _frequencies(keys // num_heads, rotary_base, device) if rotary else None, False)
 
+    @property
+    def d_state(self) -> int:
+        """Channels of a head's keys."""
+        return self.k_proj.weight.shape[0] // self.num_heads
+
     def mixing(
         self, hidden_states: Tensor, cache: tuple[Tensor, Tensor] | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
