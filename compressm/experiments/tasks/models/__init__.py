@@ -9,4 +9,6 @@ from compressm.experiments.tasks.models.mamba import MambaModel
 from compressm.experiments.tasks.models.mamba2 import Mamba2Model
 from compressm.experiments.tasks.parts import Model
 
-MODELS: Registry[type[Model]] = Registry("model", Lru, MambaModel, Mamba2Model, GatedDeltaNetModel, LinearAttentionModel, LruSystem)
+MODELS: Registry[type[Model]] = Registry(
+    "model", Lru, MambaModel, Mamba2Model, GatedDeltaNetModel, LinearAttentionModel, LruSystem
+)  # fmt: skip
