@@ -69,11 +69,13 @@ def check(preset: str, overrides: Mapping[str, Any]) -> None:
 
 def names(what: str) -> list[str]:
     """Of all datasets, models, objectives or methods (``what`` as a setting is called)."""
-    found = []
+    found = list[str]()
     for node in (node for kind in _classes(FOLDERS[what]) for node in kind.body):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(node.value, ast.Constant):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         if any(isinstance(target, ast.Name) and target.id == "name" for target in targets):
-            found += [node.value.value] if isinstance(node.value, ast.Constant) else []
+            found.append(str(node.value.value))
     return found
 
 
