@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -136,10 +135,8 @@ def _ops(gpu: bool, device: str) -> list[Family]:
 
 
 def _layers(gpu: bool, device: str) -> list[Family]:
-    scifar: dict[str, Any] = {"batch": 50 if gpu else 16, "length": 1024, "channels": 512}
-    mamba: dict[str, Any] = {"batch": 16, "length": 256, "channels": 64}
-    if gpu:
-        mamba = {"batch": 8, "length": 2048, "channels": 768}
+    scifar = {"batch": 50 if gpu else 16, "length": 1024, "channels": 512}
+    mamba = {"batch": 8, "length": 2048, "channels": 768} if gpu else {"batch": 16, "length": 256, "channels": 64}
     families = []
     for passes in ("forward", "forward+backward"):
         families.append(_family("lru", passes, device, (256, 28), batch=50, length=784, channels=8))
@@ -151,10 +148,8 @@ def _layers(gpu: bool, device: str) -> list[Family]:
 
 
 def _steps(gpu: bool, device: str) -> list[Family]:
-    scifar: dict[str, Any] = {"batch": 50, "channels": 512, "blocks": 6} if gpu else {"batch": 16, "channels": 512, "blocks": 1}
-    language: dict[str, Any] = dict(OPS["mamba-lm"].sizes)
-    if gpu:
-        language = {"batch": 16, "channels": 512, "length": 1024, "blocks": 8}
+    scifar = {"batch": 50, "channels": 512, "blocks": 6} if gpu else {"batch": 16, "channels": 512, "blocks": 1}
+    language = {"batch": 16, "channels": 512, "length": 1024, "blocks": 8} if gpu else dict(OPS["mamba-lm"].sizes)
     language.pop("states", None)
     return [
         _family("smnist", "step", device, (256, 47, 28, 13), batch=50, channels=8, blocks=1),

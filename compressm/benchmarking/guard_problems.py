@@ -7,7 +7,6 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,15 +81,14 @@ def waiting(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: 
     schedule, guard = compressm.Once(1 << 40), compressm.Rollback(lambda model: 0.0)
     policy = compressm.Energy(tau=TAU)
     compressor = compressm.Compressor(model, optimizer, policy=policy, schedule=schedule, guard=guard)
-    cadence: Any = compressor._cadence
-    cadence.took(0)
+    compressor._cadence.took(0)
     compressor.step()
     oracle = {"steps": torch.tensor([float(CALLS)], dtype=torch.float64)}
     problem = Problem("step", torch.float64, device, {}, None, oracle, NOT_COUNTED, dict(sizes))
 
     def run() -> None:
         for _ in range(CALLS):
-            cadence.took(0)  # as the optimizer's hook does
+            compressor._cadence.took(0)  # as the optimizer's hook does
             compressor.step()
 
     def answers() -> Answers:

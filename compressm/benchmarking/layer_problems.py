@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +68,7 @@ def lru(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torc
     layer = LRU(channels, states, device=device)
     least = counts.of_op("lti_scan", sizes, dtype.itemsize, passes != "forward")
     problem = layer_problem(layer, sizes, passes, dtype, least, batch * length * states)
-    def stepwise(p: dict[str, Tensor]) -> Any:
-        operands: dict[str, Any] = lru_operands(p)
-        return lti_scan_planar(**operands, backend="reference")
-
-    problem.built_in[REFERENCE] = lambda: problem.contender(stepwise)
+    problem.built_in[REFERENCE] = lambda: problem.contender(lambda p: lti_scan_planar(**lru_operands(p), backend="reference"))
 
     def unrolled():
         scan = in_compiled_chunks("lti_scan")
@@ -89,8 +84,8 @@ class _Mixer(Mamba):
     scan: Callable[..., Tensor]
     convolution: Callable[..., Tensor]
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return mix(self, hidden_states, scan=self.scan, convolution=self.convolution)
+    def forward(self, x: Tensor) -> Tensor:
+        return mix(self, x, scan=self.scan, convolution=self.convolution)
 
 
 def mamba_with(scan, convolve):
@@ -135,10 +130,10 @@ def mamba(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: to
     problem = layer_problem(layer, sizes, passes, dtype, least, batch * length * layer.d_inner * states)
 
     def reference():
-        def scan(p: dict[str, Any]) -> Any:
+        def scan(p: dict[str, Tensor]) -> Tensor:
             return selective_scan(**p, delta_softplus=True, backend="reference")
 
-        def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return causal_conv1d(x, weight, bias, activation="silu", backend="reference")
 
         return problem.contender(mamba_with(scan, convolve))

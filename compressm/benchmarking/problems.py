@@ -70,15 +70,17 @@ class Problem:
 
     def contender(self, function: Function) -> Contender:
         """From a torch function of the inputs; without a backward it runs without autograd."""
-        leaves, names = list(self.inputs.values()), ["out", *(self.inputs if self.backward else ())]
+        if not self.backward:
+            run = torch.no_grad()(lambda: (function(self.inputs),))
+            names = ["out"]
+        else:
+            leaves = list(self.inputs.values())
 
-        def run() -> tuple[Tensor, ...]:
-            if not self.backward:
-                with torch.no_grad():
-                    return (function(self.inputs),)
-            out = function(self.inputs)
-            return (out, *torch.autograd.grad(out, leaves, self.weight))
+            def run() -> tuple[Tensor, ...]:
+                out = function(self.inputs)
+                return (out, *torch.autograd.grad(out, leaves, self.weight))
 
+            names = ["out", *self.inputs]
         return Contender(Timed(run), lambda: dict(zip(names, (t.detach() for t in run()), strict=True)))
 
     def error(self, answers: Answers) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +107,7 @@ def attempt(
     """``Compressor.step`` on a stack of layers, data-free: from reading the layers to the audit of the optimizer."""
     layers = sizes["layers"]
     model, optimizer = trained_stack(sizes, device, kind)
-    mixers: Any = model.mixers
-    oracle = {"ranks": torch.tensor([_complex_rank(mixer) for mixer in mixers], dtype=torch.float64)}
+    oracle = {"ranks": torch.tensor([_complex_rank(mixer) for mixer in model.mixers], dtype=torch.float64)}
     problem = Problem("step", torch.float32, device, {}, None, oracle, NOT_COUNTED, dict(sizes))
 
     def setup() -> compressm.Compressor:

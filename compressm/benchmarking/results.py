@@ -116,7 +116,7 @@ class Run(_Part):
         skipped, failed: contenders without a time, and why.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1] = FORMAT
     machine: dict[str, Any]
     ceilings: Ceilings
     results: tuple[Result, ...] = ()
@@ -129,22 +129,19 @@ class Run(_Part):
             if key not in self.machine:
                 raise ValueError(f"machine: {key} is missing")
         seen = set()
-        for entry in self._entries():
-            pair = (entry.group, entry.contender)
-            if pair in seen:
+        for entry in (*self.results, *self.skipped, *self.failed):
+            key = (entry.group, entry.contender)
+            if key in seen:
                 raise ValueError(f"{entry.contender!r} occurs twice in the group {entry.group!r}")
-            seen.add(pair)
+            seen.add(key)
         return self
-
-    def _entries(self) -> list[Result | Missing]:
-        return [*self.results, *self.skipped, *self.failed]
 
     def merged(self, newer: Run) -> Run:
         """This run with every group of a newer one in place of its own; machine and ceilings are the newer one's.
 
         Groups in this run keep their order, new ones follow.
         """
-        fresh = {entry.group for entry in newer._entries()}
+        fresh = {entry.group for entry in (*newer.results, *newer.skipped, *newer.failed)}
 
         def joined(name: str) -> tuple:
             kept = [entry for entry in getattr(self, name) if entry.group not in fresh]

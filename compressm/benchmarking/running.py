@@ -94,9 +94,9 @@ def _judge(
     started = time.perf_counter()
     try:
         contender = make(problem)
-        distance = problem.error(contender.answers())
-        if not distance <= problem.tolerance:
-            reason = f"{WRONG}relative error {distance:.1e} against the float64 reference, allowed {problem.tolerance:.0e}"
+        error = problem.error(contender.answers())
+        if not error <= problem.tolerance:
+            reason = f"{WRONG}relative error {error:.1e} against the float64 reference, allowed {problem.tolerance:.0e}"
             outcome.failed.append(Missing(group=case.group, contender=name, reason=reason))
             tell(f"{case.group} | {name}: {reason}")
             return None
@@ -112,8 +112,8 @@ def _judge(
         tell(f"{case.group} | {name}: {outcome.failed[-1].reason}")
         return None
     prepared = time.perf_counter() - started
-    tell(f"{case.group} | {name}: error {distance:.0e}, about {estimate * 1e3:.3g} ms (ready after {prepared:.1f} s)")
-    return Ready(case, problem, contender, estimate, distance, peak)
+    tell(f"{case.group} | {name}: error {error:.0e}, about {estimate * 1e3:.3g} ms (ready after {prepared:.1f} s)")
+    return Ready(case, problem, contender, estimate, error, peak)
 
 
 def _raised(case: Case, name: str, error: Exception) -> Missing:
@@ -137,7 +137,7 @@ def _time(ready: Mapping[tuple[str, str], Ready], ceilings: Ceilings, budget: Bu
         limit, by = limit_of(r.problem.counts, ceilings)
         outcome.results.append(
             Result(
-                group=case.group, op=case.op, level=case.level, shape=case.shape, dtype=case.dtype, **{"pass": case.passes},
+                group=case.group, op=case.op, level=case.level, shape=case.shape, dtype=case.dtype, passes=case.passes,
                 contender=key[1], milliseconds=summary(taken), peak_bytes=r.peak, error=r.error, counts=r.problem.counts,
                 limit_ms=limit, limit_by=by,
             )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +71,13 @@ class Foreign(nn.Module):
         function: of ``{"x": x, **parameters}``.
     """
 
-    def __init__(self, layer: Any, function: Function) -> None:
+    def __init__(self, layer: nn.Module, function: Function) -> None:
         super().__init__()
         self.layer, self.function = layer, function
 
     @property
     def d_state(self) -> int:
-        layer: Any = self.layer
-        return layer.d_state
+        return self.layer.d_state
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function({"x": x, **dict(self.layer.named_parameters())})
@@ -88,7 +86,7 @@ class Foreign(nn.Module):
 def replaced(mixer: str, make: Callable[[nn.Module], nn.Module]) -> Change:
     """Puts ``make(layer)`` in the place of every block's layer."""
 
-    def change(model: Any) -> None:
+    def change(model: nn.Module) -> None:
         for block in model.blocks:
             setattr(block, mixer, make(getattr(block, mixer)))
 
@@ -113,8 +111,8 @@ def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
         share = len(chosen) / count
         (part * share).backward()
         total += part.detach().double() * share
-    named: Any = sorted((name.replace(".layer.", "."), p.grad) for name, p in model.named_parameters())
-    found = torch.cat([gradient.flatten() for _name, gradient in named])
+    named = sorted((name.replace(".layer.", "."), p.grad.flatten()) for name, p in model.named_parameters())
+    found = torch.cat([gradient for _name, gradient in named])
     model.zero_grad()
     return {"loss": total, "gradients": found.clone()}
 

@@ -69,13 +69,11 @@ def check(preset: str, overrides: Mapping[str, Any]) -> None:
 
 def names(what: str) -> list[str]:
     """Of all datasets, models, objectives or methods (``what`` as a setting is called)."""
-    found = list[str]()
+    found = []
     for node in (node for kind in _classes(FOLDERS[what]) for node in kind.body):
-        if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(node.value, ast.Constant):
-            continue
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         if any(isinstance(target, ast.Name) and target.id == "name" for target in targets):
-            found.append(str(node.value.value))
+            found += [node.value.value] if isinstance(node.value, ast.Constant) else []
     return found
 
 

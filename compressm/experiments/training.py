@@ -107,10 +107,9 @@ class TrainingRun:
     """
 
     def __init__(self, method: Method, task: Task, path: Path, finished: Sequence[TrainingRun] = ()) -> None:
-        self.method, self.task, self.path = method, task, path
-        self.settings: Any = task.settings  # with the keys of the method
+        self.method, self.task, self.settings, self.path = method, task, task.settings, path
         self.finished = tuple(finished)
-        self.model: Any = method.start(task, method.states(task, finished))
+        self.model = method.start(task, method.states(task, finished))
         self.optimizer = torch.optim.AdamW(task.model.parameter_groups(self.model), fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, method.rate(self.settings))
         self.state = method.state(self, finished)
@@ -214,8 +213,7 @@ class TrainingRun:
     def _close_window(self, observer: Observer) -> None:
         self._gather()
         window, record = self.record.window, self.record
-        steps = int(window["steps"])
-        loss = window["loss"] / steps
+        loss, steps = window["loss"] / window["steps"], window["steps"]
         if not math.isfinite(loss):
             raise NumericalError(
                 f"run {self.name!r}: the loss is {loss} at step {record.step}: training has diverged. "
@@ -237,7 +235,7 @@ class TrainingRun:
         objective, metric = self.task.objective, self.task.objective.metric
         before = objective.evaluate(self.model, metric.watched) if due else {}
         started = time.perf_counter()
-        report = None if self.compressor is None else self.compressor.step()
+        report = self.compressor.step()
         if report is None:
             return
         self.record.seconds_training += time.perf_counter() - started

@@ -166,9 +166,7 @@ def _begin(stop: Any, told: Any, threads: int) -> None:
 
 def _leave_with_parent() -> None:
     """End the process when its parent has: after the run that it works on is saved."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    multiprocessing.parent_process().join()
     _shared["orphaned"].set()
     with _shared["busy"]:
         os._exit(1)

@@ -88,13 +88,7 @@ def mean_scores(entries: Sequence[Entry]) -> Mapping[float, float | None]:
     scores: dict[float, list[float | None]] = {}
     for entry in entries:
         scores.setdefault(entry.lr_multiple, []).append(entry.score)
-    return {multiple: mean_of(values) for multiple, values in scores.items()}
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    """None where one is."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
+    return {multiple: None if None in values else statistics.fmean(values) for multiple, values in scores.items()}
 
 
 def _counterpart(design: Design, job: Job, method: str, out: Path) -> Job:

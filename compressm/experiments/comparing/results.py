@@ -13,7 +13,7 @@ from typing import Any
 from compressm.errors import DataError
 from compressm.experiments.comparing.design import Design, Job
 from compressm.experiments.comparing.execution import is_done
-from compressm.experiments.comparing.jobs import mean_of, mean_scores, restored
+from compressm.experiments.comparing.jobs import mean_scores, restored
 from compressm.experiments.comparing.records import Entry, read_entry
 from compressm.experiments.comparing.statistics import LEVEL, Difference, Estimate, estimate, holm, paired
 from compressm.experiments.methods import METHODS
@@ -80,7 +80,7 @@ class Arm:
     def mean(self, what: str) -> float | None:
         """Over the runs, of ``seconds_training``, ``state_bytes`` or ``parameters``; None where one does not say."""
         values = [entry.run.parameters if what == "parameters" else getattr(entry, what) for entry in self.entries]
-        return mean_of(values)
+        return None if None in values else statistics.fmean(values)
 
     def to_quality(self, quality: float) -> tuple[int, float | None, float | None]:
         """How many runs became as good as ``quality``, and the means over these of steps and of seconds until then."""

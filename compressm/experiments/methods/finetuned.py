@@ -34,7 +34,7 @@ class Finetuned(Method):
         criterion: what ranks the states; None: balanced truncation with data Gramians.
     """
 
-    Settings: ClassVar[type[Settings]] = FinetunedSettings
+    Settings = FinetunedSettings
     reduced = True
     criterion: ClassVar[Criterion | RowCriterion | None] = None
 

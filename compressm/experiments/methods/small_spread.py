@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,7 @@ class SmallSpread(Small):
         return "" if model.mixer == "lru" else f"chooses among the eigenvalues of LRUs, the model {model.name!r} has none"
 
     def start(self, task: Task, states: Sequence[int]) -> nn.Module:
-        small: Any = super().start(task, states)
-        large: Any = super().start(task, task.model.full_states())
+        small, large = super().start(task, states), super().start(task, task.model.full_states())
         random = torch.Generator().manual_seed(task.settings.seed)
         for block, other in zip(small.blocks, large.blocks, strict=True):
             take_over(getattr(block, task.model.mixer), getattr(other, task.model.mixer), random)

@@ -46,8 +46,7 @@ class Subspace(Small):
         return lambda step: 0.0
 
     def start(self, task: Task, states: Sequence[int]) -> nn.Module:
-        small: Any = super().start(task, states)
-        data: Any = task.data
+        small, data = super().start(task, states), task.data
         inputs, outputs = (signal[:SEQUENCES].cpu() for signal in (data.train_x, data.train_y))
         take_over(getattr(small.blocks[0], task.model.mixer), *identified(inputs, outputs, states[0]))
         return small

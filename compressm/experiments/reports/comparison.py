@@ -50,9 +50,7 @@ def _row(report: Report, run: Run, reference: Run | None) -> Row:
     theirs = None if reference is None or run is reference else report.score(reference.final)
     if score is not None and theirs is not None:
         gap = score - theirs
-    spread = None
-    if measured is not None and measured.p20 is not None and measured.p80 is not None:
-        spread = (measured.p20, measured.p80)
+    spread = None if measured is None or None in (measured.p20, measured.p80) else (measured.p20, measured.p80)
     return Row(
         name=run.name,
         title=run.label,
@@ -74,7 +72,7 @@ def _speed(report: Report, run: Run, reference: Run | None) -> float | None:
     if reference is None:
         return None
     ours, theirs = report.step_time(run), report.step_time(reference)
-    if ours is not None and theirs is not None and ours.median and theirs.median:
+    if ours is not None and theirs is not None:
         return theirs.median / ours.median
-    own, other = run.final.seconds_per_step, reference.final.seconds_per_step
-    return other / own if own and other else None
+    ours, theirs = run.final.seconds_per_step, reference.final.seconds_per_step
+    return theirs / ours if ours and theirs else None

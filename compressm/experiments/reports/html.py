@@ -135,13 +135,12 @@ def _comparison(report: Report) -> list[dict[str, Any]]:
     mixed = len({row.interleaved for row in lines if row.step_seconds is not None}) > 1
     result, metric = [], report.measure
     for row in lines:
-        run = report.run(row.name)
         low, high = (summary.milliseconds(value) for value in row.step_spread or (None, None))
         result.append({
             "name": row.title,
             "class": css_class(row.name),
             "score": metric.text(row.score),
-            "gap": "reference" if run is report.reference else _signed(row.gap, metric),
+            "gap": "reference" if report.run(row.name) is report.reference else _signed(row.gap, metric),
             "states": summary.states(row.states).replace(" x ", " × ").replace("..", "–"),
             "states_all": ", ".join(map(str, row.states)),
             "parameters": summary.whole(row.parameters),
@@ -150,7 +149,7 @@ def _comparison(report: Report) -> list[dict[str, Any]]:
             "speed": _times(row.speed),
             "training": summary.duration(row.seconds_training),
             "total": summary.duration(row.seconds_total),
-            "diverged": run is not None and run.diverged,
+            "diverged": report.run(row.name).diverged,
         })  # fmt: skip
     return result
 

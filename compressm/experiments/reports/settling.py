@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -66,8 +65,7 @@ def _drift(run: Run, label: str, layer: LayerSettling) -> Picture | None:
         return None
 
     def lines(ax: Axes) -> list[Line2D]:
-        move: dict[str, Any] = {"color": look(run.name).colour, "linewidth": 1.8}
-        styles: list[tuple[str, dict[str, Any], Any]] = [("largest move", move, drift)]
+        styles = [("largest move", {"color": look(run.name).colour, "linewidth": 1.8}, drift)]
         if any(value for _, value in bound):
             styles.append(("Weyl's bound", {"color": THEME["soft"], "linewidth": 1.2, "linestyle": DASHED}, bound))
         for _, style, points in styles:
@@ -85,8 +83,7 @@ def _ranking(run: Run, label: str, layer: LayerSettling) -> Picture | None:
         return None
 
     def lines(ax: Axes) -> list[Line2D]:
-        styles: list[dict[str, Any]] = [{"color": look(run.name).colour, "linewidth": 1.8}]
-        styles.append({"color": THEME["soft"], "linestyle": DASHED})
+        styles = [{"color": look(run.name).colour, "linewidth": 1.8}, {"color": THEME["soft"], "linestyle": DASHED}]
         for style, values in zip(styles, series.values(), strict=True):
             draw(ax, list(zip(layer.steps, values, strict=True)), marker="o", markersize=2.4, **style)
         ax.set_ylim(min(0.0, *ax.get_ylim()), 1.02)

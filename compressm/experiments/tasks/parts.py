@@ -64,7 +64,7 @@ class Part:
     Settings: ClassVar[type[Settings]] = Settings
     settings: Any  # an instance of Settings: each part says of which
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
 
@@ -151,7 +151,7 @@ class Model(Part, ABC):
         """Of every block after a reduction; None where only the reduction will tell."""
 
     @abstractmethod
-    def build(self, data: Any, states: Sequence[int]) -> nn.Module:
+    def build(self, data: Data, states: Sequence[int]) -> nn.Module:
         """A model for the data with random initial parameters; ``states`` of every block."""
 
     @abstractmethod

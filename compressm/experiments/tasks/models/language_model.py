@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from compressm.control import RowCriterion
 from compressm.experiments.tasks.datasets.texts import BYTES
 from compressm.experiments.tasks.datasets.tokens import Tokens
 from compressm.experiments.tasks.parts import Cut, Model
-from compressm.experiments.tasks.settings import BlockSettings, Settings
+from compressm.experiments.tasks.settings import BlockSettings
 from compressm.layers import RMSNorm
 
 
@@ -91,14 +91,14 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, d_model)
-        self.blocks: Any = nn.ModuleList(Block(d_model, mixer, layer(n)) for n in d_states)
+        self.blocks = nn.ModuleList(Block(d_model, mixer, layer(n)) for n in d_states)
         self.norm = RMSNorm(d_model, eps=1e-5)
         self.head = None if tied else nn.Linear(d_model, vocabulary, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         with torch.no_grad():
             for block in self.blocks:
-                made: Any = block.layer
-                (made.out_proj if hasattr(made, "out_proj") else made.o_proj).weight /= math.sqrt(len(self.blocks))
+                layer: Any = block.layer
+                (layer.out_proj if hasattr(layer, "out_proj") else layer.o_proj).weight /= math.sqrt(len(self.blocks))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, L), any integer dtype -> scores (batch, L, vocabulary) of what is behind each."""
@@ -119,7 +119,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     GPT's practice).
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, kept = list[nn.Parameter](), list[nn.Parameter]()
+    decayed, kept = [], []
     for parameter in model.parameters():
         exempt = parameter.dim() < 2 or id(parameter) in embeddings or getattr(parameter, "_no_weight_decay", False)
         (kept if exempt else decayed).append(parameter)
@@ -135,7 +135,7 @@ class TokenModel(Model):
     A mixer with a projected form declares ``d_features``, None or the features in front of its states, among its settings.
     """
 
-    Settings: ClassVar[type[Settings]] = TokenSettings
+    Settings = TokenSettings
     settings: TokenSettings
     reads = Tokens
     criteria = RowCriterion

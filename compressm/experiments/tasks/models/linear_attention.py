@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -34,7 +34,7 @@ class LinearAttentionModel(TokenModel):
 
     def layer(self, states: int) -> LinearAttention:
         s = self.settings
-        options: dict[str, Any] = {"decay": s.decay, "d_conv": s.conv}
+        options = {"decay": s.decay, "d_conv": s.conv}
         return LinearAttention(s.d_model, s.heads, states * s.heads / s.d_model, s.expand, **options)
 
     def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:

@@ -68,13 +68,11 @@ class Classifier(nn.Module):
         max_phase: float = 6.28,
     ) -> None:
         super().__init__()
-        self.mean: Tensor
-        self.std: Tensor
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         self.encoder = nn.Linear(channels, d_model)
-        ring: dict[str, Any] = {"r_min": r_min, "r_max": r_max, "max_phase": max_phase}
-        self.blocks: Any = nn.ModuleList(LRUBlock(d_model, n, dropout=dropout, **ring) for n in d_states)
+        ring = {"r_min": r_min, "r_max": r_max, "max_phase": max_phase}
+        self.blocks = nn.ModuleList(LRUBlock(d_model, n, dropout=dropout, **ring) for n in d_states)
         self.norm = LayerNorm(d_model)
         self.decoder = nn.Linear(d_model, classes)
 

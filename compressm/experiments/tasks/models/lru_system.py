@@ -48,7 +48,7 @@ class LinearBlock(nn.Module):
         ring: see :class:`compressm.layers.LRU`.
     """
 
-    def __init__(self, channels: int, d_state: int, feedthrough: bool = True, **ring: Any) -> None:
+    def __init__(self, channels: int, d_state: int, feedthrough: bool = True, **ring: float) -> None:
         super().__init__()
         self.lru = LRU(channels, d_state, **ring)
         if not feedthrough:
@@ -68,9 +68,9 @@ class LinearModel(nn.Module):
         feedthrough, ring: see :class:`LinearBlock`.
     """
 
-    def __init__(self, channels: int, d_states: Sequence[int], feedthrough: bool = True, **ring: Any) -> None:
+    def __init__(self, channels: int, d_states: Sequence[int], feedthrough: bool = True, **ring: float) -> None:
         super().__init__()
-        self.blocks: Any = nn.ModuleList(LinearBlock(channels, n, feedthrough, **ring) for n in d_states)
+        self.blocks = nn.ModuleList(LinearBlock(channels, n, feedthrough, **ring) for n in d_states)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, L, channels) -> the same shape."""
@@ -115,9 +115,8 @@ class LruSystem(Model):
         return Cut(compressm.ErrorBound(s.error_bound), data_free=True)
 
     def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
-        settings: Any = self.settings  # the whole command's, of which the data have a part
-        N, H = settings.d_state, settings.channels
-        shapes = {"u": (settings.batch_size, length, H), "B": (N, H), "C": (H, N)}
+        N, H = self.settings.d_state, self.settings.channels
+        shapes = {"u": (self.settings.batch_size, length, H), "B": (N, H), "C": (H, N)}
         return compressm.kernels.plan("lti_scan", shapes, device=device)
 
     def check(self, *, reduced: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 from torch import nn
 
@@ -34,7 +32,7 @@ class Answers(Objective):
     metric = ACCURACY
     notes = ("Accuracy and loss count the places of a sequence that have an answer.",)
 
-    def __init__(self, settings: Any, data: Drawn) -> None:
+    def __init__(self, settings: Settings, data: Drawn) -> None:
         super().__init__(settings, data)
         self.length = data.length
         self.batches = DrawnBatches(data, settings.batch_size, settings.seed)
