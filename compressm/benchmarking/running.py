@@ -106,8 +106,8 @@ def _judge(
             outcome.skipped.append(Missing(group=case.group, contender=name, reason=reason))
             tell(f"{case.group} | {name}: {reason}")
             return None
-    except Exception as error:
-        outcome.failed.append(_raised(case, name, error))
+    except Exception as raised:
+        outcome.failed.append(_raised(case, name, raised))
         _release()
         tell(f"{case.group} | {name}: {outcome.failed[-1].reason}")
         return None

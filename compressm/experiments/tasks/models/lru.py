@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.experiments.tasks.datasets.sequences import Sequences
-from compressm.experiments.tasks.parts import Cut, Model
+from compressm.experiments.tasks.parts import BlockModel, Cut, Model
 from compressm.experiments.tasks.settings import BlockSettings
 from compressm.kernels import KernelPlan
 from compressm.kernels.fused_cpu import standardized_linear
@@ -42,7 +42,7 @@ class LruSettings(BlockSettings):
         return self
 
 
-class Classifier(nn.Module):
+class Classifier(BlockModel):
     """Class scores of a sequence of uint8 pixels.
 
     Args:
@@ -52,6 +52,10 @@ class Classifier(nn.Module):
         mean, std: (channels,) of the pixels, kept as buffers.
         dropout, r_min, r_max, max_phase: see :class:`compressm.layers.LRUBlock`.
     """
+
+    mixer = "lru"
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -71,8 +75,9 @@ class Classifier(nn.Module):
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         self.encoder = nn.Linear(channels, d_model)
-        ring = {"r_min": r_min, "r_max": r_max, "max_phase": max_phase}
-        self.blocks = nn.ModuleList(LRUBlock(d_model, n, dropout=dropout, **ring) for n in d_states)
+        self.blocks = nn.ModuleList(
+            LRUBlock(d_model, n, dropout=dropout, r_min=r_min, r_max=r_max, max_phase=max_phase) for n in d_states
+        )
         self.norm = LayerNorm(d_model)
         self.decoder = nn.Linear(d_model, classes)
 
@@ -82,11 +87,6 @@ class Classifier(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.decoder(self.norm.mean_over_time(x))
-
-    @property
-    def states(self) -> list[int]:
-        """States of every block now."""
-        return [block.lru.d_state for block in self.blocks]
 
 
 def parameter_groups(model: nn.Module, lr: float, ssm_lr_factor: float, weight_decay: float) -> list[dict]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import compressm
 from compressm.experiments.tasks.datasets.signals import Signals
 from compressm.experiments.tasks.models.lru import parameter_groups
-from compressm.experiments.tasks.parts import Cut, Model
+from compressm.experiments.tasks.parts import BlockModel, Cut, Model
 from compressm.experiments.tasks.settings import BlockSettings
 from compressm.kernels import KernelPlan
 from compressm.layers import LRU
@@ -45,10 +45,10 @@ class LinearBlock(nn.Module):
         channels: in and out.
         d_state: complex states.
         feedthrough: whether the skip is drawn, or begins at zero.
-        ring: see :class:`compressm.layers.LRU`.
+        ring: r_min, r_max and max_phase of :class:`compressm.layers.LRU`.
     """
 
-    def __init__(self, channels: int, d_state: int, feedthrough: bool = True, **ring: float) -> None:
+    def __init__(self, channels: int, d_state: int, feedthrough: bool = True, **ring: Any) -> None:
         super().__init__()
         self.lru = LRU(channels, d_state, **ring)
         if not feedthrough:
@@ -59,7 +59,7 @@ class LinearBlock(nn.Module):
         return self.lru(x)
 
 
-class LinearModel(nn.Module):
+class LinearModel(BlockModel):
     """Linear systems one after the other.
 
     Args:
@@ -68,7 +68,9 @@ class LinearModel(nn.Module):
         feedthrough, ring: see :class:`LinearBlock`.
     """
 
-    def __init__(self, channels: int, d_states: Sequence[int], feedthrough: bool = True, **ring: float) -> None:
+    mixer = "lru"
+
+    def __init__(self, channels: int, d_states: Sequence[int], feedthrough: bool = True, **ring: Any) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(LinearBlock(channels, n, feedthrough, **ring) for n in d_states)
 
@@ -78,18 +80,13 @@ class LinearModel(nn.Module):
             x = block(x)
         return x
 
-    @property
-    def states(self) -> list[int]:
-        """States of every system now."""
-        return [block.lru.d_state for block in self.blocks]
-
 
 class LruSystem(Model):
     """Which signal a system answers with, by LRUs alone."""
 
     name = "lru_system"
     Settings = LruSystemSettings
-    settings: LruSystemSettings
+    settings: Any  # LruSystemSettings, with the ``channels`` of the dataset
     reads = Signals
     mixer = "lru"
 
