@@ -15,7 +15,7 @@ import torch
 from compressm.benchmarking import guard_problems, layer_problems, lti_problems, op_problems, reduction_problems, step_problems
 from compressm.benchmarking.problems import Op, Problem
 from compressm.benchmarking.results import Level, Pass
-from compressm.errors import ConfigError, bad_argument
+from compressm.errors import ConfigError, check_integer
 from compressm.kernels import OPS as RECORDS
 from compressm.kernels.core.op import Measured
 
@@ -104,8 +104,7 @@ def case(op: str, sizes: Mapping[str, int], passes: str, dtype: str | None = Non
     if set(sizes) != set(allowed.sizes):
         raise ConfigError(f"sizes: got {', '.join(sizes)}, expected {', '.join(allowed.sizes)} for {op}")
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise bad_argument(name, got=repr(size), expected="a positive integer")
+        check_integer(name, size)
     return Case(op, tuple((name, sizes[name]) for name in allowed.sizes), chosen, dtype, device)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressm.control.row_criteria import RowCriterion, RowMoments
 from compressm.control.siso import siso_hankel_singular_values
-from compressm.errors import bad_argument
+from compressm.errors import check_integer
 
 RIDGE = 1e-6  # share of the mean diagonal of P added before inverting it
 REFIT_RIDGE = 1e-4  # share of the mean diagonal of the normal equations that pulls F to the plain subset
@@ -128,8 +128,7 @@ class SelectiveReduction:
 
 def check_order(rank: int, order: int) -> None:
     """Raise ArgumentError unless 1 <= rank <= order."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= order:
-        raise bad_argument("rank", got=repr(rank), expected=f"an integer from 1 to {order}, the number of states")
+    check_integer("rank", rank, 1, order, expected=f"an integer from 1 to {order}, the number of states")
 
 
 def mean_subset(moments: SelectiveMoments, rank: int) -> SelectiveReduction:

@@ -16,7 +16,7 @@ from torch import Tensor
 from compressm.control.balancing import Balanced, balance
 from compressm.control.coordinates import Coordinates
 from compressm.control.system import MIN_LOG_MODULUS, DiagonalSystem, one_minus_exp
-from compressm.errors import NumericalError, bad_argument
+from compressm.errors import NumericalError, bad_argument, check_integer
 
 MAX_CONDITION = 1e8  # of A's eigenvectors: half of the digits are left
 METHODS = ("bilinear", "zoh")
@@ -187,8 +187,7 @@ def _blocks(balanced: Balanced | DiagonalSystem, order: int) -> tuple[list[list[
         raise bad_argument("balanced", got=f"convention {balanced.convention!r}", expected="the real convention")
     at, (left, right) = Coordinates.of(balanced.system, "real"), balanced.bases
     total = right.shape[1]
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= total:
-        raise bad_argument("order", got=repr(order), expected=f"an integer from 1 to {total}, the states that can be balanced")
+    check_integer("order", order, 1, total, expected=f"an integer from 1 to {total}, the states that can be balanced")
     sizes = [order, total - order]
     A = [list(row.split(sizes, 1)) for row in (left @ at.A @ right).split(sizes)]
     return A, list((left @ at.B).split(sizes)), list((at.C @ right).split(sizes, 1)), sizes[1]

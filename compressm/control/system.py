@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compressm.errors import NumericalError, bad_argument
+from compressm.errors import NumericalError, check_integer
 from compressm.kernels import Gramians, gramians
 from compressm.kernels.gramians.op import check_system
 
@@ -193,5 +193,4 @@ def _singular_values(system: DiagonalSystem, convention: str) -> Tensor:
 
 def check_rank(rank: int, order: int) -> None:
     """Raise ArgumentError unless 1 <= rank <= order."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= order:
-        raise bad_argument("rank", got=repr(rank), expected=f"an integer from 1 to {order}")
+    check_integer("rank", rank, 1, order)

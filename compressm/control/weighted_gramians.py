@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compressm.control.coordinates import Coordinates, real_gramian, real_gramians
 from compressm.control.system import DiagonalSystem
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer
 from compressm.kernels.gramians.reference import denominators
 
 DOUBLINGS = 60
@@ -29,8 +29,7 @@ def time_limited_gramians(system: DiagonalSystem, steps: int) -> tuple[Tensor, T
     Raises:
         ArgumentError: no step.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise bad_argument("steps", got=repr(steps), expected="a positive integer")
+    check_integer("steps", steps)
     full = system.gramians()
     hermitian, symmetric = denominators(steps * system.log_lam)  # 1 - (lam_i conj(lam_j))^steps, 1 - (lam_i lam_j)^steps
     P = real_gramian(full.P * hermitian, full.S * symmetric)

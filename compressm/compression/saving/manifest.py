@@ -17,10 +17,7 @@ The manifest is a JSON tree that names every tensor exactly once:
 
 from __future__ import annotations
 
-import difflib
-import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,12 +33,20 @@ from compressm.compression.common import random_states
 from compressm.compression.common.codec import decode, encode
 from compressm.compression.common.models import Layers, compressible_layers
 from compressm.compression.compressor.compressor import Compressor
+from compressm.compression.saving.model_state import (
+    check_model,
+    check_number,
+    check_room,
+    check_shape,
+    closest,
+    listed,
+    persistent,
+)
 from compressm.compression.surgery.audit import Optimizers, full_name
 from compressm.compression.surgery.edits import reshape
 from compressm.compression.surgery.optional import give, wanted
 from compressm.compression.surgery.packed_optimizer import (
     check_optimizer_state,
-    extremes,
     keep_optimizer,
     load_optimizer_state,
     pack_optimizer,
@@ -52,10 +57,6 @@ from compressm.errors import CheckpointError
 FORMAT = 1
 KEYS = frozenset({"format", "compressm", "ranks", "dtypes", "model", "optimizers", "compressor", "rng", "extra"})
 MAX_RANK = 1 << 20
-
-
-class PartialLoadWarning(UserWarning):
-    """``load(strict=False)`` has left something out."""
 
 
 def pack(
@@ -100,7 +101,7 @@ def check_numbers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     parameters = {f"model/{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in tensors.items():
         if name.startswith(("model/", "optimizers/")):
-            _check_number(name, value, finite=name in parameters)
+            check_number(name, value, finite=name in parameters)
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Restoration:
             reshape(self.model, self.layers, self.ranks, self.optimizers)
             own = persistent(self.model)
             for name, saved in self.state.items():
-                _check_shape(name, saved, own[name])
+                check_shape(name, saved, own[name])
             before = {name: own[name].to("cpu", copy=True) for name in self.state}
             done.append(partial(_fill, own, before))
             _fill(own, self.state)
@@ -214,11 +215,11 @@ def check(
     generators = _section(manifest, "rng", left, dict | None)
     extra = decode(manifest["extra"], left)
     if left:
-        raise CheckpointError(f"holds tensors that its manifest does not name: {_listed(left)}")
+        raise CheckpointError(f"holds tensors that its manifest does not name: {listed(left)}")
     ranks = saved_ranks(manifest, layers, strict=strict)
     reshaped = {full_name(name, key) for name, rank in ranks.items() for key in _reshaped(*layers[name], rank)}
-    state = _check_model(model, state, reshaped, strict)
-    _check_room(layers, ranks, state)
+    state = check_model(model, state, reshaped, strict)
+    check_room(layers, ranks, state)
     if optimizers and len(saved) != len(optimizers):
         raise CheckpointError(f"holds the state of {len(saved)} optimizers, expected {len(optimizers)}")
     shapes = {**dict(model.named_parameters()), **state}
@@ -242,8 +243,8 @@ def saved_ranks(manifest: Mapping[str, Any], layers: Layers, *, strict: bool = T
     if not isinstance(ranks, dict):
         raise CheckpointError(f"manifest: ranks are a {type(ranks).__name__}, expected a dict")
     if strict and ranks.keys() != layers.keys():
-        hint = _closest(layers.keys() - ranks.keys(), ranks.keys() - layers.keys())
-        raise CheckpointError(f"state-space layers {_listed(ranks)}, expected {_listed(layers)}, as the model has{hint}")
+        hint = closest(layers.keys() - ranks.keys(), ranks.keys() - layers.keys())
+        raise CheckpointError(f"state-space layers {listed(ranks)}, expected {listed(layers)}, as the model has{hint}")
     for name, rank in ranks.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
             raise CheckpointError(f"manifest: rank {rank!r:.80} of layer {name!r:.80}, expected a positive integer")
@@ -262,19 +263,6 @@ def check_progress(compressor: Compressor, progress: Mapping[str, Any] | None, r
         )
 
 
-def persistent(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by state_dict name.
-
-    Raises:
-        CheckpointError: a module has extra state (``get_extra_state``), which would be lost.
-    """
-    state = model.state_dict()
-    foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if foreign:
-        raise CheckpointError(f"model: extra state {foreign[:4]} is no tensor and cannot be stored. Pass it as extra=")
-    return dict(state)
-
-
 def _dtype(module: nn.Module, adapter: Adapter) -> str:
     return str(own_parameter(module, adapter.parameters(module)[0]).dtype).removeprefix("torch.")
 
@@ -289,78 +277,6 @@ def _section(manifest: Mapping[str, Any], name: str, tensors: dict[str, Tensor],
 def _reshaped(module: nn.Module, adapter: Adapter, rank: int) -> tuple[str, ...]:
     """Names, relative to a layer, of its parameters if that rank is another than now."""
     return () if adapter.rank(module) == rank else adapter.parameters(module)
-
-
-def _check_model(model: nn.Module, state: dict[str, Any], reshaped: set[str], strict: bool) -> dict[str, Tensor]:
-    """Names, kinds and values of the model's tensors, and shapes of those that will not be reshaped; returns those to fill."""
-    own = persistent(model)
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    if missing or unexpected:
-        lists = f"missing {_listed(missing)}, unexpected {_listed(unexpected)}{_closest(missing, unexpected)}"
-        if strict:
-            raise CheckpointError(f"does not fit the model: {lists}. Build it as it was saved, or load with strict=False")
-        warnings.warn(f"the checkpoint fits the model in part: {lists}", PartialLoadWarning, stacklevel=4)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    places: dict[tuple, str] = {}
-    result = {name: state[name] for name in own if name in state}
-    for name, saved in result.items():
-        if own[name].is_meta:
-            raise CheckpointError(f"{name} is on the meta device, expected memory to load into. Use model.to_empty(device=...)")
-        _check_kind(name, saved, own[name])
-        if name not in reshaped:
-            _check_shape(name, saved, own[name])
-        _check_number(name, saved, finite=name in parameters)
-        twin = places.setdefault((own[name].data_ptr(), own[name].shape, own[name].stride()), name)
-        if twin != name and own[name].numel() and not torch.equal(saved, state[twin]):
-            raise CheckpointError(f"{name} and {twin} are one tensor in the model, but differ in the checkpoint")
-    return result
-
-
-def _check_kind(name: str, saved: Any, own: Tensor) -> None:
-    """Floating-point tensors may change their precision, others nothing."""
-    fits = isinstance(saved, Tensor) and saved.is_complex() == own.is_complex() and saved.dim() == own.dim()
-    if not fits or (saved.dtype != own.dtype and saved.is_floating_point() != own.is_floating_point()):
-        raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own)}")
-    if saved.dtype == own.dtype:
-        return
-    if not (own.is_floating_point() or own.is_complex()):
-        raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own)}")
-    if all(map(math.isfinite, extremes(saved))) and not all(map(math.isfinite, extremes(saved.to(own.dtype)))):
-        raise CheckpointError(f"{name} holds {saved.dtype} values that are too large for the model's {own.dtype}")
-
-
-def _check_number(name: str, value: Tensor, *, finite: bool) -> None:
-    lowest, highest = extremes(value)
-    if math.isnan(lowest) or (finite and not (math.isfinite(lowest) and math.isfinite(highest))):
-        what = "NaN" if math.isnan(lowest) else "infinity"
-        raise CheckpointError(f"{name} holds {what}: training has diverged. Go back to an earlier checkpoint")
-
-
-def _check_room(layers: Layers, ranks: Mapping[str, int], state: Mapping[str, Tensor]) -> None:
-    """Layers that will be reshaped must have all their tensors, and those must be about as large as the rank says.
-
-    Blank tensors are made before their exact shapes can be compared; a false rank must not exhaust the memory.
-    """
-    for name, rank in ranks.items():
-        module, adapter = layers[name]
-        now = adapter.rank(module)
-        if rank == now:
-            continue
-        probe = 2 if now == 1 else 1
-        for key, small in adapter.blank(module, probe).items():
-            full = full_name(name, key)
-            if full not in state:
-                raise CheckpointError(f"{full} is missing, expected the tensors of {rank} states of layer {name!r}")
-            slopes = [(b - a) / (now - probe) for a, b in zip(small.shape, own_parameter(module, key).shape, strict=True)]
-            needed = math.prod(a + slope * (rank - probe) for a, slope in zip(small.shape, slopes, strict=True))
-            if needed > 2 * state[full].numel() + 4096:
-                got = tuple(state[full].shape)
-                raise CheckpointError(f"{full} has shape {got}, expected {rank} states, as the ranks say of layer {name!r}")
-
-
-def _check_shape(name: str, saved: Tensor, own: Tensor) -> None:
-    if saved.shape != own.shape:
-        raise CheckpointError(f"{name} is {_kind(saved)}, expected {_kind(own)}")
 
 
 @torch.no_grad()
@@ -378,27 +294,3 @@ def _kept(compressor: Compressor) -> list[Undo]:
             undo += [partial(put_list, value, list(value)) for value in vars(part).values() if type(value) is list]
             undo += [partial(put_mapping, value, dict(value)) for value in vars(part).values() if type(value) is dict]
     return undo
-
-
-def _kind(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _listed(names: Iterable[Any]) -> str:
-    """The first names in order, for messages."""
-    listed = sorted(map(str, names))
-    return str([name[:80] for name in listed[:6]]) + (f" and {len(listed) - 6} more" if len(listed) > 6 else "")
-
-
-def _closest(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """A hint where names differ by a prefix or by little."""
-    candidates = [name for name in sorted(unexpected)[:1000] if len(name) <= 200]
-    for name in sorted(missing)[:3]:
-        for other in candidates:
-            longer, shorter = (other, name) if len(other) > len(name) else (name, other)
-            if longer.endswith(f".{shorter}"):
-                where, prefix = ("checkpoint's" if longer == other else "model's"), longer.removesuffix(shorter)
-                return f" (the {where} names begin with {prefix!r}: was the model wrapped, or is it a part?)"
-        if found := difflib.get_close_matches(name[:200], candidates, 1):
-            return f" (is {found[0]!r} what is {name!r} here?)"
-    return ""
