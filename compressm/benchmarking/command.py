@@ -14,9 +14,8 @@ from compressm.benchmarking import environment
 from compressm.benchmarking.cases import OPS, Case, case
 from compressm.benchmarking.limits import measure_ceilings
 from compressm.benchmarking.op_problems import COMPILED, REFERENCE
-from compressm.benchmarking.problems import Contender, Problem
 from compressm.benchmarking.results import Result, Run
-from compressm.benchmarking.running import OURS, Make, Tell, measure
+from compressm.benchmarking.running import OURS, Make, Tell, built_in, measure
 from compressm.benchmarking.timing import Budget
 from compressm.errors import ConfigError
 from compressm.experiments.training import pick_device
@@ -145,14 +144,7 @@ def _makers(chosen: Case, with_compile: bool) -> dict[str, Make]:
         names.append(REFERENCE)
     if with_compile and level != "reduction":
         names.append(COMPILED)
-    return {name: _built_in(name) for name in names}
-
-
-def _built_in(name: str) -> Make:
-    def make(problem: Problem) -> Contender:
-        return problem.built_in[name]()
-
-    return make
+    return {name: built_in(name) for name in names}
 
 
 def table(run: Run) -> Table:

@@ -21,6 +21,11 @@ OURS = "compressm"
 WRONG, RAISED = "wrong: ", "raised "  # how reasons for a missing time begin
 
 
+def built_in(name: str) -> Make:
+    """A contender that the package brings along."""
+    return lambda problem: problem.built_in[name]()
+
+
 @dataclass
 class Outcome:
     """What became of the contenders of a family; ``samples`` are seconds per call by (group, contender)."""

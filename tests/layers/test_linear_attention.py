@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from layers.inference import InferenceParams
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError
 from compressm.layers import LinearAttention
-
-
-@dataclass
-class InferenceParams:
-    """What generation loops pass to their layers."""
-
-    seqlen_offset: int = 0
-    key_value_memory_dict: dict = field(default_factory=dict)
 
 
 def small(**options):

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from layers.inference import InferenceParams
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError
 from compressm.layers import Mamba
-
-
-@dataclass
-class InferenceParams:
-    """What mamba_ssm's generation loop passes to its layers."""
-
-    seqlen_offset: int = 0
-    key_value_memory_dict: dict = field(default_factory=dict)
 
 
 def small(**options):

@@ -78,7 +78,10 @@ def pack(
         "format": FORMAT,
         "compressm": __version__,
         "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
-        "dtypes": {name: _dtype(module, adapter) for name, (module, adapter) in layers.items()},
+        "dtypes": {
+            name: str(own_parameter(module, adapter.parameters(module)[0]).dtype).removeprefix("torch.")
+            for name, (module, adapter) in layers.items()
+        },
         "model": encode(persistent(model), "model", tensors),
         "optimizers": encode([pack_optimizer(o, model) for o in optimizers], "optimizers", tensors),
         "compressor": encode(None if compressor is None else compressor.state_dict(), "compressor", tensors),
@@ -261,10 +264,6 @@ def check_progress(compressor: Compressor, progress: Mapping[str, Any] | None, r
             f"its compressor state has ranks {progress['ranks']!s:.200} and its model {ranks!s:.200}, expected the same. "
             "Save a model together with its own compressor"
         )
-
-
-def _dtype(module: nn.Module, adapter: Adapter) -> str:
-    return str(own_parameter(module, adapter.parameters(module)[0]).dtype).removeprefix("torch.")
 
 
 def _section(manifest: Mapping[str, Any], name: str, tensors: dict[str, Tensor], kind: Any) -> Any:

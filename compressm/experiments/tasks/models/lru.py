@@ -18,28 +18,33 @@ from compressm.kernels.fused_cpu import standardized_linear
 from compressm.layers import LayerNorm, LRUBlock
 
 
-class LruSettings(BlockSettings):
+class RingSettings(BlockSettings):
+    """Of models whose initial eigenvalues are drawn as of :class:`compressm.layers.LRU`."""
+
+    r_min: float = Field(0.9, ge=0, lt=1)
+    r_max: float = Field(0.999, gt=0, lt=1)
+    max_phase: float = Field(6.28, gt=0, le=6.2831853)
+
+    @model_validator(mode="after")
+    def _ring(self) -> RingSettings:
+        if self.r_min >= self.r_max:
+            raise ValueError("r_min must be below r_max")
+        return self
+
+
+class LruSettings(RingSettings):
     """``ssm_lr_factor`` scales the learning rate of nu_log, theta_log, gamma_log and B, which get no weight decay; ``tau`` is
     the fraction of the sum of Hankel singular values that a reduction discards, in ``attempts`` reductions; ``rank`` asks for
     so many states in its place.
     """
 
     dropout: float = Field(0.1, ge=0, lt=1)
-    r_min: float = Field(0.9, ge=0, lt=1)
-    r_max: float = Field(0.999, gt=0, lt=1)
-    max_phase: float = Field(6.28, gt=0, le=6.2831853)
     ssm_lr_factor: float = Field(1.0, gt=0)
     tau: float = Field(0.02, ge=0, lt=1)
     rank: int | None = Field(None, ge=1)
     attempts: int = Field(1, ge=1)
     recipe: Literal["default", "paper"] = "default"
     multiple_of: int = Field(1, ge=1)
-
-    @model_validator(mode="after")
-    def _ring(self) -> LruSettings:
-        if self.r_min >= self.r_max:
-            raise ValueError("r_min must be below r_max")
-        return self
 
 
 class Classifier(BlockModel):
