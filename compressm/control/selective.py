@@ -126,18 +126,13 @@ class SelectiveReduction:
         return len(self.states)
 
 
-def check_order(rank: int, order: int) -> None:
-    """Raise ArgumentError unless 1 <= rank <= order."""
-    check_integer("rank", rank, 1, order, expected=f"an integer from 1 to {order}, the number of states")
-
-
 def mean_subset(moments: SelectiveMoments, rank: int) -> SelectiveReduction:
     """The ``rank`` states with the largest surrogate Hankel singular values, C as it is.
 
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     order = torch.sort(moments.mean.scores(), descending=True, stable=True).indices
     states = order[:rank].sort().values
     plain = _selection(states, moments.order)
@@ -150,7 +145,7 @@ def best_states(moments: SelectiveMoments, rank: int, criterion: RowCriterion) -
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     (states,) = criterion.rows(moments.rows(), rank)
     plain = _selection(states, moments.order)
     return SelectiveReduction(states, plain, criterion.name, _error(moments, states, plain))
@@ -162,7 +157,7 @@ def refitted_subset(moments: SelectiveMoments, rank: int) -> SelectiveReduction:
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     states, mix = backward_subset(moments.P, moments.Q, rank)
     if moments.steps == 0:
         return SelectiveReduction(states, mix, "backward subset, C predicted", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compressm.control.balancing import Balanced, balance
 from compressm.control.coordinates import Coordinates
-from compressm.control.system import MIN_LOG_MODULUS, DiagonalSystem, one_minus_exp
+from compressm.control.system import MIN_LOG_MODULUS, DiagonalSystem, check_single, one_minus_exp
 from compressm.errors import NumericalError, bad_argument, check_integer
 
 MAX_CONDITION = 1e8  # of A's eigenvectors: half of the digits are left
@@ -143,8 +143,7 @@ def _matrix(name: str, value: Any) -> Tensor:
 
 def state_space(system: DiagonalSystem) -> StateSpace:
     """See :meth:`compressm.control.DiagonalSystem.to_state_space`."""
-    if system.batch_shape:
-        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
+    check_single(system)
     at = Coordinates.of(system, "real")
     return StateSpace(at.A, at.B, at.C, at.C.new_zeros(at.C.shape[0], at.B.shape[1]))
 

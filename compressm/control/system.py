@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compressm.errors import NumericalError, check_integer
+from compressm.errors import NumericalError, bad_argument
 from compressm.kernels import Gramians, gramians
 from compressm.kernels.gramians.op import check_system
 
@@ -191,6 +191,7 @@ def _singular_values(system: DiagonalSystem, convention: str) -> Tensor:
     return hankel_singular_values(system, convention)
 
 
-def check_rank(rank: int, order: int) -> None:
-    """Raise ArgumentError unless 1 <= rank <= order."""
-    check_integer("rank", rank, 1, order)
+def check_single(system: DiagonalSystem) -> None:
+    """Raise ArgumentError for a batch of systems."""
+    if system.batch_shape:
+        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.control.coordinates import Coordinates, real_gramian, real_gramians
-from compressm.control.system import DiagonalSystem
+from compressm.control.system import DiagonalSystem, check_single
 from compressm.errors import bad_argument, check_integer
 from compressm.kernels.gramians.reference import denominators
 
@@ -52,8 +52,7 @@ def frequency_weighted_gramians(
     Raises:
         ArgumentError: a batch, or a filter with other numbers of inputs or outputs.
     """
-    if system.batch_shape:
-        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
+    check_single(system)
     P, Q = real_gramians(system)
     at = Coordinates.of(system, "real")
     if input_weight is not None:

@@ -323,7 +323,7 @@ def check_taken_back(failed: Mapping[str, Exception], step: int) -> None:
     """Raise CompressmError if a registered object refused its state of a step when everything went back to there."""
     for what, error in failed.items():
         raise CompressmError(
-            f"guard: {what} did not take back its state of step {step} ({type(error).__name__}: {error}), expected what "
-            "state_dict() had returned to be welcome. Everything else is back, step_count included: see "
+            f"guard: {what} did not take back its state of step {step} ({type(error).__name__}: {error}), expected its "
+            "load_state_dict() to take what its state_dict() had returned. Everything else is back, step_count included: see "
             "compressor.history[-1]; set this one back by hand"
         ) from error

@@ -35,9 +35,9 @@ from compressm.compression.common.models import Layers, compressible_layers
 from compressm.compression.compressor.compressor import Compressor
 from compressm.compression.saving.model_state import (
     check_model,
-    check_number,
     check_room,
     check_shape,
+    check_values,
     closest,
     listed,
     persistent,
@@ -104,7 +104,7 @@ def check_numbers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     parameters = {f"model/{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in tensors.items():
         if name.startswith(("model/", "optimizers/")):
-            check_number(name, value, finite=name in parameters)
+            check_values(name, value, finite=name in parameters)
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,14 @@ def check(
     generators = _section(manifest, "rng", left, dict | None)
     extra = decode(manifest["extra"], left)
     if left:
-        raise CheckpointError(f"holds tensors that its manifest does not name: {listed(left)}")
+        raise CheckpointError(f"holds tensors that its manifest does not name: {listed(left)}. It has been changed")
     ranks = saved_ranks(manifest, layers, strict=strict)
     reshaped = {full_name(name, key) for name, rank in ranks.items() for key in _reshaped(*layers[name], rank)}
     state = check_model(model, state, reshaped, strict)
     check_room(layers, ranks, state)
     if optimizers and len(saved) != len(optimizers):
-        raise CheckpointError(f"holds the state of {len(saved)} optimizers, expected {len(optimizers)}")
+        remedy = "Pass as many optimizers as were saved, or none"
+        raise CheckpointError(f"holds the state of {len(saved)} optimizers, expected {len(optimizers)}. {remedy}")
     shapes = {**dict(model.named_parameters()), **state}
     ready = [check_optimizer_state(o, model, s, shapes) for o, s in zip(optimizers, saved, strict=False)]
     if compressor is not None:
