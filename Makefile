@@ -9,7 +9,7 @@ PEERS := $(VENV)/.peers
 DOCS := $(VENV)/.docs
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,min,rounds --benchmark-sort=name
 
-.PHONY: demo test lint docs bench bench-gpu report quality clean
+.PHONY: demo test lint sanitize docs links bench bench-gpu report quality clean
 
 demo: $(PACKAGE)
 	$(BIN)/compressm train digits --out runs/digits
@@ -22,10 +22,20 @@ lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The C++ kernels under the address and the undefined behaviour sanitizer, as far as tests of the CPU reach.
+SANITIZED := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(TESTS)
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	COMPRESSM_CXXFLAGS="$(SANITIZED)" $(BIN)/python -m pytest tests/kernels tests/layers -k "not triton" -q $(ARGS)
+
 # Every warning is an error; tests/docs runs the pages' code.
 docs: $(DOCS)
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 	@echo "the site: docs/_build/html/index.html"
+
+# Whether what the site links to elsewhere is there; needs the network.
+links: $(DOCS)
+	$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/links
 
 # ARGS chooses a part or changes a run: make bench ARGS="-k selective_scan", ARGS="--bench-resume", ARGS="--bench-seconds 5"
 bench: $(PEERS)

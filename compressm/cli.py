@@ -15,7 +15,8 @@ from rich.table import Table
 
 import compressm
 from compressm._version import __version__
-from compressm.errors import ConfigError
+from compressm.errors import CheckpointError, ConfigError, DataError
+from compressm.experiments.registry import did_you_mean
 from compressm.experiments.tasks.presets import PRESETS
 
 app = typer.Typer(
@@ -171,6 +172,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the Hankel spectra of a checkpoint's layers, and how many states each tau would keep."""
+    if not checkpoint.is_file():
+        what = "a folder" if checkpoint.is_dir() else "no such file"
+        raise CheckpointError(f"{checkpoint}: {what}, expected a checkpoint (.safetensors) that compressm train wrote")
     from compressm.experiments.restoring import restore_model
 
     model, calibration = restore_model(checkpoint, data_dir)
@@ -203,6 +207,11 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Give a trained language model of transformers fewer states: calibrate, cut, distil, store."""
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: no such folder, expected one that save_pretrained wrote")
+    for path in data:
+        if not path.exists():
+            raise DataError(f"--data {path}: no such file or folder")
     from compressm.experiments.training import pick_device
     from compressm.integrations.post_training import compress_checkpoint
 
@@ -242,6 +251,8 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures into this file.")] = None,
 ) -> None:
     """Time an op, a layer or a training step at your own sizes, beside plain torch and the machine's limit."""
+    if op not in BENCH_OPS:
+        raise ConfigError(f"op: got {op!r}{did_you_mean(op, BENCH_OPS)}, expected one of {', '.join(BENCH_OPS)}")
     from compressm.benchmarking import command
 
     given = {"batch": batch, "channels": d_model, "length": length, "width": width}

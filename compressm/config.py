@@ -4,6 +4,8 @@
     Name of the kernel backend to use where a call does not name one: ``reference``, ``cpp`` or ``triton``.
 ``COMPRESSM_BUILD_DIR``
     Folder in which the C++ kernels are built and cached (default: torch's extension folder).
+``COMPRESSM_CXXFLAGS``
+    Further flags for the C++ compiler, behind those of the package; other flags are another build.
 ``COMPRESSM_DISABLE_CPP``
     ``1`` skips the C++ kernels; the plain torch forms run instead.
 
@@ -13,6 +15,7 @@ Where glibc's own variables tune its malloc, it is left as the user wants it.
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,7 @@ class Config:
     backend: str | None
     build_dir: Path | None
     cpp_enabled: bool
+    cxx_flags: tuple[str, ...] = ()
 
 
 def current() -> Config:
@@ -37,7 +41,11 @@ def current() -> Config:
     if disable not in ("0", "1", ""):
         raise ConfigError(f"COMPRESSM_DISABLE_CPP: expected 0 or 1, got {disable!r}")
     folder = os.environ.get("COMPRESSM_BUILD_DIR")
-    return Config(backend(), Path(folder) if folder else None, disable != "1")
+    try:
+        flags = tuple(shlex.split(os.environ.get("COMPRESSM_CXXFLAGS", "")))
+    except ValueError as error:
+        raise ConfigError(f"COMPRESSM_CXXFLAGS: expected flags as a shell takes them ({error})") from error
+    return Config(backend(), Path(folder) if folder else None, disable != "1", flags)
 
 
 def backend() -> str | None:

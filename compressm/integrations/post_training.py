@@ -82,7 +82,7 @@ def compress_checkpoint(
 
     Raises:
         CheckpointError: no checkpoint, or half of one; ``out`` is not empty or cannot be written.
-        ConfigError, ArgumentError: a number does not fit the model.
+        ConfigError, ArgumentError: a number does not fit the model, or a layer's class has no room for fewer states.
         DataError: too few tokens, or none.
         ModelError: the model has no layer to compress.
         DependencyError: transformers is not installed.
@@ -98,6 +98,7 @@ def compress_checkpoint(
     tokens = token_sequences(data, tokenizer, vocabulary, sequences + held_out, length).to(device)
     watched = torch.tensor([(i + 1) * held_out // len(tokens) > i * held_out // len(tokens) for i in range(len(tokens))])
     model = _on_own_kernels(model.to(device))
+    _check_storable(model)
     before = _loss(model, tokens[watched])
     report = compress(
         model, FixedRank(states), calibration=_batches(tokens[~watched]), multiple_of=multiple_of, uniform=True,
@@ -124,6 +125,17 @@ def _check_states(model: nn.Module, states: int) -> None:
     ranks = {name: adapter.rank(module) for name, (module, adapter) in compressible_layers(model).items()}
     if states >= (most := max(ranks.values())):
         raise ConfigError(f"--states {states}: the layers have {most}, expected fewer. Nothing was written")
+
+
+def _check_storable(model: nn.Module) -> None:
+    """What is left must be a model of the library's own classes, without new parameters."""
+    for name, (module, adapter) in compressible_layers(model).items():
+        if adapter.forms and (new := adapter.in_form(module, None).needs(module)):
+            raise ConfigError(
+                f"{name}: a {type(module).__qualname__} can only lose states behind new parameters ({', '.join(new)}), which "
+                "from_pretrained does not know. Nothing was written. In Python: accelerate_(model), compressm.compress and "
+                "compressm.save"
+            )
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:

@@ -102,8 +102,7 @@ class LinearAttention(MambaLayer):
         self.expand_k, self.expand_v, self.scale = expand_k, expand_v, scale
         self.gate_logit_normalizer, self.chunk_size, self.layer_idx = gate_logit_normalizer, chunk_size, layer_idx
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(d_model, keys, bias=False, **options)
-        self.k_proj = nn.Linear(d_model, keys, bias=False, **options)
+        self.q_proj, self.k_proj = (nn.Linear(d_model, keys, bias=False, **options) for _ in range(2))
         self.v_proj = nn.Linear(d_model, values, bias=False, **options)
         if d_conv:
             for name, width in (("q_conv1d", keys), ("k_conv1d", keys), ("v_conv1d", values)):
@@ -125,6 +124,11 @@ class LinearAttention(MambaLayer):
         fixed = torch.log1p(-torch.exp2(-5.0 - steps)) if decay == "fixed" else None
         self.register_buffer("log_decay", fixed, persistent=False)
         self.register_buffer("inv_freq", _frequencies(keys // num_heads, rotary_base, device) if rotary else None, False)
+
+    @property
+    def d_state(self) -> int:
+        """Channels of a head's keys."""
+        return self.k_proj.weight.shape[0] // self.num_heads
 
     def mixing(
         self, hidden_states: Tensor, cache: tuple[Tensor, Tensor] | None = None, cu_seqlens: Tensor | None = None

@@ -33,7 +33,7 @@ class Mamba(MambaLayer):
         dt_scale: see ``dt_init``.
         dt_init_floor: least initial step size.
         conv_bias, bias: whether the convolution, and the projections in and out, have a bias.
-        use_fast_path: taken for mamba_ssm's sake; there is one path.
+        use_fast_path: on a CPU one op may compute the whole mixer, where every sub-module is plain; False: never.
         layer_idx: key of this layer in ``inference_params.key_value_memory_dict``.
         device, dtype: of the parameters; ``A_log`` and ``D`` are kept in float32.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update
+from compressm.kernels.fused_cpu.mamba_mixer import mamba_mixer
 from compressm.layers._plain import plain
 from compressm.layers.step_sizes import StepSizes
 
@@ -59,6 +60,10 @@ def mix(
         cu_seqlens: of several sequences along L in a batch of 1, as :func:`compressm.kernels.selective_scan` takes it.
         convolution, scan: with the arguments of the default ones.
     """
+    if cache is None and cu_seqlens is None and (convolution, scan) == (causal_conv1d, selective_scan):
+        out = _in_one_op(mixer, hidden_states)
+        if out is not None:
+            return out
     x, z = project(mixer, hidden_states)
     if cache is not None:
         width = cache[0].shape[-1]
@@ -73,6 +78,22 @@ def mix(
         result, last = result
         cache[1].copy_(last.detach())
     return mixer.out_proj(result.mT)
+
+
+def _in_one_op(mixer: Mixer, hidden_states: Tensor) -> Tensor | None:
+    """None where the steps have to run one by one: the op does not run, or a module is more than its parameters."""
+    if torch.compiler.is_compiling() or not getattr(mixer, "use_fast_path", True):
+        return None
+    in_proj, x_proj, dt_proj, out_proj, conv = mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj, mixer.conv1d
+    if not all(plain(linear, nn.Linear) for linear in (in_proj, x_proj, out_proj)) or not plain(conv, nn.Conv1d):
+        return None
+    silu = getattr(mixer, "activation", "silu") in SILU
+    if not silu or not plain(dt_proj, nn.Linear, StepSizes) or x_proj.bias is not None or dt_proj.bias is None:
+        return None
+    return mamba_mixer(
+        hidden_states, in_proj.weight, in_proj.bias, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias,
+        mixer.A_log, mixer.D, out_proj.weight, out_proj.bias,
+    )  # fmt: skip
 
 
 def step(mixer: Mixer, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:

@@ -15,12 +15,12 @@
 #include "core/tensor.h"
 #include "core/partial_sums.h"
 #include "selective_scan/selective_scan.h"
+#include "selective_scan/selective_scan_tensors.h"
 
 namespace compressm {
 namespace {
 
-constexpr int64_t kParts = 16;          // backward tasks to aim for
-constexpr int64_t kSegmentTiles = 8;    // tiles of a segment
+constexpr int64_t kSegmentTiles = 8;  // tiles of a segment
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -123,8 +123,8 @@ struct Scan {
   }
 };
 
-// u, delta and z are float32 or bfloat16, all else is float32.  Returns (out, last state (sequences, D, N), checkpoints
-// (tiles, N, D), output in front of the gate), the first and last as u; the last two are empty unless train (and with a gate).
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan(
     const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
     const OptionalTensor& z, const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
@@ -146,13 +146,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan(
   return {out, last, checkpoints, y};
 }
 
+namespace {
+
 // How the backward's tasks share the work: lanes of sequences, each with about as many steps, and shares of the blocks.
 struct Shares {
   int64_t lanes, shares, segment;
   std::vector<int64_t> first;  // of each lane's sequences, and the end
-  explicit Shares(const Scan& scan) {
-    lanes = std::clamp<int64_t>(scan.count(), 1, kParts);
-    shares = std::clamp<int64_t>(kParts / (lanes * scan.groups), 1, std::max<int64_t>(scan.blocks(), 1));
+  Shares(const Scan& scan, int64_t parts) {
+    lanes = std::clamp<int64_t>(scan.count(), 1, parts);
+    shares = std::clamp<int64_t>(parts / (lanes * scan.groups), 1, std::max<int64_t>(scan.blocks(), 1));
     segment = shares == 1 ? std::max<int64_t>(ceil_div(scan.longest(), kScanTile), 1) : kSegmentTiles;
     const int64_t steps = scan.batch * scan.length;
     for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -221,15 +223,14 @@ void backward_segments(const Scan& scan, const ScanGradients& gradients, const T
   }
 }
 
-// Of (u, delta, A, B, C, D, z, delta_bias, initial_state); empty for an argument that is None.
-using ScanGradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-ScanGradientTensors selective_scan_backward(const OptionalTensor& maybe_grad, const OptionalTensor& grad_last, const Tensor& u,
-                                            const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                                            const OptionalTensor& D, const OptionalTensor& z,
-                                            const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
-                                            const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& y,
-                                            bool softplus) {
+ScanGradientTensors selective_scan_gradients(const OptionalTensor& maybe_grad, const OptionalTensor& grad_last,
+                                             const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
+                                             const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                                             const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                                             const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& y,
+                                             bool softplus, int64_t parts) {
   const Scan scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, softplus);
   const Tensor grad_out = maybe_grad ? *maybe_grad : at::zeros_like(u);
   check(grad_out, "grad_out", u.sizes(), u.scalar_type());
@@ -244,7 +245,7 @@ ScanGradientTensors selective_scan_backward(const OptionalTensor& maybe_grad, co
   Tensor grad_u = like(u), grad_delta = like(delta), grad_z = like(z);
   Tensor state = at::zeros({scan.count(), scan.states, scan.channels}, options);
   if (grad_last) state.copy_(grad_last->transpose(1, 2));
-  const Shares shares(scan);
+  const Shares shares(scan, parts);
   Partials partials(scan, shares, options);
   ScanGradients gradients{};
   gradients.out = rows_of(grad_out), gradients.u = rows_of(grad_u), gradients.delta = rows_of(grad_delta);
@@ -257,6 +258,18 @@ ScanGradientTensors selective_scan_backward(const OptionalTensor& maybe_grad, co
   if (delta_bias) grad_bias.copy_(sum_partials(partials.bias));
   if (initial_state) grad_initial.copy_(state.transpose(1, 2));
   return {grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_initial};
+}
+
+namespace {
+
+ScanGradientTensors selective_scan_backward(const OptionalTensor& grad_out, const OptionalTensor& grad_last, const Tensor& u,
+                                            const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                                            const OptionalTensor& D, const OptionalTensor& z,
+                                            const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                                            const OptionalTensor& cu_seqlens, const Tensor& checkpoints, const Tensor& y,
+                                            bool softplus) {
+  return selective_scan_gradients(grad_out, grad_last, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+                                  checkpoints, y, softplus, kScanParts);
 }
 
 TORCH_LIBRARY_FRAGMENT(compressm_cpp, m) {

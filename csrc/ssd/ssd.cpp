@@ -21,7 +21,7 @@ constexpr int64_t kRows = 16;  // of a state, that pass from chunk to chunk in o
 // The arguments of a scan, checked; holds the copies that the kernels point to.
 struct Scan {
   int64_t batch, length, heads, channels, groups, states, pitch;
-  Tensor x, dt, A, B, C, D, z, bias, initial;
+  Tensor x, dt, A, B, C, D, z, bias, initial, steps;
   SsdInputs in{};
   Chunks pieces;
 
@@ -52,7 +52,9 @@ struct Scan {
     pitch = (channels + width - 1) / width * width;
     in = {heads, channels, groups, states, std::min(chunk, std::max<int64_t>(length, 1)), softplus, scaled,
           static_cast<float>(low), static_cast<float>(high), rows_of(x), rows_of(dt), rows_of(B), rows_of(C), gate ? rows_of(z) : SsdRows{},
-          A.const_data_ptr<float>(), pointer(D), pointer(bias)};
+          A.const_data_ptr<float>(), pointer(D), pointer(bias), nullptr};
+    steps = numbers({pieces.count(), heads, ssd_kernels().step_floats(in)});
+    in.steps = steps.data_ptr<float>();
   }
 
   Tensor numbers(at::IntArrayRef shape) const { return at::empty(shape, A.options()); }

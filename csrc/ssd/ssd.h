@@ -26,6 +26,7 @@ struct SsdInputs {
   float low, high;  // limits of a step
   SsdRows x, dt, B, C, z;
   const float *A, *D, *bias;  // (heads), (heads, channels) or null, (heads) or null; contiguous
+  float* steps;               // (chunks, heads, step_floats): what `write` finds of the step sizes and all others read
 };
 
 struct SsdGradients {
@@ -40,6 +41,9 @@ struct SsdKernels {
 
   // Floats of scratch that any of the following needs; aligned to 64 bytes.
   std::int64_t (*scratch)(const SsdInputs& in);
+
+  // Floats of what is kept of the step sizes of a chunk and a head; a multiple of 16.
+  std::int64_t (*step_floats)(const SsdInputs& in);
 
   // What the chunk adds to the states of the group's heads, and (chunks, heads) what is left of those in front of it.
   void (*write)(const SsdInputs& in, const Chunk& chunk, std::int64_t group, float* states, float* left, float* scratch);

@@ -1,4 +1,4 @@
-"""Mamba-2 layers for tests whose scan matters, and their inputs."""
+"""Mamba-2 layers and hidden states for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mamba-2 layers as systems: moments against brute force, and edits of both forms."""
+"""Mamba-2 layers as systems: moments against brute force, edits of both forms, and what is refused."""
 
 from __future__ import annotations
 

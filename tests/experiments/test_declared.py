@@ -38,6 +38,11 @@ WRONG = {
     "train digits --set model=transformer": "model: got 'transformer', expected one of ",
     "train digits --set tau": "--set: got 'tau', expected key=value",
     "compare sysid --methods compressed,smal": "runs: got 'smal' (did you mean 'small'?)",
+    "inspect nowhere.safetensors": "nowhere.safetensors: no such file, expected a checkpoint",
+    "inspect /": "/: a folder, expected a checkpoint",
+    "compress nowhere --states 4 --data texts --out out": "nowhere: no such folder, expected one that save_pretrained wrote",
+    "compress / --states 4 --data nowhere --out out": "--data nowhere: no such file or folder",
+    "bench selective_scn": "op: got 'selective_scn' (did you mean 'selective_scan'?), expected one of ",
 }
 
 

@@ -76,6 +76,20 @@ def test_rows_are_cut_where_the_compressed_run_is(tmp_path, model, method):
     assert layer["gramians"] == ("data-free" if method == "random_subset" else "data")
 
 
+def test_a_second_cut_comes_late_and_ends_at_the_same_states(tmp_path):
+    run = trained("compressed_twice", tmp_path, "recall", model="mamba", steps=10, reduce_until=0.4)
+    assert [(cut["step"], cut["layers"][0]["rank_after"]) for cut in run.record.reductions] == [(4, 5), (6, 3)]
+    with pytest.raises(ConfigError, match=r"reduce_until must be below 0\.6"):
+        resolve("recall", {"runs": ["compressed_twice"], "reduce_until": 0.7})
+
+
+def test_the_rate_doubles_at_the_cut(tmp_path):
+    plain, faster = (trained(name, tmp_path, "recall", model="mamba") for name in ("compressed", "compressed_faster"))
+    assert cut_of(plain)[0] == cut_of(faster)[0]
+    rates = [run.optimizer.param_groups[0]["lr"] for run in (plain, faster)]
+    assert rates[1] == pytest.approx(2 * rates[0])
+
+
 def test_chance_follows_the_seed(tmp_path):
     kept = []
     for seed in (0, 1):

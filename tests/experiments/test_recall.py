@@ -273,6 +273,24 @@ def test_gated_delta_net_shrinks_and_is_restored(form, tmp_path):
     control.train_step()
 
 
+@pytest.mark.parametrize("options", [{"decay": "scalar"}, {"decay": "channel", "conv": 0}, {"decay": "none"}])
+def test_linear_attention_shrinks_and_is_restored(options, tmp_path):
+    tiny = {key: value for key, value in TINY.items() if key != "headdim"}
+    made_task = make_task(resolve("recall", {**tiny, "model": "linear_attention", **options}), None, CPU)
+    made = finished(TrainingRun(METHODS["compressed"], made_task, tmp_path / "run.safetensors", ()))
+    assert made.model.states == [3]
+    assert made.model.blocks[0].layer.q_proj.weight.shape[0] == 6
+    model, calibration = restore_model(tmp_path / "run.safetensors")
+    assert torch.equal(model(calibration[0]), made.model(calibration[0]))
+    assert made_task.model.kernel_plan(9, CPU).op == "linear_attention"
+
+
+def test_linear_attention_settings_are_checked():
+    for options, words in (({"decay": "slow"}, "decay: got 'slow'"), ({"heads": 3}, r"heads = 3 must divide expand")):
+        with pytest.raises(ConfigError, match=words):
+            resolve("recall", {"model": "linear_attention", **options})
+
+
 def test_tuning_sees_other_sequences():
     data = task(pairs=12, keys=31, values=32, length=40).data
     (tokens, _), (others, _) = data.draw(16, 3), data.held_out().draw(16, 3)

@@ -255,8 +255,8 @@ def main() -> int:
 def _guided(campaign: Campaign, options: argparse.Namespace) -> int:
     import atheris
 
-    files = ("saving.checkpoint", "saving.manifest", "saving.model_state", "common.codec", "common.types", "planning.report")
-    for module in (*files, "common.random_states", "surgery.packed_optimizer"):
+    files = ("saving.checkpoint", "saving.manifest", "saving.fitting", "common.codec", "common.types", "common.random_states")
+    for module in (*files, "planning.report", "surgery.packed_optimizer"):
         loaded = sys.modules[f"compressm.compression.{module}"]
         for item in list(vars(loaded).values()):
             if callable(item) and getattr(item, "__module__", "") == loaded.__name__ and hasattr(item, "__code__"):

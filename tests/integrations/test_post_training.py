@@ -44,6 +44,15 @@ DELTA = {
 }  # fmt: skip
 
 
+def kimi_linear():
+    config = transformers.KimiLinearConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, kv_lora_rank=4,
+        qk_rope_head_dim=4, v_head_dim=4, qk_nope_head_dim=4, head_dim=4, linear_head_dim=16, linear_num_heads=2,
+        layer_types=["linear_attention", "full_attention"], mlp_layer_types=["dense", "dense"], **COMMON,
+    )  # fmt: skip
+    return transformers.KimiLinearForCausalLM(config)
+
+
 def half_used(model):
     """Every other channel of keys and queries is zero, and values are so large that the norm's eps hardly matters."""
     taps = model.model.layers[0].linear_attn.conv1d.weight
@@ -153,6 +162,7 @@ def test_ids_and_json(kind, tmp_path):
 def test_what_is_wrong_is_named_and_nothing_written(tmp_path, text):
     folder, out = stored(tmp_path / "model"), tmp_path / "out"
     bare, other = stored(tmp_path / "bare", texts=False), stored(tmp_path / "other", attention)
+    kimi = stored(tmp_path / "kimi", kimi_linear)
     torn, lacking = stored(tmp_path / "torn"), stored(tmp_path / "lacking")
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -174,6 +184,7 @@ def test_what_is_wrong_is_named_and_nothing_written(tmp_path, text):
         (torn, 8, text, out, [], CheckpointError, "torn: cannot be loaded"),
         (lacking, 8, text, out, [], CheckpointError, "lacks .* of the model's weights"),
         (other, 8, text, out, [], ModelError, "no state-space layer"),
+        (kimi, 8, text, out, [], ConfigError, r"only lose states behind new parameters \(k_map, q_map\).*Nothing was written"),
         (folder, 6, text, out, [], ArgumentError, "multiple of 4.* 6 states"),
         (folder, 8, text, out, ["--multiple-of", "3"], ConfigError, "--states 8: expected a multiple of 3"),
         (folder, 16, text, out, [], ConfigError, "--states 16: the layers have 16"),

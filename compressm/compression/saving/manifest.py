@@ -33,7 +33,7 @@ from compressm.compression.common import random_states
 from compressm.compression.common.codec import decode, encode
 from compressm.compression.common.models import Layers, compressible_layers
 from compressm.compression.compressor.compressor import Compressor
-from compressm.compression.saving.model_state import (
+from compressm.compression.saving.fitting import (
     check_model,
     check_room,
     check_shape,

@@ -25,8 +25,8 @@ from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.compressor import Compressor
 from compressm.compression.distributed.team import ReplicatedTeam, Team
 from compressm.compression.distributed.wrapped import team_of
+from compressm.compression.saving.fitting import persistent
 from compressm.compression.saving.manifest import check_progress, pack, saved_ranks
-from compressm.compression.saving.model_state import persistent
 from compressm.compression.surgery.audit import OptimizerArgument, as_optimizers, full_name
 from compressm.compression.surgery.edits import reshape
 from compressm.compression.surgery.packed_optimizer import load_optimizer_state, named_groups, numbered

@@ -13,8 +13,10 @@ from compressm.experiments.methods.after_taylor import AfterTaylorKept
 from compressm.experiments.methods.base import Method
 from compressm.experiments.methods.compressed import Compressed
 from compressm.experiments.methods.compressed_data_free import CompressedDataFree
+from compressm.experiments.methods.compressed_faster import CompressedFaster
 from compressm.experiments.methods.compressed_paper import CompressedPaper
 from compressm.experiments.methods.compressed_strict import CompressedStrict
+from compressm.experiments.methods.compressed_twice import CompressedTwice
 from compressm.experiments.methods.compressed_when_stable import CompressedWhenStable
 from compressm.experiments.methods.distilled import Distilled
 from compressm.experiments.methods.drrqr import Drrqr
@@ -38,5 +40,5 @@ METHODS: Registry[Method] = Registry(
     Watched(), Small(), SmallNarrow(), SmallSpread(), SmallProjected(), RandomSubset(), Drrqr(), Ghost(), OutputEnergyKept(),
     TaylorKept(), Distilled(), HankelNorm(), ModalL1(), AfterBalanced(), AfterRandom(), AfterMagnitude(), AfterModal(),
     AfterLast(), AfterAire(), AfterDrrqr(), AfterGhost(), AfterOutputEnergyKept(), AfterTaylorKept(),
-    Subspace(),
+    Subspace(), CompressedFaster(), CompressedTwice(),
 )  # fmt: skip

@@ -57,8 +57,12 @@ class Compressed(Method):
             form=cut.form,
             multiple_of=cut.multiple_of,
             sequences=settings.calibration_sequences,
-            lr_after=settings.lr_after,
+            lr_after=self.rate_after(settings),
         )
+
+    def rate_after(self, settings: CompressedSettings) -> float | None:
+        """What multiplies the learning rate at the first cut."""
+        return settings.lr_after
 
     def loss(self, run: TrainingRun, outcome: Outcome) -> Tensor | None:
         settings = run.settings

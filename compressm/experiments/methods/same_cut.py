@@ -25,6 +25,10 @@ class SameCut(Compressed):
         """When it is cut."""
         return compressm.Once(settings.steps, settings.reduce_until)
 
+    def policy(self, run: TrainingRun) -> compressm.compression.Policy:
+        """To how many states."""
+        return to_states(run.task, small_states(run.task, run.finished))
+
     @abstractmethod
     def options(self, run: TrainingRun) -> dict[str, Any]:
         """How it is cut: further arguments of the Compressor."""
@@ -33,10 +37,10 @@ class SameCut(Compressed):
         return compressm.Compressor(
             run.model,
             run.optimizer,
-            policy=to_states(run.task, small_states(run.task, run.finished)),
+            policy=self.policy(run),
             schedule=self.schedule(run.settings),
             sequences=run.settings.calibration_sequences,
-            lr_after=run.settings.lr_after,
+            lr_after=self.rate_after(run.settings),
             **self.options(run),
         )
 

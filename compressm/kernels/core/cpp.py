@@ -139,7 +139,7 @@ def _flags(version: str) -> list[str]:
     GCC's calls are answered by the OpenMP library that torch itself has loaded; clang would bring a second one.
     """
     openmp = torch.backends.openmp.is_available() and "clang" not in version.lower()
-    return [*_FLAGS, *(["-fopenmp"] if openmp else [])]
+    return [*_FLAGS, *(["-fopenmp"] if openmp else []), *config.current().cxx_flags]
 
 
 def _digest(root: Path, version: str) -> str:
@@ -300,7 +300,7 @@ def _build(root: Path, library: Path, flags: list[str]) -> None:
     from torch.utils import cpp_extension
 
     started = time.perf_counter()
-    logger.warning("compressm: building the C++ kernels once (two to six minutes on two cores) in %s", library.parent)
+    logger.warning("compressm: building the C++ kernels once (one to three minutes on two cores) in %s", library.parent)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder, _quoted_torch():
         _precompile(root, Path(folder), flags)
         cpp_extension.load(

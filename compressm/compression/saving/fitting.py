@@ -1,4 +1,4 @@
-"""The tensors of a model against those of a checkpoint, before anything changes: names, kinds, shapes, values."""
+"""Whether the tensors of a checkpoint fit a model: their names, kinds, values and shapes, and what to say where they do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mamba-2 layers of other libraries: every class that the registry names."""
+"""Mamba-2 mixers of other libraries: every class that the registry names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from compressm.compression.planning.calibration import collect
 from compressm.errors import ArgumentError, ModelError
 from compressm.integrations.mamba_ssm import stand_in_for_the_extension
 
+ADAPTER = Mamba2Adapter()
 SIZES = {"mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 16, "mamba_n_groups": 2}
 HYBRIDS = {
     "mamba2.modeling_mamba2.Mamba2Mixer": (
@@ -95,7 +96,7 @@ def test_what_is_read_is_what_the_mixer_does(name, monkeypatch):
     def forward(model, batch):
         return model(batch, attention_mask=mask)
 
-    moments = collect(layer, {"": (layer, Mamba2Adapter())}, [hidden], forward=forward, rows_per_state=None)[""]
+    moments = collect(layer, {"": (layer, ADAPTER)}, [hidden], forward=forward, rows_per_state=None)[""]
     for letter, moment in (("B", moments.P), ("C", moments.Q)):
         rows = seen[letter][mask.bool()].double()
         torch.testing.assert_close(moment, torch.einsum("tgn,tgm->gnm", rows, rows) / 15, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,52 @@
+"""Language models of linear attention layers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+import compressm
+from compressm.experiments.tasks.models.language_model import TokenModel, TokenSettings
+from compressm.kernels import KernelPlan
+from compressm.layers import LinearAttention
+
+
+class LinearAttentionSettings(TokenSettings):
+    """``heads`` share the ``expand * d_model`` channels of values; each has ``d_state`` channels of keys.
+
+    ``decay`` is that of the layers' states, ``conv`` the taps of their short convolutions, 0 for none.
+    """
+
+    heads: int = Field(2, ge=1)
+    decay: Literal["none", "fixed", "scalar", "channel"] = "scalar"
+    conv: int = Field(4, ge=0)
+
+
+class LinearAttentionModel(TokenModel):
+    """Which token comes next, by blocks of linear attention."""
+
+    name = mixer = "linear_attention"
+    Settings = LinearAttentionSettings
+    settings: LinearAttentionSettings
+    notes = ("States are counted per channel of a head's values: they are the channels of a key.",)
+
+    def layer(self, states: int) -> LinearAttention:
+        s = self.settings
+        keys = states * s.heads / s.d_model
+        return LinearAttention(s.d_model, s.heads, keys, s.expand, decay=s.decay, d_conv=s.conv)
+
+    def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
+        s = self.settings
+        steps = s.batch_size, length, s.heads
+        shapes = {"q": (*steps, s.d_state), "v": (*steps, s.expand * s.d_model // s.heads)}
+        if s.decay == "channel":
+            shapes["g"] = shapes["q"]
+        return compressm.kernels.plan("linear_attention", shapes, device=device)
+
+    def check(self, *, reduced: bool) -> None:
+        super().check(reduced=reduced)
+        s = self.settings
+        if s.expand * s.d_model % s.heads:
+            raise ValueError(f"heads = {s.heads} must divide expand * d_model = {s.expand * s.d_model}")
