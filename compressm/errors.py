@@ -5,7 +5,8 @@ Each message says which argument or file is meant, what came, what was expected,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +71,24 @@ def bad_argument(name: str, *, got: Any, expected: str, remedy: str = "") -> Arg
     """Build the error for one wrong argument; the caller raises it."""
     message = f"{name}: expected {expected}, got {got}"
     return ArgumentError(f"{message}. {remedy}" if remedy else message)
+
+
+def check_integer(name: str, value: object, least: int = 1, most: float = math.inf, *, expected: str = "") -> None:
+    """Raise ArgumentError unless an argument is an integer, and no bool, from ``least`` to ``most``.
+
+    Args:
+        expected: in words, in the place of those that follow from the limits.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        if not expected and most == math.inf:
+            expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise bad_argument(name, got=repr(value), expected=expected or f"an integer from {least} to {most}")
+
+
+def check_number(name: str, value: object, expected: str, allowed: Callable[[float], bool]) -> None:
+    """Raise ArgumentError unless an argument is a number, and no bool, that is allowed."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not allowed(value):
+        raise bad_argument(name, got=repr(value), expected=expected)
 
 
 @contextmanager

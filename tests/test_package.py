@@ -106,6 +106,8 @@ assert not torch.cuda.is_initialized()
 compressm.layers.LRU(2, 3)
 assert "rich" not in sys.modules and "matplotlib" not in sys.modules
 assert "torch._dynamo" not in sys.modules, "takes two seconds"
+import compressm.integrations
+assert not {"transformers", "lightning", "pytorch_lightning", "accelerate", "mamba_ssm"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT.parent)
 

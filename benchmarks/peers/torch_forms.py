@@ -5,20 +5,9 @@ from __future__ import annotations
 from compressm.benchmarking.guard_problems import DISK, SAVE
 from compressm.benchmarking.lti_problems import EAGER
 from compressm.benchmarking.op_problems import COMPILED, REFERENCE
-from compressm.benchmarking.problems import Contender, Problem
-from compressm.benchmarking.running import Make
+from compressm.benchmarking.running import built_in
 from compressm.kernels import OPS
 from peers.base import Peer
-
-
-def built_in(name: str) -> Make:
-    """A contender that the package brings along."""
-
-    def make(problem: Problem) -> Contender:
-        return problem.built_in[name]()
-
-    return make
-
 
 LOOPS = [*(op for op, record in OPS.items() if not record.rivals), "lru", "mamba"]
 NAMES = sorted({name for record in OPS.values() for name in record.rivals})

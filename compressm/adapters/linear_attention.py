@@ -144,7 +144,7 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
     def analyse(self, module: nn.Module, name: str, convention: str, measured: MatrixMoments | None) -> LinearAnalysis:
         self._checked(module, name)
         if convention not in self.conventions:
-            raise ModelError(f"{label(module, name)}: recipe 'paper' has no method for matrix-valued states")
+            raise ModelError(f"{label(module, name)}: recipe 'paper' has none for matrix-valued states, expected 'default'")
         gramians = "data-free" if measured is None else "data"
         if measured is None:
             meter = self.meter(module, name, WHITE[0], 1, 0)

@@ -234,7 +234,7 @@ class MatrixAdapter(RowRanked[MatrixReduction]):
     def analyse(self, module: nn.Module, name: str, convention: str, measured: MatrixMoments | None) -> MatrixAnalysis:
         self.checked(module, name)
         if convention not in self.conventions:
-            raise ModelError(f"{label(module, name)}: recipe 'paper' has no method for matrix-valued states")
+            raise ModelError(f"{label(module, name)}: recipe 'paper' has none for matrix-valued states, expected 'default'")
         moments = self.measured(module, name) if measured is None else measured
         kind = "data-free" if measured is None else "data"
         return MatrixAnalysis(moments, kind, self, self.maps(module), self.criterion)

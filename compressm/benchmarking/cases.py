@@ -15,7 +15,7 @@ import torch
 from compressm.benchmarking import guard_problems, layer_problems, lti_problems, op_problems, reduction_problems, step_problems
 from compressm.benchmarking.problems import Op, Problem
 from compressm.benchmarking.results import Level, Pass
-from compressm.errors import ConfigError, bad_argument
+from compressm.errors import ConfigError, check_integer
 from compressm.kernels import OPS as RECORDS
 from compressm.kernels.core.op import Measured
 
@@ -84,7 +84,7 @@ class Family:
     only: tuple[str, ...] | None = None
 
 
-def case(op: str, sizes: Mapping[str, int], passes: Pass, dtype: str | None = None, device: str = "cpu") -> Case:
+def case(op: str, sizes: Mapping[str, int], passes: str, dtype: str | None = None, device: str = "cpu") -> Case:
     """A checked case; without a dtype the op's own.
 
     Raises:
@@ -93,7 +93,8 @@ def case(op: str, sizes: Mapping[str, int], passes: Pass, dtype: str | None = No
     if op not in OPS:
         raise ConfigError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
     allowed = OPS[op]
-    if passes not in allowed.passes:
+    chosen = next((known for known in allowed.passes if known == passes), None)
+    if chosen is None:
         raise ConfigError(f"pass: got {passes!r}, expected one of {', '.join(allowed.passes)} for {op}")
     dtype = dtype or allowed.dtype
     possible = DTYPES_OF_LEVEL.get(allowed.level, ()) if allowed.dtype == "float32" else ()
@@ -103,9 +104,8 @@ def case(op: str, sizes: Mapping[str, int], passes: Pass, dtype: str | None = No
     if set(sizes) != set(allowed.sizes):
         raise ConfigError(f"sizes: got {', '.join(sizes)}, expected {', '.join(allowed.sizes)} for {op}")
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise bad_argument(name, got=repr(size), expected="a positive integer")
-    return Case(op, tuple((name, sizes[name]) for name in allowed.sizes), passes, dtype, device)
+        check_integer(name, size)
+    return Case(op, tuple((name, sizes[name]) for name in allowed.sizes), chosen, dtype, device)
 
 
 def registry(device: str) -> list[Family]:
@@ -115,7 +115,9 @@ def registry(device: str) -> list[Family]:
     return [*families, *_curves(gpu, device)]
 
 
-def _family(op: str, passes: Pass, device: str, states: Iterable[int], dtype: str | None = None, **sizes: int) -> Family:
+def _family(
+    op: str, passes: str, device: str, states: Iterable[int], sizes: Mapping[str, int], dtype: str | None = None
+) -> Family:
     cases = tuple(case(op, {**sizes, "states": n}, passes, dtype, device) for n in states)
     numbers = " ".join(f"{LETTERS.get(name, name)}{size}" for name, size in sizes.items())
     words = [op, numbers, *([] if passes == "step" else [passes]), *([] if dtype is None else [dtype])]
@@ -139,12 +141,12 @@ def _layers(gpu: bool, device: str) -> list[Family]:
     mamba = {"batch": 8, "length": 2048, "channels": 768} if gpu else {"batch": 16, "length": 256, "channels": 64}
     families = []
     for passes in ("forward", "forward+backward"):
-        families.append(_family("lru", passes, device, (256, 28), batch=50, length=784, channels=8))
-        families.append(_family("lru", passes, device, (384, 93), **scifar))
-        families.append(_family("mamba", passes, device, (128, 12), **mamba))
+        families.append(_family("lru", passes, device, (256, 28), {"batch": 50, "length": 784, "channels": 8}))
+        families.append(_family("lru", passes, device, (384, 93), scifar))
+        families.append(_family("mamba", passes, device, (128, 12), mamba))
         for op, states in (("s5", (384, 96)), ("s4d", (32, 8))):
-            families.append(_family(op, passes, device, states, batch=16, length=1024, channels=256))
-    return families if gpu else [*families, _family("loop", "step", device, (16,), channels=4)]
+            families.append(_family(op, passes, device, states, {"batch": 16, "length": 1024, "channels": 256}))
+    return families if gpu else [*families, _family("loop", "step", device, (16,), {"channels": 4})]
 
 
 def _steps(gpu: bool, device: str) -> list[Family]:
@@ -152,10 +154,10 @@ def _steps(gpu: bool, device: str) -> list[Family]:
     language = {"batch": 16, "channels": 512, "length": 1024, "blocks": 8} if gpu else dict(OPS["mamba-lm"].sizes)
     language.pop("states", None)
     return [
-        _family("smnist", "step", device, (256, 47, 28, 13), batch=50, channels=8, blocks=1),
-        _family("scifar", "step", device, (384, 161, 93, 57), **scifar),
-        _family("mamba-lm", "step", device, (128, 64, 32, 16, 12), **language),
-        replace(_family("mamba-lm", "step", device, (128, 12), "bfloat16", **language), only=("compressm",)),
+        _family("smnist", "step", device, (256, 47, 28, 13), {"batch": 50, "channels": 8, "blocks": 1}),
+        _family("scifar", "step", device, (384, 161, 93, 57), scifar),
+        _family("mamba-lm", "step", device, (128, 64, 32, 16, 12), language),
+        replace(_family("mamba-lm", "step", device, (128, 12), language, "bfloat16"), only=("compressm",)),
     ]
 
 

@@ -14,9 +14,8 @@ from compressm.benchmarking import environment
 from compressm.benchmarking.cases import OPS, Case, case
 from compressm.benchmarking.limits import measure_ceilings
 from compressm.benchmarking.op_problems import COMPILED, REFERENCE
-from compressm.benchmarking.problems import Contender, Problem
 from compressm.benchmarking.results import Result, Run
-from compressm.benchmarking.running import OURS, Make, Tell, measure
+from compressm.benchmarking.running import OURS, Make, Tell, built_in, measure
 from compressm.benchmarking.timing import Budget
 from compressm.errors import ConfigError
 from compressm.experiments.training import pick_device
@@ -133,7 +132,8 @@ def run(request: Request, tell: Tell) -> Run:
     budget = Budget() if request.rounds is None else Budget.of(request.rounds)
     outcome = measure([(c, _makers(c, request.compile)) for c in cases], ceilings, budget, tell)
     machine = environment.describe(request.device, ["torch", "triton"])
-    return Run(machine=machine, ceilings=ceilings, results=outcome.results, skipped=outcome.skipped, failed=outcome.failed)
+    results, skipped, failed = tuple(outcome.results), tuple(outcome.skipped), tuple(outcome.failed)
+    return Run(machine=machine, ceilings=ceilings, results=results, skipped=skipped, failed=failed)
 
 
 def _makers(chosen: Case, with_compile: bool) -> dict[str, Make]:
@@ -144,14 +144,7 @@ def _makers(chosen: Case, with_compile: bool) -> dict[str, Make]:
         names.append(REFERENCE)
     if with_compile and level != "reduction":
         names.append(COMPILED)
-    return {name: _built_in(name) for name in names}
-
-
-def _built_in(name: str) -> Make:
-    def make(problem: Problem) -> Contender:
-        return problem.built_in[name]()
-
-    return make
+    return {name: built_in(name) for name in names}
 
 
 def table(run: Run) -> Table:
@@ -165,8 +158,8 @@ def table(run: Run) -> Table:
     title = f"{first.op} {first.passes}, {first.dtype}, " + ", ".join(f"{_word(n)} {size}" for n, size in same.items())
     worst = max(r.error for r in run.results)
     caption = f"every answer and gradient within {worst:.0e} of the float64 reference"
-    style = {"title_justify": "left", "caption_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
-    found = Table(title=title, caption=caption, **style)
+    found = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    found.title_justify = found.caption_justify = "left"
     for column in ("states", "", "ms", "spread", "full/this", "/ ours", "of limit", "peak MiB"):
         found.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     times = {(r.shape.get("states", 0), r.contender): r.milliseconds.median for r in run.results}
@@ -192,7 +185,7 @@ def _ratio(above: float | None, below: float | None) -> str:
 
 
 def _limit(r: Result) -> str:
-    return "" if r.share_of_limit is None else f"{r.share_of_limit:.0%} {SHORT[r.limit_by]}"
+    return "" if r.share_of_limit is None or r.limit_by is None else f"{r.share_of_limit:.0%} {SHORT[r.limit_by]}"
 
 
 def ceilings_line(run: Run) -> str:

@@ -81,14 +81,16 @@ def waiting(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: 
     schedule, guard = compressm.Once(1 << 40), compressm.Rollback(lambda model: 0.0)
     policy = compressm.Energy(tau=TAU)
     compressor = compressm.Compressor(model, optimizer, policy=policy, schedule=schedule, guard=guard)
-    compressor._cadence.took(0)
+    cadence = compressor._cadence
+    assert cadence is not None  # there is an optimizer
+    cadence.took(0)
     compressor.step()
     oracle = {"steps": torch.tensor([float(CALLS)], dtype=torch.float64)}
     problem = Problem("step", torch.float64, device, {}, None, oracle, NOT_COUNTED, dict(sizes))
 
     def run() -> None:
         for _ in range(CALLS):
-            compressor._cadence.took(0)  # as the optimizer's hook does
+            cadence.took(0)  # as the optimizer's hook does
             compressor.step()
 
     def answers() -> Answers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ def lru(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torc
     layer = LRU(channels, states, device=device)
     least = counts.of_op("lti_scan", sizes, dtype.itemsize, passes != "forward")
     problem = layer_problem(layer, sizes, passes, dtype, least, batch * length * states)
-    problem.built_in[REFERENCE] = lambda: problem.contender(lambda p: lti_scan_planar(**lru_operands(p), backend="reference"))
+    scanned: Callable[..., Any] = lti_scan_planar  # a tensor, as the last state isn't asked for
+    problem.built_in[REFERENCE] = lambda: problem.contender(lambda p: scanned(**lru_operands(p), backend="reference"))
 
     def unrolled():
         scan = in_compiled_chunks("lti_scan")
@@ -81,11 +83,11 @@ def lru(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: torc
 class _Mixer(Mamba):
     """A Mamba layer around another scan and another convolution."""
 
-    scan: Callable[..., Tensor]
-    convolution: Callable[..., Tensor]
+    scan: Callable[..., Any]
+    convolution: Callable[..., Any]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return mix(self, x, scan=self.scan, convolution=self.convolution)
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return mix(self, hidden_states, scan=self.scan, convolution=self.convolution)
 
 
 def mamba_with(scan, convolve):
@@ -130,10 +132,10 @@ def mamba(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: to
     problem = layer_problem(layer, sizes, passes, dtype, least, batch * length * layer.d_inner * states)
 
     def reference():
-        def scan(p: dict[str, Tensor]) -> Tensor:
+        def scan(p: dict[str, Any]) -> Any:
             return selective_scan(**p, delta_softplus=True, backend="reference")
 
-        def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
             return causal_conv1d(x, weight, bias, activation="silu", backend="reference")
 
         return problem.contender(mamba_with(scan, convolve))

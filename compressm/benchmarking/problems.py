@@ -71,8 +71,11 @@ class Problem:
     def contender(self, function: Function) -> Contender:
         """From a torch function of the inputs; without a backward it runs without autograd."""
         if not self.backward:
-            run = torch.no_grad()(lambda: (function(self.inputs),))
             names = ["out"]
+
+            @torch.no_grad()
+            def run() -> tuple[Tensor, ...]:
+                return (function(self.inputs),)
         else:
             leaves = list(self.inputs.values())
 

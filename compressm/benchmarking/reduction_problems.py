@@ -83,6 +83,10 @@ class Stack(nn.Module):
         super().__init__()
         self.mixers = nn.ModuleList(kind(channels, states) for _ in range(layers))
 
+    def layers(self) -> list[LRU | S5]:
+        """The layers."""
+        return [mixer for mixer in self.mixers if isinstance(mixer, LRU | S5)]
+
     def forward(self, x: Tensor) -> Tensor:
         for mixer in self.mixers:
             x = x + nn.functional.gelu(mixer(x))
@@ -107,7 +111,7 @@ def attempt(
     """``Compressor.step`` on a stack of layers, data-free: from reading the layers to the audit of the optimizer."""
     layers = sizes["layers"]
     model, optimizer = trained_stack(sizes, device, kind)
-    oracle = {"ranks": torch.tensor([_complex_rank(mixer) for mixer in model.mixers], dtype=torch.float64)}
+    oracle = {"ranks": torch.tensor([_complex_rank(mixer) for mixer in model.layers()], dtype=torch.float64)}
     problem = Problem("step", torch.float32, device, {}, None, oracle, NOT_COUNTED, dict(sizes))
 
     def setup() -> compressm.Compressor:

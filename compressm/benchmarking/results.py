@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressm.compression.common.files import write_atomically
 from compressm.errors import DataError
 
-FORMAT = 1
+FORMAT: Final = 1
 Level = Literal["op", "layer", "step", "reduction"]
 Pass = Literal["forward", "forward+backward", "step"]
 Resource = Literal["bytes", "flops", "exponentials"]
@@ -128,20 +128,22 @@ class Run(_Part):
         for key in ("cpu", "device", "torch", "commit", "date", "versions"):
             if key not in self.machine:
                 raise ValueError(f"machine: {key} is missing")
-        seen = set()
-        for entry in (*self.results, *self.skipped, *self.failed):
-            key = (entry.group, entry.contender)
-            if key in seen:
-                raise ValueError(f"{entry.contender!r} occurs twice in the group {entry.group!r}")
-            seen.add(key)
+        named = [(entry.group, entry.contender) for entry in self.entries]
+        if twice := next((pair for pair in named if named.count(pair) > 1), None):
+            raise ValueError(f"{twice[1]!r} occurs twice in the group {twice[0]!r}")
         return self
+
+    @property
+    def entries(self) -> tuple[Result | Missing, ...]:
+        """With a time and without one."""
+        return (*self.results, *self.skipped, *self.failed)
 
     def merged(self, newer: Run) -> Run:
         """This run with every group of a newer one in place of its own; machine and ceilings are the newer one's.
 
         Groups in this run keep their order, new ones follow.
         """
-        fresh = {entry.group for entry in (*newer.results, *newer.skipped, *newer.failed)}
+        fresh = {entry.group for entry in newer.entries}
 
         def joined(name: str) -> tuple:
             kept = [entry for entry in getattr(self, name) if entry.group not in fresh]

@@ -21,6 +21,11 @@ OURS = "compressm"
 WRONG, RAISED = "wrong: ", "raised "  # how reasons for a missing time begin
 
 
+def built_in(name: str) -> Make:
+    """A contender that the package brings along."""
+    return lambda problem: problem.built_in[name]()
+
+
 @dataclass
 class Outcome:
     """What became of the contenders of a family; ``samples`` are seconds per call by (group, contender)."""
@@ -106,8 +111,8 @@ def _judge(
             outcome.skipped.append(Missing(group=case.group, contender=name, reason=reason))
             tell(f"{case.group} | {name}: {reason}")
             return None
-    except Exception as error:
-        outcome.failed.append(_raised(case, name, error))
+    except Exception as raised:
+        outcome.failed.append(_raised(case, name, raised))
         _release()
         tell(f"{case.group} | {name}: {outcome.failed[-1].reason}")
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,13 @@ from compressm.experiments.methods.full import Full
 from compressm.experiments.settings import resolve
 from compressm.experiments.tasks.datasets.sequences import Sequences
 from compressm.experiments.tasks.datasets.texts import BYTES, Text
+from compressm.experiments.tasks.parts import BlockModel
 from compressm.experiments.tasks.settings import Settings
 from compressm.experiments.tasks.task import Task
 from compressm.experiments.training import TrainingRun, count_parameters
 
 BATCHES_OF_NOISE = 4
-Change = Callable[[nn.Module], None]  # of a model, in place, before its optimizer is made
+Change = Callable[[BlockModel], None]  # of a model, in place, before its optimizer is made
 
 
 class Changed(Full):
@@ -43,7 +45,7 @@ class Changed(Full):
     def __init__(self, change: Change | None) -> None:
         self.change = change
 
-    def start(self, task: Task, states: Sequence[int]) -> nn.Module:
+    def start(self, task: Task, states: Sequence[int]) -> BlockModel:
         model = super().start(task, states)
         if self.change is not None:
             self.change(model)
@@ -71,7 +73,7 @@ class Foreign(nn.Module):
         function: of ``{"x": x, **parameters}``.
     """
 
-    def __init__(self, layer: nn.Module, function: Function) -> None:
+    def __init__(self, layer: Any, function: Function) -> None:
         super().__init__()
         self.layer, self.function = layer, function
 
@@ -86,7 +88,7 @@ class Foreign(nn.Module):
 def replaced(mixer: str, make: Callable[[nn.Module], nn.Module]) -> Change:
     """Puts ``make(layer)`` in the place of every block's layer."""
 
-    def change(model: nn.Module) -> None:
+    def change(model: BlockModel) -> None:
         for block in model.blocks:
             setattr(block, mixer, make(getattr(block, mixer)))
 
@@ -111,8 +113,8 @@ def gradients(model: nn.Module, task: Task, slabs: int = 1) -> Answers:
         share = len(chosen) / count
         (part * share).backward()
         total += part.detach().double() * share
-    named = sorted((name.replace(".layer.", "."), p.grad.flatten()) for name, p in model.named_parameters())
-    found = torch.cat([gradient for _name, gradient in named])
+    by_name = {name.replace(".layer.", "."): p.grad for name, p in model.named_parameters()}
+    found = torch.cat([gradient.flatten() for _, gradient in sorted(by_name.items()) if gradient is not None])
     model.zero_grad()
     return {"loss": total, "gradients": found.clone()}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from compressm.control.coordinates import Coordinates, check_convention, slots, white_gramians
 from compressm.control.factors import factor, power_of_two, singular_values
 from compressm.control.obs import obs_subset
-from compressm.control.system import DiagonalSystem, check_rank
-from compressm.errors import NumericalError, bad_argument
+from compressm.control.system import DiagonalSystem, check_single
+from compressm.errors import NumericalError, bad_argument, check_integer
 
 NUMERICAL_RANK = 1e-13  # singular values below this share of the largest cannot be balanced
 MAX_CONDITION = 1e4  # of the eigenvectors of the reduced A
@@ -133,7 +133,7 @@ class Balanced:
         Raises:
             ArgumentError: rank is not between 1 and the order.
         """
-        check_rank(rank, self.system.order)
+        check_integer("rank", rank, 1, self.system.order)
         if rank == self.system.order:
             return self._identity()
         reduction = self._cut(self._bases, rank, "balanced")
@@ -301,8 +301,7 @@ def _checked(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The Gramians to balance, see :func:`balance`."""
     check_convention(convention)
-    if system.batch_shape:
-        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
+    check_single(system)
     n = system.order * (2 if convention == "real" else 1)
     if P is None or Q is None:
         white_P, white_Q = white_gramians(system, convention)

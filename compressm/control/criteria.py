@@ -16,7 +16,8 @@ from torch import Tensor
 from compressm.control.balancing import Reduction
 from compressm.control.coordinates import Coordinates
 from compressm.control.row_criteria import RowCriterion, RowMoments
-from compressm.control.system import DiagonalSystem, check_rank
+from compressm.control.system import DiagonalSystem
+from compressm.errors import check_integer
 
 
 class Criterion(ABC):
@@ -148,5 +149,5 @@ def best_modes(scores: Tensor, rank: int) -> Tensor:
     Raises:
         ArgumentError: rank is not between 1 and their number.
     """
-    check_rank(rank, len(scores))
+    check_integer("rank", rank, 1, len(scores))
     return scores.argsort(descending=True, stable=True)[:rank].sort().values

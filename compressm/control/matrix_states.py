@@ -17,7 +17,8 @@ from torch import Tensor
 
 from compressm.control.balancing import singular_values
 from compressm.control.row_criteria import RowCriterion, RowMoments
-from compressm.control.selective import backward_subset, check_order
+from compressm.control.selective import backward_subset
+from compressm.errors import check_integer
 
 FLOOR = 1e-12  # least eigenvalue of a second moment scaled to a unit diagonal, so that pairs of any rank have bases
 
@@ -116,7 +117,7 @@ def projection(moments: MatrixMoments, rank: int) -> MatrixReduction:
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     maps = [balanced_pair(P, Q, rank) for P, Q in zip(moments.P, moments.Q, strict=True)]
     key, query = (torch.stack(part) for part in zip(*maps, strict=True))
     return MatrixReduction(key, query, None, "projected, balanced pair", output_error(moments, key, query))
@@ -131,7 +132,7 @@ def erasing_projection(moments: MatrixMoments, rank: int) -> MatrixReduction:
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     keys, queries = [], []
     for P, Q in zip(moments.P, moments.Q, strict=True):
         U = torch.linalg.qr(balanced_pair(P, Q, rank)[0].mT).Q
@@ -150,7 +151,7 @@ def subset(moments: MatrixMoments, rank: int) -> MatrixReduction:
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     gone = moments.order - rank
     rows = torch.stack([removals(Z)[0][gone:].sort().values for Z in moments.Z])
     return keep_rows(moments, rows, "strict, backward subset")
@@ -162,7 +163,7 @@ def best_rows(moments: MatrixMoments, rank: int, criterion: RowCriterion) -> Mat
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     return keep_rows(moments, criterion.rows(moments.rows(), rank), f"strict, {criterion.name}")
 
 
@@ -181,7 +182,7 @@ def predicted_subset(moments: MatrixMoments, rank: int) -> MatrixReduction:
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     found = [backward_subset(P, Q, rank) for P, Q in zip(moments.P, moments.Q, strict=True)]
     rows, query = (torch.stack(part) for part in zip(*found, strict=True))
     key = torch.eye(moments.order, dtype=torch.float64, device=rows.device)[rows]

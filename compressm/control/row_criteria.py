@@ -7,6 +7,7 @@ they are.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressm.control.rrqr import pivoted, strong_pivots
-from compressm.errors import bad_argument
+from compressm.errors import check_integer, check_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +111,8 @@ class DRRQR(RowCriterion):
     swaps: int = 20
 
     def __post_init__(self) -> None:
-        if isinstance(self.factor, bool) or not isinstance(self.factor, int | float) or not 1 <= self.factor < float("inf"):
-            raise bad_argument("factor", got=repr(self.factor), expected="a number of at least 1")
-        if isinstance(self.swaps, bool) or not isinstance(self.swaps, int) or self.swaps < 0:
-            raise bad_argument("swaps", got=repr(self.swaps), expected="an integer of at least 0")
+        check_number("factor", self.factor, "a number of at least 1", lambda factor: 1 <= factor < math.inf)
+        check_integer("swaps", self.swaps, 0)
 
     def row_scores(self, moments: RowMoments) -> Tensor:
         found = []

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressm.control.row_criteria import RowCriterion, RowMoments
 from compressm.control.siso import siso_hankel_singular_values
-from compressm.errors import bad_argument
+from compressm.errors import check_integer
 
 RIDGE = 1e-6  # share of the mean diagonal of P added before inverting it
 REFIT_RIDGE = 1e-4  # share of the mean diagonal of the normal equations that pulls F to the plain subset
@@ -126,19 +126,13 @@ class SelectiveReduction:
         return len(self.states)
 
 
-def check_order(rank: int, order: int) -> None:
-    """Raise ArgumentError unless 1 <= rank <= order."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= order:
-        raise bad_argument("rank", got=repr(rank), expected=f"an integer from 1 to {order}, the number of states")
-
-
 def mean_subset(moments: SelectiveMoments, rank: int) -> SelectiveReduction:
     """The ``rank`` states with the largest surrogate Hankel singular values, C as it is.
 
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     order = torch.sort(moments.mean.scores(), descending=True, stable=True).indices
     states = order[:rank].sort().values
     plain = _selection(states, moments.order)
@@ -151,7 +145,7 @@ def best_states(moments: SelectiveMoments, rank: int, criterion: RowCriterion) -
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     (states,) = criterion.rows(moments.rows(), rank)
     plain = _selection(states, moments.order)
     return SelectiveReduction(states, plain, criterion.name, _error(moments, states, plain))
@@ -163,7 +157,7 @@ def refitted_subset(moments: SelectiveMoments, rank: int) -> SelectiveReduction:
     Raises:
         ArgumentError: rank out of range.
     """
-    check_order(rank, moments.order)
+    check_integer("rank", rank, 1, moments.order)
     states, mix = backward_subset(moments.P, moments.Q, rank)
     if moments.steps == 0:
         return SelectiveReduction(states, mix, "backward subset, C predicted", None)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from compressm.control.balancing import Balanced, balance
 from compressm.control.coordinates import Coordinates
-from compressm.control.system import MIN_LOG_MODULUS, DiagonalSystem, one_minus_exp
-from compressm.errors import NumericalError, bad_argument
+from compressm.control.system import MIN_LOG_MODULUS, DiagonalSystem, check_single, one_minus_exp
+from compressm.errors import NumericalError, bad_argument, check_integer
 
 MAX_CONDITION = 1e8  # of A's eigenvectors: half of the digits are left
 METHODS = ("bilinear", "zoh")
@@ -143,8 +143,7 @@ def _matrix(name: str, value: Any) -> Tensor:
 
 def state_space(system: DiagonalSystem) -> StateSpace:
     """See :meth:`compressm.control.DiagonalSystem.to_state_space`."""
-    if system.batch_shape:
-        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
+    check_single(system)
     at = Coordinates.of(system, "real")
     return StateSpace(at.A, at.B, at.C, at.C.new_zeros(at.C.shape[0], at.B.shape[1]))
 
@@ -187,8 +186,7 @@ def _blocks(balanced: Balanced | DiagonalSystem, order: int) -> tuple[list[list[
         raise bad_argument("balanced", got=f"convention {balanced.convention!r}", expected="the real convention")
     at, (left, right) = Coordinates.of(balanced.system, "real"), balanced.bases
     total = right.shape[1]
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= total:
-        raise bad_argument("order", got=repr(order), expected=f"an integer from 1 to {total}, the states that can be balanced")
+    check_integer("order", order, 1, total, expected=f"an integer from 1 to {total}, the states that can be balanced")
     sizes = [order, total - order]
     A = [list(row.split(sizes, 1)) for row in (left @ at.A @ right).split(sizes)]
     return A, list((left @ at.B).split(sizes)), list((at.C @ right).split(sizes, 1)), sizes[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compressm.control.coordinates import Coordinates
 from compressm.control.state_space import StateSpace
-from compressm.control.system import DiagonalSystem
+from compressm.control.system import DiagonalSystem, check_single
 from compressm.errors import bad_argument
 
 
@@ -73,8 +73,7 @@ def _model(system: DiagonalSystem | StateSpace, D: Tensor | None) -> StateSpace:
         if D is not None:
             raise bad_argument("D", got=f"shape {tuple(D.shape)}", expected="none: the model has its own")
         return system
-    if system.batch_shape:
-        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
+    check_single(system)
     at = Coordinates.of(system, "real")
     at_once = at.C @ at.B
     if D is not None:

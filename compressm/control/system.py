@@ -191,7 +191,7 @@ def _singular_values(system: DiagonalSystem, convention: str) -> Tensor:
     return hankel_singular_values(system, convention)
 
 
-def check_rank(rank: int, order: int) -> None:
-    """Raise ArgumentError unless 1 <= rank <= order."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= order:
-        raise bad_argument("rank", got=repr(rank), expected=f"an integer from 1 to {order}")
+def check_single(system: DiagonalSystem) -> None:
+    """Raise ArgumentError for a batch of systems."""
+    if system.batch_shape:
+        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")

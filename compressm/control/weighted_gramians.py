@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compressm.control.coordinates import Coordinates, real_gramian, real_gramians
-from compressm.control.system import DiagonalSystem
-from compressm.errors import bad_argument
+from compressm.control.system import DiagonalSystem, check_single
+from compressm.errors import bad_argument, check_integer
 from compressm.kernels.gramians.reference import denominators
 
 DOUBLINGS = 60
@@ -29,8 +29,7 @@ def time_limited_gramians(system: DiagonalSystem, steps: int) -> tuple[Tensor, T
     Raises:
         ArgumentError: no step.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise bad_argument("steps", got=repr(steps), expected="a positive integer")
+    check_integer("steps", steps)
     full = system.gramians()
     hermitian, symmetric = denominators(steps * system.log_lam)  # 1 - (lam_i conj(lam_j))^steps, 1 - (lam_i lam_j)^steps
     P = real_gramian(full.P * hermitian, full.S * symmetric)
@@ -53,8 +52,7 @@ def frequency_weighted_gramians(
     Raises:
         ArgumentError: a batch, or a filter with other numbers of inputs or outputs.
     """
-    if system.batch_shape:
-        raise bad_argument("system", got=f"a batch {tuple(system.batch_shape)}", expected="one system without leading axes")
+    check_single(system)
     P, Q = real_gramians(system)
     at = Coordinates.of(system, "real")
     if input_weight is not None:

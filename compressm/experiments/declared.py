@@ -71,9 +71,10 @@ def names(what: str) -> list[str]:
     """Of all datasets, models, objectives or methods (``what`` as a setting is called)."""
     found = []
     for node in (node for kind in _classes(FOLDERS[what]) for node in kind.body):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        if any(isinstance(target, ast.Name) and target.id == "name" for target in targets):
-            found += [node.value.value] if isinstance(node.value, ast.Constant) else []
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == "name" for target in targets):
+                found.append(str(node.value.value))
     return found
 
 

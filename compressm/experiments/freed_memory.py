@@ -28,7 +28,7 @@ def freed_memory_kept() -> Iterator[bool]:
     Afterwards glibc's defaults hold, but for the thresholds that it adapts to a program: they stay as they are.
     """
     libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if not hasattr(libc, "gnu_get_libc_version") or config.tunes_malloc():
+    if libc is None or not hasattr(libc, "gnu_get_libc_version") or config.tunes_malloc():
         yield False
         return
     _set(libc, KEEP)

@@ -126,8 +126,7 @@ def execute(command: Command, out: Path, display: Display, stopped: Callable[[],
         run = TrainingRun(METHODS[name], task, checkpoint_path(out, name), finished)
         if run.path.exists():
             run.restore()
-        summary = (name, run.method.title, settings.steps, count_parameters(run.model), run.model.states)
-        display.started(*summary)
+        display.started(name, run.method.title, settings.steps, count_parameters(run.model), run.model.states)
         if run.record.curve:
             display.point(name, run.record.curve[-1])
         if run.record.evaluations:

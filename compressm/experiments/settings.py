@@ -134,5 +134,5 @@ def _fitting(model: type[Model]) -> list[Method]:
 
 def _known_keys() -> set[str]:
     """The keys that the settings of any part or method have."""
-    owners = itertools.chain(DATASETS.values(), MODELS.values(), OBJECTIVES.values(), METHODS.values())
+    owners: list[type[Part] | Method] = [*DATASETS.values(), *MODELS.values(), *OBJECTIVES.values(), *METHODS.values()]
     return {key for owner in owners for key in owner.Settings.model_fields}

@@ -19,6 +19,7 @@ from compressm.compression import GuardReport
 from compressm.errors import CheckpointError, ConfigError, NumericalError
 from compressm.experiments.methods import Method
 from compressm.experiments.tasks.batches import step_seed
+from compressm.experiments.tasks.parts import BlockModel
 from compressm.experiments.tasks.task import Task
 
 CHECKPOINT_SECONDS = 30.0
@@ -109,7 +110,7 @@ class TrainingRun:
     def __init__(self, method: Method, task: Task, path: Path, finished: Sequence[TrainingRun] = ()) -> None:
         self.method, self.task, self.settings, self.path = method, task, task.settings, path
         self.finished = tuple(finished)
-        self.model = method.start(task, method.states(task, finished))
+        self.model: BlockModel = method.start(task, method.states(task, finished))
         self.optimizer = torch.optim.AdamW(task.model.parameter_groups(self.model), fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, method.rate(self.settings))
         self.state = method.state(self, finished)
@@ -147,7 +148,7 @@ class TrainingRun:
             if due or self._looks() or record.step % settings.log_every == 0:
                 self._close_window(observer)
             if self.compressor is not None:
-                self._reduce(observer, due)  # may go back to an earlier step
+                self._reduce(self.compressor, observer, due)  # may go back to an earlier step
             at_end = record.step == settings.steps
             if self._looks():
                 self._evaluate(observer, at_end)
@@ -213,7 +214,8 @@ class TrainingRun:
     def _close_window(self, observer: Observer) -> None:
         self._gather()
         window, record = self.record.window, self.record
-        loss, steps = window["loss"] / window["steps"], window["steps"]
+        steps = int(window["steps"])
+        loss = window["loss"] / steps
         if not math.isfinite(loss):
             raise NumericalError(
                 f"run {self.name!r}: the loss is {loss} at step {record.step}: training has diverged. "
@@ -231,11 +233,11 @@ class TrainingRun:
         record.window = Record().window
         observer.point(self.name, point)
 
-    def _reduce(self, observer: Observer, due: bool) -> None:
+    def _reduce(self, compressor: compressm.Compressor, observer: Observer, due: bool) -> None:
         objective, metric = self.task.objective, self.task.objective.metric
         before = objective.evaluate(self.model, metric.watched) if due else {}
         started = time.perf_counter()
-        report = self.compressor.step()
+        report = compressor.step()
         if report is None:
             return
         self.record.seconds_training += time.perf_counter() - started

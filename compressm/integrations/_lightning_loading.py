@@ -46,15 +46,14 @@ def teach_load_from_checkpoint(base: Any) -> None:
     @wraps(base.load_state_dict)
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if _loading.get():
-            layers = find_layers(self, strict=False)
-            whole = {name: layer for name, layer in layers.items() if _is_whole(state_dict, name, *layer)}
+            whole = {
+                name: (module, adapter)
+                for name, (module, adapter) in find_layers(self, strict=False).items()
+                if all(full_name(name, key) in state_dict for key in adapter.parameters(module))
+            }
             take_ranks(self, whole, state_dict)
             tell_configs(self)
         return super(base, self).load_state_dict(state_dict, *args, **kwargs)
 
     base.load_from_checkpoint = type(method)(load_from_checkpoint)
     base.load_state_dict = load_state_dict
-
-
-def _is_whole(state: Mapping[str, Any], name: str, module: nn.Module, adapter: Any) -> bool:
-    return all(full_name(name, key) in state for key in adapter.parameters(module))

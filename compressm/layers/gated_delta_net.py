@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer
 from compressm.kernels import KernelPlan, plan
 from compressm.layers.gated_delta_mixer import layout, mix, states, step
 from compressm.layers.gated_norm import GatedRMSNorm
@@ -72,16 +72,15 @@ class GatedDeltaNet(MambaLayer):
         heads = num_heads if num_v_heads is None else num_v_heads
         sizes = {"d_model": d_model, "head_dim": head_dim, "num_heads": num_heads, "num_v_heads": heads, "conv_size": conv_size}
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise bad_argument(name, got=repr(size), expected="a positive integer")
+            check_integer(name, size)
         if heads % num_heads:
             raise bad_argument("num_v_heads", got=heads, expected=f"a multiple of num_heads = {num_heads}")
         values = round(head_dim * expand_v)
         if values < 1 or not math.isclose(values, head_dim * expand_v, abs_tol=1e-5):
             got = f"{expand_v}, so {head_dim * expand_v} channels of a value with head_dim {head_dim}"
             raise bad_argument("expand_v", got=got, expected="a positive whole number of channels")
-        if d_state is not None and (isinstance(d_state, bool) or not isinstance(d_state, int) or not 1 <= d_state <= head_dim):
-            raise bad_argument("d_state", got=repr(d_state), expected=f"an integer from 1 to head_dim = {head_dim}, or None")
+        if d_state is not None:
+            check_integer("d_state", d_state, 1, head_dim, expected=f"an integer from 1 to head_dim = {head_dim}, or None")
         self.d_model, self.num_k_heads, self.num_v_heads, self.head_v_dim = d_model, num_heads, heads, values
         self.use_gate, self.allow_neg_eigval, self.conv_size = use_gate, allow_neg_eigval, conv_size
         self.layer_idx = layer_idx

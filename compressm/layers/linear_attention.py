@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer
 from compressm.kernels import KernelPlan, linear_attention, linear_attention_update, plan
 from compressm.layers.gated_norm import GatedRMSNorm
 from compressm.layers.mamba_layer import MambaLayer
@@ -87,8 +87,9 @@ class LinearAttention(MambaLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(1, d_model=d_model, num_heads=num_heads, gate_low_rank_dim=gate_low_rank_dim)
-        _check_sizes(0, d_conv=d_conv)
+        sizes = {"d_model": d_model, "num_heads": num_heads, "gate_low_rank_dim": gate_low_rank_dim, "d_conv": d_conv}
+        for name, size in sizes.items():
+            check_integer(name, size, least=0 if name == "d_conv" else 1)
         if decay not in DECAYS:
             raise bad_argument("decay", got=repr(decay), expected=f"one of {', '.join(DECAYS)}")
         if rotary and decay == "channel":
@@ -101,8 +102,7 @@ class LinearAttention(MambaLayer):
         self.expand_k, self.expand_v, self.scale = expand_k, expand_v, scale
         self.gate_logit_normalizer, self.chunk_size, self.layer_idx = gate_logit_normalizer, chunk_size, layer_idx
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(d_model, keys, bias=False, **options)
-        self.k_proj = nn.Linear(d_model, keys, bias=False, **options)
+        self.q_proj, self.k_proj = (nn.Linear(d_model, keys, bias=False, **options) for _ in range(2))
         self.v_proj = nn.Linear(d_model, values, bias=False, **options)
         if d_conv:
             for name, width in (("q_conv1d", keys), ("k_conv1d", keys), ("v_conv1d", values)):
@@ -266,12 +266,6 @@ def _turn(x: Tensor, angles: Tensor) -> Tensor:
 def _frequencies(keys: int, base: float, device: torch.device | str | None) -> Tensor:
     """How far each pair of channels turns in a step."""
     return torch.exp(torch.arange(0, keys, 2, device=device, dtype=torch.float32) * (-math.log(base) / keys))
-
-
-def _check_sizes(least: int, **sizes: Any) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise bad_argument(name, got=repr(value), expected=f"an integer, {least} or more")
 
 
 def _width(name: str, expand: float, d_model: int, heads: int, even: bool = False) -> int:

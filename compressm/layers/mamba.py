@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer
 from compressm.kernels import KernelPlan, plan
 from compressm.layers.mamba_layer import MambaLayer
 from compressm.layers.mamba_mixer import mix, step
@@ -65,12 +65,11 @@ class Mamba(MambaLayer):
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise bad_argument(name, got=repr(value), expected="a positive integer")
+            check_integer(name, value)
         if int(expand * d_model) < 1:
             raise bad_argument("expand", got=expand, expected="a number such that expand * d_model is at least 1")
-        if dt_rank != "auto" and (isinstance(dt_rank, bool) or not isinstance(dt_rank, int) or dt_rank < 1):
-            raise bad_argument("dt_rank", got=repr(dt_rank), expected="a positive integer or 'auto'")
+        if dt_rank != "auto":
+            check_integer("dt_rank", dt_rank, expected="a positive integer or 'auto'")
         if dt_init not in ("random", "constant"):
             raise bad_argument("dt_init", got=repr(dt_init), expected="'random' or 'constant'")
         if not 0 < dt_min <= dt_max:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer, check_number
 from compressm.kernels import KernelPlan, plan
 from compressm.layers.gated_norm import GatedRMSNorm
 from compressm.layers.mamba2_mixer import NO_LIMIT, layout, mix, states, step
@@ -93,16 +93,13 @@ class Mamba2(MambaLayer):
         d_features: int | None = None,
     ) -> None:
         super().__init__()
-        given = {"d_ssm": d_ssm, "chunk_size": chunk_size}
-        _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups, **_present(given))
-        _check_numbers(expand=expand, dt_init_floor=dt_init_floor, **_present({"conv_init": conv_init}))
+        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "headdim": headdim, "ngroups": ngroups}
+        _check_numbers({**sizes, "d_ssm": d_ssm, "chunk_size": chunk_size}, expand, dt_init_floor, conv_init)
         self.d_inner = int(expand * d_model)
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         _check_heads(self.d_inner, self.d_ssm, headdim, ngroups)
         _check_ranges(A_init_range, dt_min, dt_max, dt_limit)
-        _check_features(d_features, d_state)
-        if process_group is not None:
-            raise bad_argument("process_group", got=type(process_group).__name__, expected="None: one process has all heads")
+        _check_choices(process_group, d_features, d_state)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_conv, self.expand, self.conv_init = d_model, d_conv, expand, conv_init
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, self.d_ssm // headdim
@@ -203,20 +200,21 @@ class Mamba2(MambaLayer):
         return f"{sizes}, ngroups={self.ngroups}" + ("" if self.B_map is None else f", d_features={self.d_features}")
 
 
-def _check_sizes(**sizes: Any) -> None:
+def _check_numbers(sizes: dict[str, Any], expand: Any, dt_init_floor: Any, conv_init: Any) -> None:
+    """Raise ArgumentError unless sizes that are given are positive, and the other numbers not negative."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise bad_argument(name, got=repr(value), expected="a positive integer")
+        if value is not None or name not in ("d_ssm", "chunk_size"):
+            check_integer(name, value)
+    for name, value in (("expand", expand), ("dt_init_floor", dt_init_floor), ("conv_init", conv_init)):
+        if value is not None or name != "conv_init":
+            check_number(name, value, "a number that is not negative", lambda number: 0 <= number < math.inf)
 
 
-def _check_numbers(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if not (isinstance(value, int | float) and 0 <= value < math.inf):
-            raise bad_argument(name, got=repr(value), expected="a number that is not negative")
-
-
-def _present(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _check_choices(process_group: Any, d_features: Any, d_state: int) -> None:
+    if process_group is not None:
+        raise bad_argument("process_group", got=type(process_group).__name__, expected="None: one process has all heads")
+    if d_features is not None:
+        check_integer("d_features", d_features, d_state, expected=f"an integer from d_state = {d_state} on, or None")
 
 
 def _check_heads(d_inner: int, d_ssm: int, headdim: int, ngroups: int) -> None:
@@ -227,11 +225,6 @@ def _check_heads(d_inner: int, d_ssm: int, headdim: int, ngroups: int) -> None:
         raise bad_argument("headdim", got=headdim, expected=f"a divisor of the scan's {d_ssm} channels (d_ssm)")
     if (d_ssm // headdim) % ngroups:
         raise bad_argument("ngroups", got=ngroups, expected=f"a divisor of the {d_ssm // headdim} heads (d_ssm / headdim)")
-
-
-def _check_features(d_features: int | None, d_state: int) -> None:
-    if d_features is not None and (isinstance(d_features, bool) or not isinstance(d_features, int) or d_features < d_state):
-        raise bad_argument("d_features", got=repr(d_features), expected=f"an integer from d_state = {d_state} on, or None")
 
 
 def _check_ranges(A_init_range: tuple[float, float], dt_min: float, dt_max: float, dt_limit: tuple[float, float]) -> None:

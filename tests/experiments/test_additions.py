@@ -11,6 +11,7 @@ import pytest
 import torch
 from experiments.cli_cases import run, timeless
 from experiments.report_cases import printed
+from experiments.silent import Silent
 from pydantic import Field
 from torch import nn
 
@@ -43,16 +44,6 @@ TINY = {"steps": 20, "batch_size": 16, "d_state": 8, "d_model": 4, "eval_every":
 
 def assigned(**values):
     return [part for key, value in {**TINY, **values}.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-
-
-class Silent:
-    """Listens and says nothing."""
-
-    def point(self, run, point): ...
-
-    def evaluation(self, run, evaluation): ...
-
-    def reduction(self, run, reduction): ...
 
 
 @dataclass

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from experiments.silent import Silent
 from torch import nn
 
 from compressm.errors import CheckpointError, ConfigError
@@ -23,19 +24,6 @@ TINY = {
     "steps": 20, "blocks": 1, "d_model": 8, "d_state": 8, "rank": 3, "length": 16, "batch_size": 4, "eval_bytes": 128,
     "eval_every": 8, "log_every": 4, "calibration_sequences": 8, "reduce_until": 0.5,
 }  # fmt: skip
-
-
-class Silent:
-    """Listens and says nothing."""
-
-    def point(self, run, point):
-        pass
-
-    def evaluation(self, run, evaluation):
-        pass
-
-    def reduction(self, run, reduction):
-        pass
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from experiments.silent import Silent
 
 from compressm.errors import ConfigError
 from compressm.experiments.methods import METHODS
@@ -23,14 +24,6 @@ SIZES = {
 }  # fmt: skip
 COMMON = {"steps": 20, "batch_size": 4, "log_every": 10, "eval_every": 20, "calibration_sequences": 4, "reduce_until": 0.2}
 ROWS = {"drrqr": "DRRQR", "ghost": "GHOST", "output_energy": "OutputEnergy", "taylor": "Taylor"}
-
-
-class Silent:
-    def point(self, run, point): ...
-
-    def evaluation(self, run, evaluation): ...
-
-    def reduction(self, run, reduction): ...
 
 
 def trained(method, path, preset="sysid", **overrides):

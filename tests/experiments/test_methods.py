@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from experiments.silent import Silent
 from torch import nn
 
 from compressm.control import DiagonalSystem
@@ -24,14 +25,6 @@ SYSID = {
 DIGITS = {
     "steps": 6, "batch_size": 8, "d_state": 6, "d_model": 4, "log_every": 1, "eval_every": 6, "tau": 0.3, "reduce_until": 0.5,
 }  # fmt: skip
-
-
-class Silent:
-    def point(self, run, point): ...
-
-    def evaluation(self, run, evaluation): ...
-
-    def reduction(self, run, reduction): ...
 
 
 def make(method, path, finished=(), preset="sysid", **overrides):

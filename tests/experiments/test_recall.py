@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from experiments.cli_cases import run, timeless
+from experiments.silent import Silent
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -27,16 +28,6 @@ TINY = {
     "length": 9, "batch_size": 4, "test_sequences": 16, "eval_every": 3, "log_every": 2, "calibration_sequences": 6,
     "reduce_until": 0.5, "timing_rounds": 1,
 }  # fmt: skip
-
-
-class Silent:
-    """Listens and says nothing."""
-
-    def point(self, run, point): ...
-
-    def evaluation(self, run, evaluation): ...
-
-    def reduction(self, run, reduction): ...
 
 
 class Oracle(nn.Module):

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from integrations.token_data import LENGTH, VOCABULARY, Counting, counted
 
 import compressm
 from compressm.errors import ArgumentError, ModelError
@@ -27,7 +28,6 @@ from compressm.integrations.transformers import (  # noqa: E402
 )
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
-LENGTH, VOCABULARY = 12, 23
 
 
 def build(layers=2, dtype=torch.float32, **options):
@@ -186,21 +186,6 @@ class TestAccelerate:
         assert not isinstance(mixers(model)[0], AcceleratedMambaMixer)
 
 
-class Tokens(torch.utils.data.Dataset):
-    """Sequences that count upwards, so that there is something to learn."""
-
-    def __len__(self):
-        return 48
-
-    def __getitem__(self, index):
-        ids = 3 + (index + torch.arange(LENGTH)) % (VOCABULARY - 3)
-        return {"input_ids": ids, "labels": ids}
-
-
-def calibration():
-    return [{"input_ids": torch.stack([Tokens()[i]["input_ids"] for i in range(8)])}]
-
-
 def trainer(folder, callback, model=None, optimizers=(None, None), **options):
     settings = {
         "output_dir": str(folder), "max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3,
@@ -210,12 +195,12 @@ def trainer(folder, callback, model=None, optimizers=(None, None), **options):
     args = transformers.TrainingArguments(**settings | options)
     model = accelerate_(build()) if model is None else model
     return transformers.Trainer(
-        model=model, args=args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[callback], optimizers=optimizers
+        model=model, args=args, train_dataset=Counting(), eval_dataset=Counting(), callbacks=[callback], optimizers=optimizers
     )
 
 
 def callback(**options):
-    defaults = {"policy": compressm.Energy(tau=0.3), "schedule": compressm.At([4, 7]), "calibration": calibration()}
+    defaults = {"policy": compressm.Energy(tau=0.3), "schedule": compressm.At([4, 7]), "calibration": counted()}
     return CompressionCallback(**defaults | options)
 
 

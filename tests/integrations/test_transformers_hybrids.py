@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from integrations.token_data import VOCABULARY, Tokens, tokens
 
 import compressm
 
@@ -16,7 +17,6 @@ from compressm.errors import ModelError  # noqa: E402
 from compressm.integrations.transformers import CompressionCallback, save_base  # noqa: E402
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
-VOCABULARY, LENGTH = 23, 12
 
 
 def granite():
@@ -29,19 +29,6 @@ def granite():
         bos_token_id=1, eos_token_id=2, initializer_range=0.3,
     )  # fmt: skip
     return transformers.GraniteMoeHybridForCausalLM(config)
-
-
-def tokens(count=3, seed=0):
-    return torch.randint(3, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
-
-
-class Tokens(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        row = tokens(1, seed=index)[0]
-        return {"input_ids": row, "labels": row}
 
 
 def training(folder, model, **options):

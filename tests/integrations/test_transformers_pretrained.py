@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from integrations.token_data import VOCABULARY, Tokens, tokens
 from safetensors.torch import load_file, save_file
 
 import compressm
@@ -18,7 +19,6 @@ pytest.importorskip("accelerate")
 from compressm.integrations.transformers import CompressionCallback, accelerate_, from_pretrained, update_config  # noqa: E402
 
 logging.getLogger("transformers").setLevel(logging.CRITICAL)
-VOCABULARY, LENGTH = 23, 12
 COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
 FIRST, SECOND = "model.layers.0.mamba", "model.layers.2.mamba"
 
@@ -41,19 +41,6 @@ def falcon():
         mamba_d_ssm=16, mamba_n_heads=4, mamba_d_head=4, mamba_d_state=16, mamba_chunk_size=8, **COMMON,
     )  # fmt: skip
     return transformers.FalconH1ForCausalLM(config)
-
-
-def tokens(count=3, seed=0):
-    return torch.randint(3, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
-
-
-class Tokens(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        row = tokens(1, seed=index)[0]
-        return {"input_ids": row, "labels": row}
 
 
 def trainer(folder, model, **options):

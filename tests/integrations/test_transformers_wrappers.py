@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from integrations.token_data import VOCABULARY, Counting, counted
 from torch import nn
 
 import compressm
@@ -23,7 +24,6 @@ from compressm.integrations.transformers import CompressionCallback, save_base, 
 
 logging.getLogger("transformers").setLevel(logging.CRITICAL)
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
-LENGTH, VOCABULARY = 12, 23
 REDUCED = "has reduced the base of this model"
 
 
@@ -58,19 +58,6 @@ class Classifier(nn.Module):
         return {"loss": None if labels is None else nn.functional.cross_entropy(logits.mT, labels), "logits": logits}
 
 
-class Tokens(torch.utils.data.Dataset):
-    def __len__(self):
-        return 48
-
-    def __getitem__(self, index):
-        ids = 3 + (index + torch.arange(LENGTH)) % (VOCABULARY - 3)
-        return {"input_ids": ids, "labels": ids}
-
-
-def calibration():
-    return [{"input_ids": torch.stack([Tokens()[i]["input_ids"] for i in range(8)])}]
-
-
 def trainer(folder, model, callback=None, **options):
     settings = {
         "output_dir": str(folder), "max_steps": 8, "per_device_train_batch_size": 2, "save_steps": 3, "learning_rate": 1e-2,
@@ -78,9 +65,9 @@ def trainer(folder, model, callback=None, **options):
         "lr_scheduler_type": "constant",
     }  # fmt: skip
     if callback is None:
-        callback = CompressionCallback(policy=compressm.Energy(tau=0.3), schedule=compressm.At([4]), calibration=calibration())
+        callback = CompressionCallback(policy=compressm.Energy(tau=0.3), schedule=compressm.At([4]), calibration=counted())
     args = transformers.TrainingArguments(**settings | options)
-    return transformers.Trainer(model=model, args=args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=[callback])
+    return transformers.Trainer(model=model, args=args, train_dataset=Counting(), eval_dataset=Counting(), callbacks=[callback])
 
 
 def ranks(model):
@@ -89,7 +76,7 @@ def ranks(model):
 
 def logits(model):
     with torch.no_grad():
-        out = model.eval()(calibration()[0]["input_ids"])
+        out = model.eval()(counted()[0]["input_ids"])
     return out["logits"]
 
 
@@ -146,7 +133,7 @@ class TestAdapters:
         with pytest.raises(ModelError, match=r"x_proj\.weight is not a plain parameter.*LoRA"):
             trainer(tmp_path, model)
         with pytest.raises(ModelError, match=r"x_proj\.weight is not a plain parameter.*LoRA"):
-            compressm.compress(model, compressm.FixedRank(2), calibration=calibration())
+            compressm.compress(model, compressm.FixedRank(2), calibration=counted())
         assert ranks(model) == {6}
         best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
         with pytest.raises(ArgumentError, match="load_best_model_at_end"):
@@ -155,7 +142,7 @@ class TestAdapters:
             save_base(nn.Linear(2, 2), tmp_path / "nothing")
 
     def test_without_a_reduction_nothing_is_said_or_stored(self, tmp_path):
-        run = CompressionCallback(policy=compressm.FixedRank(6), schedule=compressm.At([4]), calibration=calibration())
+        run = CompressionCallback(policy=compressm.FixedRank(6), schedule=compressm.At([4]), calibration=counted())
         trainer(tmp_path, lora(base()), run).train()
         assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (3, 6, 8)]
         assert not list(tmp_path.glob("*/base"))
@@ -169,7 +156,7 @@ def test_a_head_around_a_backbone(tmp_path):
     assert model.backbone.config.state_size == rank < 6
     model.backbone.save_pretrained(tmp_path / "backbone")
     loaded = MambaModel.from_pretrained(tmp_path / "backbone")
-    ids = calibration()[0]["input_ids"]
+    ids = counted()[0]["input_ids"]
     assert torch.equal(loaded(ids).last_hidden_state, model.backbone(ids).last_hidden_state)
     again = Classifier()
     trainer(tmp_path, again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kernels.evaluation import with_gradients
 
 from compressm.kernels import gated_delta_rule
 
@@ -53,12 +54,7 @@ def evaluate(inputs, dtype, backend, *, call=gated_delta_rule, **options):
             tensor = tensor.to(torch.promote_types(dtype, torch.float32) if name == "initial_state" else dtype)
         leaves[name] = None if tensor is None else tensor.detach().requires_grad_()
     o, last = call(**leaves, backend=backend, output_final_state=True, **options)
-    draw = torch.Generator().manual_seed(7)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.dtype) for t in (o, last)]
-    present = {name: tensor for name, tensor in leaves.items() if tensor is not None}
-    gradients = torch.autograd.grad((o, last), list(present.values()), weights, allow_unused=True, materialize_grads=True)
-    results = {"o": o, "last": last, **dict(zip(present, gradients, strict=True))}
-    return {name: tensor.detach() for name, tensor in results.items()}
+    return with_gradients(leaves, o=o, last=last)
 
 
 def mixed_decays(inputs):
@@ -66,10 +62,3 @@ def mixed_decays(inputs):
     kinds = torch.tensor([0.0, -1e-4, -0.3, -20.0, -3.0, -300.0], dtype=torch.float64)
     draw = torch.Generator().manual_seed(3)
     return {**inputs, "g": kinds[torch.randint(len(kinds), inputs["g"].shape, generator=draw)]}
-
-
-def check(results, oracle, assert_close, dtype):
-    """Every result of ``evaluate`` within the table for ``dtype``."""
-    assert set(results) == set(oracle)
-    for name, expected in oracle.items():
-        assert_close(results[name].to(torch.float64), expected, name, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from kernels.evaluation import normals, with_gradients
 
 from compressm.kernels import linear_attention
 
@@ -22,11 +23,7 @@ def random_inputs(
         sequences: number of initial states, where it is not the batch; 0: none are given.
         normalize: states have the normaliser.
     """
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
+    normal = normals(seed)
     shapes = {"fixed": (heads,), "scalar": (batch, length, heads), "channel": (batch, length, heads, keys)}
     states = batch if sequences is None else sequences
     inputs = {
@@ -79,16 +76,4 @@ def evaluate(inputs, dtype, backend, *, call=linear_attention, device="cpu", **o
     if call is not recurrence:
         options |= {"backend": backend, "output_final_state": True}
     out, last = call(**leaves, **options)
-    draw = torch.Generator().manual_seed(7)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device, t.dtype) for t in (out, last)]
-    present = {name: tensor for name, tensor in leaves.items() if tensor is not None}
-    gradients = torch.autograd.grad((out, last), list(present.values()), weights, allow_unused=True, materialize_grads=True)
-    results = {"out": out, "last": last, **dict(zip(present, gradients, strict=True))}
-    return {name: tensor.detach().cpu() for name, tensor in results.items()}
-
-
-def check(results, oracle, assert_close, dtype):
-    """Every result of ``evaluate`` within the table for ``dtype``."""
-    assert set(results) == set(oracle)
-    for name, expected in oracle.items():
-        assert_close(results[name].to(torch.float64), expected, name, dtype)
+    return with_gradients(leaves, out=out, last=last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kernels.evaluation import normals, with_gradients
 
 from compressm.kernels import selective_scan
 
@@ -20,11 +21,7 @@ def random_inputs(
         constant: names among B and C that have no time axis.
         channels_last: (batch, D, L) tensors that lie in memory as (batch, L, D).
     """
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
+    normal = normals(seed)
     def wide():
         return normal(batch, length, channels).transpose(1, 2) if channels_last else normal(batch, channels, length)
 
@@ -61,17 +58,4 @@ def evaluate(inputs, dtype, backend, *, device="cpu", call=selective_scan, **opt
     }
     options = {"delta_softplus": True, "return_last_state": True, **options}
     out, last = call(**leaves, backend=backend, **options)
-    draw = torch.Generator().manual_seed(7)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device, t.dtype) for t in (out, last)]
-    loss = (out * weights[0]).sum() + (last * weights[1]).sum()
-    present = {name: tensor for name, tensor in leaves.items() if tensor is not None}
-    gradients = torch.autograd.grad(loss, list(present.values()), allow_unused=True, materialize_grads=True)
-    results = {"out": out, "last": last, **dict(zip(present, gradients, strict=True))}
-    return {name: tensor.detach().cpu() for name, tensor in results.items()}
-
-
-def check(results, oracle, assert_close, dtype):
-    """Every result of ``evaluate`` within the table for ``dtype``."""
-    assert set(results) == set(oracle)
-    for name, expected in oracle.items():
-        assert_close(results[name].to(torch.float64), expected, name, dtype)
+    return with_gradients(leaves, out=out, last=last)

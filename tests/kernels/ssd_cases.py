@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kernels.evaluation import normals, with_gradients
 
 from compressm.kernels import ssd
 
@@ -21,11 +22,7 @@ def random_inputs(
         without: names of optional arguments to leave out.
         wide_skip: D is (H, P).
     """
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
+    normal = normals(seed)
     inputs = {
         "x": normal(batch, length, heads, channels),
         "dt": normal(batch, length, heads),
@@ -52,19 +49,7 @@ def evaluate(inputs, dtype, backend, *, device="cpu", call=ssd, **options):
         leaves[name] = None if tensor is None else tensor.to(device).detach().requires_grad_()
     options = {"dt_softplus": True, "return_final_states": True, **options}
     out, last = call(**leaves, backend=backend, **options)
-    draw = torch.Generator().manual_seed(7)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device, t.dtype) for t in (out, last)]
-    present = {name: tensor for name, tensor in leaves.items() if tensor is not None}
-    gradients = torch.autograd.grad((out, last), list(present.values()), weights, allow_unused=True, materialize_grads=True)
-    results = {"out": out, "last": last, **dict(zip(present, gradients, strict=True))}
-    return {name: tensor.detach().cpu() for name, tensor in results.items()}
-
-
-def check(results, oracle, assert_close, dtype):
-    """Every result of ``evaluate`` within the table for ``dtype``."""
-    assert set(results) == set(oracle)
-    for name, expected in oracle.items():
-        assert_close(results[name].to(torch.float64), expected, name, dtype)
+    return with_gradients(leaves, out=out, last=last)
 
 
 def numbered(length, *starts):

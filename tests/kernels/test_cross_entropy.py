@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels.evaluation import check_threads
 from kernels.layouts import lay_out
 from torch.nn import functional as F
 
@@ -70,16 +71,7 @@ def test_every_instruction_set(assert_close, isa):
 
 def test_same_bits_for_any_thread_count():
     scores, targets = random_inputs(700, 257)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        try:
-            results.append(evaluate(scores, targets, torch.float32, "cpp"))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
+    check_threads(lambda: evaluate(scores, targets, torch.float32, "cpp"))
 
 
 def test_scores_far_apart(assert_close):

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from kernels.gated_delta_rule_cases import GOLDEN, TENSORS, check, evaluate, mixed_decays, random_inputs
+from kernels.evaluation import check
+from kernels.gated_delta_rule_cases import GOLDEN, TENSORS, evaluate, mixed_decays, random_inputs
 
 from compressm.errors import ArgumentError, BackendError
 from compressm.kernels import gated_delta_rule, plan

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.gated_delta_rule_cases import GOLDEN, TENSORS, check, evaluate, mixed_decays, random_inputs
+from kernels.evaluation import check, check_inductor, check_threads
+from kernels.gated_delta_rule_cases import GOLDEN, TENSORS, evaluate, mixed_decays, random_inputs
 from kernels.layouts import lay_out
 
 from compressm.errors import BackendError
@@ -160,17 +161,7 @@ def test_the_kernel_itself_refuses_wrong_shapes(channelwise):
 @both_decays
 def test_the_same_bits_for_any_number_of_threads(sizes, channelwise):
     inputs = random_inputs(*sizes, channelwise=channelwise)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        try:
-            results.append(evaluate(inputs, torch.float32, "cpp"))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
-        assert torch.equal(results[2][name], value), name
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -222,14 +213,8 @@ def test_custom_op_is_well_formed(packed):
 @pytest.mark.slow
 def test_compiles_with_inductor(assert_close):
     inputs = random_inputs(1, 40, 2, 4, 5, 3, sequences=3)
-    compiled = torch.compile(lambda **k: gated_delta_rule(**k)[0] * 2.0, fullgraph=True)
     options = {"cu_seqlens": torch.tensor([0, 13, 13, 40]), "output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    leaves = {k: t.float().requires_grad_() for k, t in inputs.items()}
-    actual = torch.autograd.grad(compiled(**leaves, backend="cpp", **options).sum(), list(leaves.values()))
-    exact = {k: t.detach().double().requires_grad_() for k, t in leaves.items()}
-    expected = torch.autograd.grad(2 * gated_delta_rule(**exact, **options)[0].sum(), list(exact.values()))
-    for name, a, b in zip(leaves, actual, expected, strict=True):
-        assert_close(a, b, name)
+    check_inductor(gated_delta_rule, inputs, assert_close, **options)
 
 
 @given(st.data())

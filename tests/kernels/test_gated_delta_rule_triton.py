@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.gated_delta_rule_cases import GOLDEN, TENSORS, check, evaluate, mixed_decays, random_inputs
+from kernels.evaluation import check
+from kernels.gated_delta_rule_cases import GOLDEN, TENSORS, evaluate, mixed_decays, random_inputs
 
 from compressm.errors import BackendError
 from compressm.kernels import gated_delta_rule, plan

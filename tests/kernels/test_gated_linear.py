@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from kernels.evaluation import check_threads
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, BackendError
@@ -81,16 +82,7 @@ def test_every_instruction_set(assert_close, isa, inputs, channels):
 
 def test_same_bits_for_any_thread_count():
     arguments = random_inputs((50, 217), 8, 8)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        try:
-            results.append(evaluate(arguments, torch.float32, "cpp", 0.1))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
+    check_threads(lambda: evaluate(arguments, torch.float32, "cpp", 0.1))
 
 
 def test_without_a_bias(assert_close):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from kernels.evaluation import check_threads
 from kernels.layouts import lay_out
 from torch.nn import functional as F
 
@@ -96,16 +97,7 @@ def test_every_instruction_set(assert_close, isa, channels):
 @pytest.mark.parametrize("channels", [8, 33])
 def test_same_bits_for_any_thread_count(channels):
     inputs = random_inputs(50, 157, channels)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        try:
-            results.append(evaluate(inputs, torch.float32, "cpp", 0.1))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp", 0.1))
 
 
 def test_gelu_is_exact_to_float32():

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from kernels.evaluation import check, check_threads
 from kernels.layouts import lay_out
-from kernels.linear_attention_cases import DECAYS, check, evaluate, random_inputs, recurrence
+from kernels.linear_attention_cases import DECAYS, evaluate, random_inputs, recurrence
 
 from compressm.errors import ArgumentError, BackendError
 from compressm.kernels import linear_attention, linear_attention_update, plan
@@ -201,16 +202,7 @@ def test_one_step_in_place(assert_close, decay):
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_the_same_bits_for_any_number_of_threads(decay):
     inputs = random_inputs(2, 70, 2, 4, 40, 70, decay=decay)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        try:
-            results.append(evaluate(inputs, torch.float32, "cpp"))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
-        assert torch.equal(results[2][name], value), name
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

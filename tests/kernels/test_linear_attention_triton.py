@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.linear_attention_cases import check, evaluate, random_inputs
+from kernels.evaluation import check
+from kernels.linear_attention_cases import evaluate, random_inputs
 
 from compressm.errors import BackendError
 from compressm.kernels import linear_attention, plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels.evaluation import normals
 from torch.nn.functional import logsigmoid
 
 from compressm.errors import ArgumentError
@@ -13,11 +14,7 @@ STATES = ("C", "n", "m")
 
 
 def random_inputs(batch=2, length=20, key_heads=2, heads=4, keys=5, values=3, *, gates=1.0):
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
+    normal = normals(0)
     steps, shared = (batch, length, heads), (batch, length, key_heads, keys)
     inputs = {"q": normal(*shared), "k": normal(*shared), "v": normal(*steps, values)}
     inputs |= {"i": gates * normal(*steps), "f": gates * normal(*steps)}

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from kernels.selective_scan_cases import TENSORS, check, evaluate, random_inputs
+from kernels.evaluation import check
+from kernels.selective_scan_cases import TENSORS, evaluate, random_inputs
 from torch.nn.functional import silu, softplus
 
 from compressm.errors import ArgumentError, BackendError

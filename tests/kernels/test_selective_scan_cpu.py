@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.selective_scan_cases import TENSORS, check, evaluate, random_inputs
+from kernels.evaluation import check, check_inductor, check_threads
+from kernels.selective_scan_cases import TENSORS, evaluate, random_inputs
 
 from compressm.errors import ArgumentError, BackendError
 from compressm.kernels import plan, selective_scan, selective_state_update
@@ -160,17 +161,7 @@ def test_every_instruction_set(assert_close, isa):
 @pytest.mark.parametrize("shape", [(1, 130, 300, 5), (2, 70, 70, 12), (20, 9, 40, 7)])
 def test_the_same_bits_for_any_number_of_threads(shape):
     inputs = random_inputs(*shape)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        try:
-            results.append(evaluate(inputs, torch.float32, "cpp"))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
-        assert torch.equal(results[2][name], value), name
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -282,15 +273,8 @@ def test_compiles_into_one_graph(assert_close):
 @pytest.mark.slow
 def test_compiles_with_inductor(assert_close):
     inputs = random_inputs(1, 17, 40, 5, sequences=3)
-    compiled = torch.compile(lambda **k: selective_scan(**k)[0] * 2.0, fullgraph=True)
     options = {"cu_seqlens": torch.tensor([0, 13, 13, 40]), "delta_softplus": True, "return_last_state": True}
-    leaves = {k: t.float().requires_grad_() for k, t in inputs.items()}
-    actual = torch.autograd.grad(compiled(**leaves, backend="cpp", **options).sum(), list(leaves.values()))
-    exact = {k: t.detach().double().requires_grad_() for k, t in leaves.items()}
-    out, _ = selective_scan(**exact, backend="reference", **options)
-    expected = torch.autograd.grad(2 * out.sum(), list(exact.values()))
-    for name, a, b in zip(leaves, actual, expected, strict=True):
-        assert_close(a, b, name)
+    check_inductor(selective_scan, inputs, assert_close, **options)
 
 
 @pytest.mark.parametrize("packed", [False, True])

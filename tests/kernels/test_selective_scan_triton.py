@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.selective_scan_cases import TENSORS, check, evaluate, random_inputs
+from kernels.evaluation import check
+from kernels.selective_scan_cases import TENSORS, evaluate, random_inputs
 
 from compressm.errors import BackendError
 from compressm.kernels import selective_scan, selective_state_update

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from kernels.ssd_cases import GOLDEN, TENSORS, check, evaluate, numbered, random_inputs
+from kernels.evaluation import check
+from kernels.ssd_cases import GOLDEN, TENSORS, evaluate, numbered, random_inputs
 from torch.nn.functional import silu, softplus
 
 from compressm.errors import ArgumentError, BackendError

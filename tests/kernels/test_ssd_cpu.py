@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels.evaluation import check, check_inductor, check_threads
 from kernels.layouts import lay_out
-from kernels.ssd_cases import GOLDEN, TENSORS, check, evaluate, numbered, random_inputs
+from kernels.ssd_cases import GOLDEN, TENSORS, evaluate, numbered, random_inputs
 
 from compressm.errors import BackendError
 from compressm.kernels import plan, ssd
@@ -183,17 +184,7 @@ def test_the_kernel_itself_refuses_wrong_shapes():
 @pytest.mark.parametrize("sizes", [(1, 300, 3, 16, 1, 20), (2, 70, 8, 5, 4, 40), (9, 40, 2, 7, 1, 5)], ids=str)
 def test_the_same_bits_for_any_number_of_threads(sizes):
     inputs = random_inputs(*sizes)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        try:
-            results.append(evaluate(inputs, torch.float32, "cpp"))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
-        assert torch.equal(results[2][name], value), name
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -247,14 +238,8 @@ def test_custom_op_is_well_formed(packed):
 @pytest.mark.slow
 def test_compiles_with_inductor(assert_close):
     inputs = random_inputs(1, 40, 4, 3, 2, 5, sequences=3)
-    compiled = torch.compile(lambda **k: ssd(**k)[0] * 2.0, fullgraph=True)
     options = {"cu_seqlens": torch.tensor([0, 13, 13, 40]), "dt_softplus": True, "return_final_states": True}
-    leaves = {k: t.float().requires_grad_() for k, t in inputs.items()}
-    actual = torch.autograd.grad(compiled(**leaves, backend="cpp", **options).sum(), list(leaves.values()))
-    exact = {k: t.detach().double().requires_grad_() for k, t in leaves.items()}
-    expected = torch.autograd.grad(2 * ssd(**exact, **options)[0].sum(), list(exact.values()))
-    for name, a, b in zip(leaves, actual, expected, strict=True):
-        assert_close(a, b, name)
+    check_inductor(ssd, inputs, assert_close, **options)
 
 
 @given(st.data())

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from kernels.ssd_cases import GOLDEN, TENSORS, check, evaluate, numbered, random_inputs
+from kernels.evaluation import check
+from kernels.ssd_cases import GOLDEN, TENSORS, evaluate, numbered, random_inputs
 
 from compressm.errors import BackendError
 from compressm.kernels import plan, ssd

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from layers.inference import InferenceParams, check_decoding, check_formula, decoded
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError
 from compressm.layers import LinearAttention
-
-
-@dataclass
-class InferenceParams:
-    """What generation loops pass to their layers."""
-
-    seqlen_offset: int = 0
-    key_value_memory_dict: dict = field(default_factory=dict)
 
 
 def small(**options):
@@ -87,13 +79,7 @@ def test_it_is_the_equations(assert_close, options):
     layer, x = small(**options), torch.randn(2, 11, 8, dtype=torch.float64)
     if layer.log_decay is not None:  # both were rounded to float32
         layer.log_decay = torch.log(1 - 2.0 ** (-5 - torch.arange(2)).double())
-    assert_close(layer(x).detach(), by_the_equations(layer, x).detach())
-    gradients = [
-        torch.autograd.grad(f(x).square().sum(), list(layer.parameters()))
-        for f in (layer, lambda x: by_the_equations(layer, x))
-    ]
-    for (name, _), got, expected in zip(layer.named_parameters(), *gradients, strict=True):
-        assert_close(got, expected, name)
+    check_formula(layer, by_the_equations, x, assert_close)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -110,24 +96,15 @@ def test_float32_runs_on_kernels_and_agrees(assert_close, options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_prefill_and_decode_agree_with_the_whole_sequence(assert_close, options):
     layer, x = small(**options), torch.randn(2, 12, 8, dtype=torch.float64)
-    expected = layer(x).detach()
-    for prompt in (1, 3, 7):  # shorter and longer than the convolution
-        params = InferenceParams()
-        parts = [layer(x[:, :prompt], inference_params=params)]
-        with torch.no_grad():
-            for t in range(prompt, 12):
-                params.seqlen_offset = t
-                parts.append(layer(x[:, t : t + 1], inference_params=params))
-        assert_close(torch.cat(parts, 1).detach(), expected)
+    check_decoding(layer, x, assert_close)
 
 
 @pytest.mark.parametrize("d_conv", [0, 3])
 def test_step_from_an_empty_cache(assert_close, d_conv):
     layer, x = small(d_conv=d_conv), torch.randn(3, 6, 8, dtype=torch.float64)
-    states = layer.allocate_inference_cache(3)
-    assert [tuple(state.shape) for state in states] == [(3, 40 if d_conv else 0, d_conv), (3, 2, 6, 8)]
-    parts = [layer.step(x[:, t : t + 1], *states)[0] for t in range(6)]
-    assert_close(torch.cat(parts, 1).detach(), layer(x).detach())
+    shapes = [tuple(state.shape) for state in layer.allocate_inference_cache(3)]
+    assert shapes == [(3, 40 if d_conv else 0, d_conv), (3, 2, 6, 8)]
+    assert_close(decoded(layer, x).detach(), layer(x).detach())
 
 
 @pytest.mark.parametrize("numbered", [True, False])
@@ -202,12 +179,10 @@ def test_fixed_decays_and_frequencies_keep_their_digits():
 def test_hooks_on_sub_modules_act(name, decay):
     layer, x = small(decay=decay, d_conv=3), torch.randn(2, 6, 8, dtype=torch.float64)
     before = layer(x).detach()
-    states = layer.allocate_inference_cache(2)
     layer.get_submodule(name).register_forward_hook(lambda module, args, out: 1.25 * out + 0.5)
     changed = layer(x)
     assert (changed - before).norm() > 1e-2 * before.norm()
-    parts = [layer.step(x[:, t : t + 1], *states)[0] for t in range(6)]
-    torch.testing.assert_close(torch.cat(parts, 1), changed)
+    torch.testing.assert_close(decoded(layer, x), changed)
 
 
 @pytest.mark.slow

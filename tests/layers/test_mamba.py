@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from layers.inference import InferenceParams, check_compiled, check_decoding, check_formula, decoded
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError
 from compressm.layers import Mamba
-
-
-@dataclass
-class InferenceParams:
-    """What mamba_ssm's generation loop passes to its layers."""
-
-    seqlen_offset: int = 0
-    key_value_memory_dict: dict = field(default_factory=dict)
 
 
 def small(**options):
@@ -52,13 +43,7 @@ def by_the_equations(layer, x):
 )
 def test_it_is_the_paper(assert_close, options):
     layer, x = small(**options), torch.randn(2, 11, 6, dtype=torch.float64)
-    assert_close(layer(x).detach(), by_the_equations(layer, x).detach())
-    gradients = [
-        torch.autograd.grad(f(x).square().sum(), list(layer.parameters()))
-        for f in (layer, lambda x: by_the_equations(layer, x))
-    ]
-    for (name, _), got, expected in zip(layer.named_parameters(), *gradients, strict=True):
-        assert_close(got, expected, name)
+    check_formula(layer, by_the_equations, x, assert_close)
 
 
 def test_float32_runs_a_compiled_kernel_and_agrees(assert_close):
@@ -93,28 +78,18 @@ def test_initialisation():
 
 def test_prefill_and_decode_agree_with_the_whole_sequence(assert_close):
     layer, x = small(), torch.randn(2, 12, 6, dtype=torch.float64)
-    expected = layer(x).detach()
-    for prompt in (1, 3, 7):  # shorter and longer than the convolution
-        params = InferenceParams()
-        parts = [layer(x[:, :prompt], inference_params=params)]
-        for t in range(prompt, 12):
-            params.seqlen_offset = t
-            parts.append(layer(x[:, t : t + 1], inference_params=params))
-        assert_close(torch.cat(parts, 1).detach(), expected)
+    check_decoding(layer, x, assert_close)
 
 
 def test_step_from_an_empty_cache(assert_close):
     layer, x = small(), torch.randn(3, 6, 6, dtype=torch.float64)
-    states = layer.allocate_inference_cache(3)
-    parts = [layer.step(x[:, t : t + 1], *states)[0] for t in range(6)]
-    assert_close(torch.cat(parts, 1).detach(), layer(x).detach())
+    assert_close(decoded(layer, x).detach(), layer(x).detach())
 
 
 def test_more_taps_than_the_kernels_have(assert_close):
     layer, x = Mamba(6, d_state=3, d_conv=11), torch.randn(2, 17, 6)
     y = layer(x)
-    states = layer.allocate_inference_cache(2)
-    assert_close(torch.cat([layer.step(x[:, t : t + 1], *states)[0] for t in range(17)], 1).detach(), y.detach().double())
+    assert_close(decoded(layer, x).detach(), y.detach().double())
     assert_close(y.detach(), layer.double()(x.double()).detach())
 
 
@@ -133,16 +108,7 @@ def test_half_precision_and_autocast(assert_close):
 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks(assert_close):
-    layer = Mamba(8, d_state=5)
-    x = torch.randn(2, 9, 8)
-    compiled = torch.compile(layer, fullgraph=True)
-    y = compiled(x)
-    assert_close(y.detach(), layer(x).detach().double(), dtype=torch.float32)
-    y.square().sum().backward()
-    gradient = layer.x_proj.weight.grad.clone()
-    layer.zero_grad()
-    layer(x).square().sum().backward()
-    assert_close(gradient, layer.x_proj.weight.grad.double(), dtype=torch.float32)
+    check_compiled(Mamba(8, d_state=5), torch.randn(2, 9, 8), assert_close)
 
 
 @pytest.mark.parametrize(

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from layers.inference import InferenceParams, check_compiled, check_decoding, check_formula, decoded
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError
 from compressm.layers import Mamba2
 from compressm.layers.gated_norm import GatedRMSNorm
-
-
-@dataclass
-class InferenceParams:
-    """What mamba_ssm's generation loop passes to its layers."""
-
-    seqlen_offset: int = 0
-    key_value_memory_dict: dict = field(default_factory=dict)
 
 
 def small(**options):
@@ -87,13 +79,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_it_is_the_recurrence(assert_close, options):
     layer, x = small(**options), torch.randn(2, 11, 8, dtype=torch.float64)
-    assert_close(layer(x).detach(), by_the_equations(layer, x).detach())
-    gradients = [
-        torch.autograd.grad(f(x).square().sum(), list(layer.parameters()))
-        for f in (layer, lambda x: by_the_equations(layer, x))
-    ]
-    for (name, _), got, expected in zip(layer.named_parameters(), *gradients, strict=True):
-        assert_close(got, expected, name)
+    check_formula(layer, by_the_equations, x, assert_close)
 
 
 def test_float32_runs_in_chunks_and_agrees(assert_close):
@@ -170,22 +156,13 @@ def test_a_checkpoint_without_maps_is_the_same_layer(assert_close):
 )
 def test_prefill_and_decode_agree_with_the_whole_sequence(assert_close, options):
     layer, x = small(**options), torch.randn(2, 12, 8, dtype=torch.float64)
-    expected = layer(x).detach()
-    for prompt in (1, 3, 7):  # shorter and longer than the convolution
-        params = InferenceParams()
-        parts = [layer(x[:, :prompt], inference_params=params)]
-        for t in range(prompt, 12):
-            params.seqlen_offset = t
-            parts.append(layer(x[:, t : t + 1], inference_params=params))
-        assert_close(torch.cat(parts, 1).detach(), expected)
+    check_decoding(layer, x, assert_close)
 
 
 def test_step_from_an_empty_cache(assert_close):
     layer, x = small(D_has_hdim=True), torch.randn(3, 6, 8, dtype=torch.float64)
-    states = layer.allocate_inference_cache(3)
-    assert [tuple(state.shape) for state in states] == [(3, 26, 4), (3, 4, 4, 5)]
-    parts = [layer.step(x[:, t : t + 1], *states)[0] for t in range(6)]
-    assert_close(torch.cat(parts, 1).detach(), layer(x).detach())
+    assert [tuple(state.shape) for state in layer.allocate_inference_cache(3)] == [(3, 26, 4), (3, 4, 4, 5)]
+    assert_close(decoded(layer, x).detach(), layer(x).detach())
 
 
 @pytest.mark.parametrize("numbered", [True, False])
@@ -252,28 +229,17 @@ def test_it_is_transformers_mixer(assert_close, groups):
 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks(assert_close):
-    layer = Mamba2(8, d_state=5, headdim=4, d_features=6)
-    x = torch.randn(2, 9, 8)
-    compiled = torch.compile(layer, fullgraph=True)
-    y = compiled(x)
-    assert_close(y.detach(), layer(x).detach().double(), dtype=torch.float32)
-    y.square().sum().backward()
-    gradient = layer.in_proj.weight.grad.clone()
-    layer.zero_grad()
-    layer(x).square().sum().backward()
-    assert_close(gradient, layer.in_proj.weight.grad.double(), dtype=torch.float32)
+    check_compiled(Mamba2(8, d_state=5, headdim=4, d_features=6), torch.randn(2, 9, 8), assert_close)
 
 
 @pytest.mark.parametrize("name", ["in_proj", "out_proj", "norm", "conv1d"])
 def test_hooks_on_sub_modules_act(name):
     layer, x = small(), torch.randn(2, 6, 8, dtype=torch.float64)
     before = layer(x)
-    states = layer.allocate_inference_cache(2)
     getattr(layer, name).register_forward_hook(lambda module, args, out: 1.25 * out)
     changed = layer(x)
     assert (changed - before).norm() > 1e-2 * before.norm()
-    parts = [layer.step(x[:, t : t + 1], *states)[0] for t in range(6)]
-    torch.testing.assert_close(torch.cat(parts, 1), changed)
+    torch.testing.assert_close(decoded(layer, x), changed)
 
 
 @pytest.mark.parametrize(("before", "groups"), [(True, 1), (False, 3)])

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from compressm.adapters import check_known
+from compressm.compression.common.described import described
 from compressm.compression.common.models import compressible_layers, judged
 from compressm.compression.common.undisturbed import ordinary
 from compressm.compression.compressor.cadence import Cadence
-from compressm.compression.compressor.progress import Progress
+from compressm.compression.compressor.progress import STATE_FORMAT, Progress, check_progress, check_state
 from compressm.compression.compressor.rates import check_factor, multiply_rates
 from compressm.compression.compressor.recipes import check_kind, check_policy, choose_recipe, execute, finish, in_form, log
 from compressm.compression.compressor.refining import Refinement, chosen_steps
-from compressm.compression.compressor.state import arguments_of, check, restore, state_of
 from compressm.compression.distributed.wrapped import team_of
-from compressm.compression.guard.probation import Guard, Probation
+from compressm.compression.guard.probation import Guard, Probation, check_guard_state, check_taken_back
 from compressm.compression.guard.rollback import Rollback
 from compressm.compression.guard.snapshot import Parts, check_registrable
 from compressm.compression.planning.batches import replayable
 from compressm.compression.planning.calibration import Forward, rehearse
 from compressm.compression.planning.plans import Calibration, Candidate, Demands, Planned, analyse, in_view, make_plan, raised
 from compressm.compression.planning.policies import Policy
-from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport
-from compressm.compression.planning.schedules import Look, Schedule, ScheduleWarning
-from compressm.compression.planning.stability import Sightings, Stability
+from compressm.compression.planning.report import GuardReport, ReductionPlan, ReductionReport, report_from_dict
+from compressm.compression.planning.schedules import Look, Schedule
+from compressm.compression.planning.stability import Sightings, Stability, parsed
 from compressm.compression.surgery.audit import Ema, OptimizerArgument, as_optimizers, check_ema, check_optimizers
 from compressm.compression.surgery.moments import check_moments
 from compressm.control import Criterion, RowCriterion
-from compressm.errors import CompressmError
+from compressm.errors import CompressmError, bad_argument
 
 
 class Compressor:
@@ -136,26 +135,21 @@ class Compressor:
         self.schedule = check_kind(schedule, Schedule, "schedule")
         self.recipe = choose_recipe(recipe, calibration, self.layers)
         self.demands = Demands(multiple_of, uniform)
-        self.moments = moments if moments is not None else self.recipe.moments
-        self.ema = ema
-        self.lr_after = check_factor(lr_after)
-        check_moments(self.moments)
+        self.moments = check_moments(self.recipe.moments if moments is None else moments)
+        self.ema, self.lr_after = ema, check_factor(lr_after)
         self.calibration = Calibration(replayable(calibration), forward, sequences, self.team)
         self.refine = chosen_steps(refine, 0, self.layers, calibration, self.team)
         self.team.check(self.layers, ema)
         self.policy = check_policy(policy, self.layers, self.demands, self.recipe, calibration)
-        if self.optimizers:
-            check_optimizers(self.layers, self.model, self.optimizers)
+        check_optimizers(self.layers, self.model, self.optimizers)
         if ema is not None:
             check_ema(ema, self.model, self.layers)
         self.history: list[ReductionReport | GuardReport] = []
-        if guard is not None:
-            check_kind(guard, Rollback, "guard")
-        self.guard = None if guard is None else Guard(guard, self.schedule, self.team, self.optimizers)
+        rule = None if guard is None else check_kind(guard, Rollback, "guard")
+        self.guard = None if rule is None else Guard(rule, self.schedule, self.team, self.optimizers)
         self.registered: dict[str, Any] = {}
-        self.team.same("arguments of the Compressor", arguments_of(self))
+        self.team.same("arguments of the Compressor", self._arguments())
         self._progress = Progress(kept=dict.fromkeys(self.layers, 1.0))
-        self._waiting = False  # an attempt came due that has not been made
         self._sightings = Sightings(bounded=self.schedule.adaptive)
         if (batches := self.calibration.batches) is not None:
             rehearse(self.model, self.layers, batches, forward=forward, sequences=sequences, team=self.team)
@@ -177,9 +171,7 @@ class Compressor:
         guard, step = self.guard, self._progress.step + 1
         if guard is not None and guard.probation is not None:
             return step >= guard.probation.until
-        if (guard is not None and guard.stopped) or (self.schedule.adaptive and self._progress.reduced):
-            return False
-        return self._waiting or self.schedule.due(step)
+        return not self._over and (self._progress.waiting or self.schedule.due(step))
 
     def register(self, **objects: Any) -> None:
         """Name objects that a rollback sets back along with the model: schedulers, scalers, samplers, counters.
@@ -229,7 +221,7 @@ class Compressor:
         guard = self.guard
         probation = None if guard is None else guard.probation
         if probation is not None:
-            self._waiting |= self.schedule.due(self._progress.step)
+            self._progress.waiting |= self.schedule.due(self._progress.step)
         if not due:
             return None
         with ordinary():
@@ -237,8 +229,8 @@ class Compressor:
 
     def _consider(self) -> ReductionReport | GuardReport | None:
         """Attempt a reduction, if an adaptive schedule agrees."""
-        started, waiting = time.perf_counter(), self._waiting
-        self._waiting = False
+        started, waiting = time.perf_counter(), self._progress.waiting
+        self._progress.waiting = False
         candidates = analyse(self.model, self.layers, self.recipe.convention, self.calibration)
         planned = self._choose(candidates)
         spectra, kept = in_view(candidates, planned)
@@ -267,39 +259,26 @@ class Compressor:
                 self._progress.attempts += 1
                 return self._record(outcome)
             planned, words = outcome
-        number, total = self._progress.attempts + 1, self.schedule.attempts
-        reason = f"attempt {number} of {total}" if number <= total else f"attempt {number}"
-        reason = f"{reason}, {self._policy_now}, recipe {self.recipe.name}"
-        reason = "; ".join(filter(None, [reason, words, self._change_rates(planned)]))
+        reason = f"{self._progress.next_of(self.schedule.attempts)}, {self._policy_now}, recipe {self.recipe.name}"
+        first = planned.plan.changed and not self._progress.reduced
+        rates = multiply_rates(self.optimizers, self.registered.values(), self.lr_after if first else None)
+        reason = "; ".join(filter(None, [reason, words, rates]))
         report = finish(planned, self._progress.step, reason, started)
         self._progress.add(report)
         self.history.append(report)
         return report
-
-    def _change_rates(self, planned: Planned) -> str:
-        """Multiply the learning rate at the first cut, and say so.  A rollback brings the old one back with the optimizer."""
-        if self.lr_after is None or self._progress.reduced or not planned.plan.changed:
-            return ""
-        multiply_rates(self.optimizers, self.registered.values(), self.lr_after)
-        return f"learning rate x{self.lr_after:g}"
 
     def _validate(self, guard: Guard, probation: Probation) -> GuardReport:
         def resume(progress: Mapping[str, Any]) -> None:
             self._progress = Progress.of(progress)
             self._progress.attempts += 1
             self._sightings.go_back(self._progress.step)
-            self._waiting = not guard.stopped and self.schedule.after(self._progress.step) is None
+            self._progress.waiting = not guard.stopped and self.schedule.after(self._progress.step) is None
 
-        more = partial(self.schedule.after, probation.began)
+        more = functools.partial(self.schedule.after, probation.began)
         report, failed = guard.validate(self._parts(), self._progress.step, more, resume)
         self._record(report)
-        if failed:
-            what, error = next(iter(failed.items()))
-            raise CompressmError(
-                f"guard: {what} did not take back its state of step {report.resumed_at} ({type(error).__name__}: {error}), "
-                "expected what state_dict() had returned to be welcome. Everything else is back, step_count included: see "
-                "compressor.history[-1]; set this one back by hand"
-            ) from error
+        check_taken_back(failed, report.resumed_at)
         return report
 
     def _record(self, report: GuardReport) -> GuardReport:
@@ -336,17 +315,13 @@ class Compressor:
             )
         if self.guard is not None:
             self.guard.warn_unvalidated(self._progress.step)
-        now = self.step_count
-        missed = [now + 1] * self._waiting + [step for step in self.schedule.steps if step > now]
-        if (self.guard is not None and self.guard.stopped) or (self.schedule.adaptive and self._progress.reduced):
-            return
-        if missed:
-            warnings.warn(
-                f"training ended at step {now}, before the reductions scheduled at {missed}; shorten the schedule "
-                "(its total_steps) or train longer",
-                ScheduleWarning,
-                stacklevel=2,
-            )
+        if not self._over:
+            self.schedule.warn_missed(self.step_count, waiting=self._progress.waiting)
+
+    @property
+    def _over(self) -> bool:
+        """Whether no further reduction will be attempted, whatever is scheduled."""
+        return (self.guard is not None and self.guard.stopped) or (self.schedule.adaptive and self._progress.reduced > 0)
 
     def __enter__(self) -> Compressor:
         return self
@@ -358,7 +333,17 @@ class Compressor:
     def state_dict(self) -> dict[str, Any]:
         """State for resuming in mid-schedule: JSON-ready, but for the tensors that a guard has put aside while a reduction is
         on probation (:func:`compressm.save` takes them as well)."""
-        return state_of(self)
+        return {
+            "format": STATE_FORMAT,
+            "recipe": self.recipe.name,
+            "policy": repr(self.policy),
+            "schedule": repr(self.schedule),
+            **asdict(self._progress),
+            "seen": self._sightings.state_dict(),
+            "guard": None if self.guard is None else self.guard.state_dict(),
+            "ranks": self.ranks,
+            "history": [report.to_dict() for report in self.history],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; the model must have the ranks it had then.
@@ -366,14 +351,31 @@ class Compressor:
         Raises:
             ArgumentError: of another format, recipe or model; nothing has changed.
         """
-        restore(self, state)
+        self.check_state_dict(state)
+        if dict(state["ranks"]) != self.ranks:
+            remedy = "Load the model first: compressm.load(path, model, optimizer=..., compressor=...) does both"
+            raise bad_argument("state_dict", got=f"ranks {state['ranks']}", expected=f"ranks {self.ranks}", remedy=remedy)
+        history = [report_from_dict(report) for report in state["history"]]
+        seen = parsed(state.get("seen", []))
+        if self.guard is not None:
+            self.guard.load(state.get("guard"), self._parts())
+        self._progress = Progress.of(state)
+        self.history = history
+        self._sightings = Sightings(bounded=self.schedule.adaptive, seen=seen)
+        if self._cadence is not None:
+            self._cadence.restart(self._progress.step)
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ArgumentError unless ``state`` fits this compressor's recipe and layers (ranks may differ)."""
-        check(self, state)
+        check_state(state, self.recipe.name, self.layers)
+        if (progress := check_guard_state(self.guard, state.get("guard"), self._parts())) is not None:
+            check_progress(progress, self.layers)
 
     def _choose(self, candidates: Mapping[str, Candidate]) -> Planned:
-        return make_plan(candidates, self._policy_now, keep=self._keep(), demands=self.demands, team=self.team)
+        policy = self._policy_now
+        shared = policy.budget if self.recipe.shared_budget else None
+        keep = None if shared is None else self._progress.shares(shared, self.schedule.attempts)
+        return make_plan(candidates, policy, keep=keep, demands=self.demands, team=self.team)
 
     def _execute(self, planned: Planned) -> Planned:
         refinement = Refinement(self.refine, self.calibration) if self.refine else None
@@ -383,15 +385,15 @@ class Compressor:
     @property
     def _policy_now(self) -> Policy:
         """The policy, gentler with every rollback."""
-        policy = self.policy
-        for _ in range(0 if self.guard is None else self.guard.failures):
-            policy = policy.gentler()
-        return policy
+        failures = 0 if self.guard is None else self.guard.failures
+        return functools.reduce(lambda policy, _: policy.gentler(), range(failures), self.policy)
 
     def _parts(self) -> Parts:
         return Parts(self.model, self.layers, self.optimizers, self.ema, self.registered)
 
-    def _keep(self) -> dict[str, float] | None:
-        """Per layer, the fraction the next attempt must keep, where attempts share a budget."""
-        budget = self._policy_now.budget if self.recipe.shared_budget else None
-        return None if budget is None else self._progress.shares(budget, self.schedule.attempts)
+    def _arguments(self) -> list[Any]:
+        """What must be the same on all processes that train the model together, JSON-ready."""
+        named = [described(self.policy), described(self.schedule), described(self.demands)]
+        needs = {name: adapter.needs(module) for name, (module, adapter) in self.layers.items()}
+        chosen = [*named, self.recipe.name, self.moments, self.ema is None, self.ranks, needs, self.lr_after]
+        return [*chosen, self.calibration.batches is None, self.calibration.sequences, self.guard is None]

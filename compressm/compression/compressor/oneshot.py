@@ -51,13 +51,11 @@ def compress(
     layers = judged(in_form(compressible_layers(plain), form, Team(plain), optimizers), criterion, form, calibration)
     check_known(layers)
     chosen = choose_recipe(recipe, calibration, layers)
-    moments = moments if moments is not None else chosen.moments
+    moments = check_moments(chosen.moments if moments is None else moments)
     check_swappable(plain, {name: (module, adapter.parameters(module)) for name, (module, adapter) in layers.items()})
     demands = Demands(multiple_of, uniform)
     check_policy(policy, layers, demands, chosen, calibration)
-    check_moments(moments)
-    if optimizers:
-        check_optimizers(layers, plain, optimizers)
+    check_optimizers(layers, plain, optimizers)
     measured = Calibration(replayable(calibration), forward, sequences)
     steps = chosen_steps(refine, STEPS, layers, calibration, measured.team)
     started = time.perf_counter()

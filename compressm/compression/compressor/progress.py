@@ -28,6 +28,7 @@ class Progress:
         reduced: those of them that removed states.
         kept: by layer, how much of the sum of its spectra all of them have kept.
         memory: of an adaptive schedule.
+        waiting: whether an attempt came due that has not been made.
     """
 
     step: int = 0
@@ -35,12 +36,18 @@ class Progress:
     reduced: int = 0
     kept: dict[str, float] = field(default_factory=dict)
     memory: Any = None
+    waiting: bool = False
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
         """From checked state of a Compressor; whatever else is in there is left."""
         step, attempts, reduced = (int(state.get(name, 0)) for name in ("step", "attempts", "reduced"))
-        return cls(step, attempts, reduced, {name: float(kept) for name, kept in state["kept"].items()}, state.get("memory"))
+        kept = {name: float(kept) for name, kept in state["kept"].items()}
+        return cls(step, attempts, reduced, kept, state.get("memory"), bool(state.get("waiting", False)))
+
+    def next_of(self, attempts: int) -> str:
+        """The next attempt in words, of so many that are scheduled."""
+        return f"attempt {self.attempts + 1}" + (f" of {attempts}" if self.attempts < attempts else "")
 
     def add(self, report: ReductionReport) -> None:
         """Count an attempt."""

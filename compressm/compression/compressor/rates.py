@@ -11,28 +11,33 @@ from torch import Tensor
 
 from compressm.compression.planning.schedules import ScheduleWarning
 from compressm.compression.surgery.audit import Optimizers
-from compressm.errors import bad_argument
+from compressm.errors import check_number
 
 
 def check_factor(factor: Any) -> float | None:
     """The factor, if it is a positive number or None; ArgumentError otherwise."""
-    known = factor is None or (isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor < math.inf)
-    if not known:
-        raise bad_argument("lr_after", got=repr(factor), expected="a positive number, a factor on the learning rate, or None")
+    if factor is not None:
+        expected = "a positive number, a factor on the learning rate, or None"
+        check_number("lr_after", factor, expected, lambda number: 0 < number < math.inf)
     return factor
 
 
-def multiply_rates(optimizers: Optimizers, registered: Iterable[Any], factor: float) -> None:
+def multiply_rates(optimizers: Optimizers, registered: Iterable[Any], factor: float | None) -> str:
     """Multiply the learning rates of all parameter groups, and what registered schedulers remember of them.
 
     Args:
         optimizers: those that train the model.
         registered: objects, of which those with ``base_lrs`` are schedulers; schedulers inside of them are found.
-        factor: positive.
+        factor: positive; None: they stay.
+
+    Returns:
+        what was done, in words.
 
     Warns:
         ScheduleWarning: a scheduler has left its mark on a group and none is registered: it will set its own rate again.
     """
+    if factor is None:
+        return ""
     schedulers = [item for root in registered for item in _schedulers(root)]
     for scheduler in schedulers:
         for name in ("base_lrs", "_last_lr"):
@@ -52,8 +57,9 @@ def multiply_rates(optimizers: Optimizers, registered: Iterable[Any], factor: fl
             "lr_after: a scheduler that the Compressor does not know sets the learning rate, and will set its own again. "
             "Call compressor.register(scheduler=scheduler)",
             ScheduleWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
+    return f"learning rate x{factor:g}"
 
 
 def _schedulers(item: Any) -> Iterator[Any]:

@@ -120,7 +120,10 @@ class ShardedTeam(ProcessTeam):
             if isinstance(parameter, DTensor) and parameter.device_mesh not in meshes:
                 meshes.append(parameter.device_mesh)
         if len(meshes) != 1:
-            raise ModelError(f"model: its parameters are sharded over {len(meshes)} device meshes, expected one")
+            raise ModelError(
+                f"model: its parameters are sharded over {len(meshes)} device meshes, expected one. Pass the same mesh to "
+                "every fully_shard"
+            )
         members = meshes[0].mesh.flatten().tolist()
         whole = meshes[0].get_group() if meshes[0].ndim == 1 else dist.new_group(members, use_local_synchronization=True)
         super().__init__(model, whole, torch.device(meshes[0].device_type))

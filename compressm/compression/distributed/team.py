@@ -183,7 +183,8 @@ class ProcessTeam(Team):
         others = [rank for rank, digest in enumerate(said) if digest != said[0]]
         if others:
             raise DistributedError(
-                f"{what}: rank(s) {', '.join(map(str, others))} differ from rank 0, expected the same on all {self.size} ranks"
+                f"{what}: rank(s) {', '.join(map(str, others))} differ from rank 0, expected the same on all {self.size} "
+                "ranks. Build model and Compressor alike on all of them, from the same seed or checkpoint"
             )
 
     def settle(self, layers: Layers, optimizers: Optimizers, ema: Ema | None) -> None:

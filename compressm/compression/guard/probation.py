@@ -22,7 +22,7 @@ from compressm.compression.planning.schedules import Schedule, ScheduleWarning
 from compressm.compression.surgery.audit import Optimizers
 from compressm.compression.surgery.optimizer_state import masters_of
 from compressm.compression.surgery.references import References
-from compressm.errors import NumericalError, bad_argument
+from compressm.errors import CompressmError, NumericalError, bad_argument
 
 
 @dataclass
@@ -303,3 +303,27 @@ class Guard:
                 ScheduleWarning,
                 stacklevel=5,
             )
+
+
+def check_guard_state(guard: Guard | None, state: Any, parts: Parts) -> Any:
+    """Raise ArgumentError unless a Compressor with this guard, or none, can go on from the state of a guard, or of none.
+
+    Returns:
+        the Compressor's progress that a rollback would go back to, or None.
+    """
+    if guard is not None and state is not None:
+        return guard.check(state, parts)
+    if state is not None and state["probation"] is not None:
+        remedy = "Pass guard=Rollback(...), as in the saved run"
+        raise bad_argument("guard", got=None, expected="a Rollback to validate the last reduction", remedy=remedy)
+    return None
+
+
+def check_taken_back(failed: Mapping[str, Exception], step: int) -> None:
+    """Raise CompressmError if a registered object refused its state of a step when everything went back to there."""
+    for what, error in failed.items():
+        raise CompressmError(
+            f"guard: {what} did not take back its state of step {step} ({type(error).__name__}: {error}), expected its "
+            "load_state_dict() to take what its state_dict() had returned. Everything else is back, step_count included: see "
+            "compressor.history[-1]; set this one back by hand"
+        ) from error

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from compressm.compression.common.types import is_number
 from compressm.compression.planning.schedules import Schedule
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer, check_number
 
 Metric = Callable[[nn.Module], float]
 
@@ -79,17 +78,15 @@ class Rollback:
             raise bad_argument("mode", got=repr(self.mode), expected='"min" or "max"')
         for name in ("tolerance", "jump"):
             value = getattr(self, name)
-            if not (name == "jump" and value is None) and not (is_number(value) and 0 <= value < math.inf):
-                raise bad_argument(name, got=repr(value), expected="a number, at least 0")
+            if name != "jump" or value is not None:
+                check_number(name, value, "a number, at least 0", lambda number: 0 <= number < math.inf)
         fraction = isinstance(self.recovery, float) and 0 < self.recovery < 1
         steps = type(self.recovery) is int and self.recovery >= 1
         if not fraction and not steps:
             expected = "a fraction of training in (0, 1) or a positive number of steps"
             raise bad_argument("recovery", got=repr(self.recovery), expected=expected)
         for name, least in (("tries", 0), ("failures", 1), ("disk_bytes", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise bad_argument(name, got=repr(value), expected=f"an integer, at least {least}")
+            check_integer(name, getattr(self, name), least, expected=f"an integer, at least {least}")
 
     @classmethod
     def pragmatic(cls, evaluate: Metric, tolerance: float = 0.0, **options: Any) -> Rollback:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 
-from compressm.compression.planning.policies import Layer, LayerSpectrum, Policy, check_positive
-from compressm.errors import bad_argument
+from compressm.compression.planning.policies import Layer, LayerSpectrum, Policy
+from compressm.errors import bad_argument, check_integer
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Budget(Policy):
         if (self.states is None) == (self.bytes is None):
             got = f"states={self.states}, bytes={self.bytes}"
             raise bad_argument("states, bytes", got=got, expected="exactly one of the two")
-        check_positive(*(("bytes", self.bytes) if self.states is None else ("states", self.states)))
+        check_integer(*(("bytes", self.bytes) if self.states is None else ("states", self.states)))
 
     def check_layers(self, layers: Mapping[str, Layer]) -> None:
         """Refuse a total below one multiple of states for every layer."""

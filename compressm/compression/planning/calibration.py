@@ -23,7 +23,7 @@ from compressm.compression.distributed.team import Team
 from compressm.compression.planning.batches import default_forward, take, trainable
 from compressm.compression.planning.loaders import at_rest
 from compressm.compression.planning.probes import output_tensors, probes
-from compressm.errors import CompressmError, DataError, bad_argument
+from compressm.errors import CompressmError, DataError, check_integer
 
 ROWS_PER_STATE = 32  # time steps per state that enter the statistics
 
@@ -156,8 +156,7 @@ def _parts_attached(meters: Mapping[str, Meter], layers: Layers) -> Iterator[Non
 
 
 def _check_count(sequences: Any) -> None:
-    if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
-        raise bad_argument("sequences", got=repr(sequences), expected="a positive integer")
+    check_integer("sequences", sequences)
 
 
 def _warn_unfelt(meters: Mapping[str, Meter], gradients: Tensor) -> None:

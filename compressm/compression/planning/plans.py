@@ -14,9 +14,9 @@ from compressm.compression.common.models import Layers
 from compressm.compression.common.workers import each
 from compressm.compression.distributed.team import Team
 from compressm.compression.planning.calibration import collect
-from compressm.compression.planning.policies import FixedRank, HalfWay, Layer, LayerSpectrum, Policy, ask, check_positive
+from compressm.compression.planning.policies import FixedRank, HalfWay, Layer, LayerSpectrum, Policy, ask
 from compressm.compression.planning.report import LayerReduction, ReductionPlan
-from compressm.errors import NumericalError
+from compressm.errors import NumericalError, check_integer
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Demands:
 
     def __post_init__(self) -> None:
         if self.multiple_of is not None:
-            check_positive("multiple_of", self.multiple_of)
+            check_integer("multiple_of", self.multiple_of)
 
     def of(self, name: str, module: nn.Module, adapter: Adapter, *, bounded: bool) -> Layer:
         """What a policy may know of a layer before it is measured."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressm.compression.common.workers import each
 from compressm.control import slots
-from compressm.errors import ArgumentError, NumericalError, bad_argument
+from compressm.errors import ArgumentError, NumericalError, bad_argument, check_integer, check_number
 
 GATE = 0.95
 
@@ -125,9 +125,7 @@ def ask(policy: Policy, spectra: Mapping[str, LayerSpectrum]) -> dict[str, int]:
         raise bad_argument("policy", got=got, expected=f"a rank for each of the layers {', '.join(spectra)}")
     for name, spectrum in spectra.items():
         rank = answer[name]
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= spectrum.rank:
-            expected = f"a rank between 1 and {spectrum.rank} for layer {name!r}"
-            raise bad_argument("policy", got=repr(rank), expected=expected)
+        check_integer("policy", rank, 1, spectrum.rank, expected=f"a rank between 1 and {spectrum.rank} for layer {name!r}")
     return {name: answer[name] for name in spectra}
 
 
@@ -177,10 +175,10 @@ class Energy(LayerPolicy):
             got = f"tau={self.tau}, keep={self.keep}"
             raise bad_argument("tau, keep", got=got, expected="exactly one of the two (keep = 1 - tau)")
         if self.keep is not None:
-            _check_number("keep", self.keep, "a number in (0, 1]", lambda value: 0 < value <= 1)
+            check_number("keep", self.keep, "a number in (0, 1]", lambda value: 0 < value <= 1)
             object.__setattr__(self, "tau", 1 - self.keep)
         elif self.tau is not None:
-            _check_number("tau", self.tau, "a number in [0, 1)", lambda value: 0 <= value < 1)
+            check_number("tau", self.tau, "a number in [0, 1)", lambda value: 0 <= value < 1)
             object.__setattr__(self, "keep", 1 - self.tau)
         _check_gate(self.gate)
 
@@ -223,7 +221,7 @@ class FixedRank(LayerPolicy):
             object.__setattr__(self, "states", dict(self.states))
         named = self.states.items() if isinstance(self.states, dict) else [("rank", self.states)]
         for name, value in named:
-            check_positive(f"FixedRank {name}", value)
+            check_integer(f"FixedRank {name}", value)
 
     def check_layers(self, layers: Mapping[str, Layer]) -> None:
         if isinstance(self.states, dict) and (unknown := sorted(set(self.states) - set(layers))):
@@ -256,7 +254,7 @@ class Shrink(LayerPolicy):
     gate: float = GATE
 
     def __post_init__(self) -> None:
-        _check_number("fraction", self.fraction, "a number in (0, 1)", lambda value: 0 < value < 1)
+        check_number("fraction", self.fraction, "a number in (0, 1)", lambda value: 0 < value < 1)
         _check_gate(self.gate)
 
     def rank(self, spectrum: LayerSpectrum) -> int:
@@ -294,7 +292,7 @@ class ErrorBound(LayerPolicy):
     relative: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("value", self.value, "a positive number", lambda value: 0 < value < math.inf)
+        check_number("value", self.value, "a positive number", lambda value: 0 < value < math.inf)
         if not isinstance(self.relative, bool):
             raise bad_argument("relative", got=repr(self.relative), expected="True or False")
 
@@ -348,16 +346,5 @@ def _round_and_gate(wanted: int, rank: int, multiple_of: int, gate: float) -> in
     return rounded if rounded < gate * rank else rank
 
 
-def _check_number(name: str, value: object, expected: str, allowed) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not allowed(value):
-        raise bad_argument(name, got=repr(value), expected=expected)
-
-
 def _check_gate(gate: float) -> None:
-    _check_number("gate", gate, "a number in (0, 1]", lambda value: 0 < value <= 1)
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise ArgumentError unless it is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise bad_argument(name, got=repr(value), expected="a positive integer")
+    check_number("gate", gate, "a number in (0, 1]", lambda value: 0 < value <= 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer, check_number
 
 
 class ScheduleWarning(UserWarning):
@@ -62,6 +63,16 @@ class Schedule(ABC):
         """The first step after ``step`` at which a reduction may be attempted."""
         return next((due for due in self.steps if due > step), None)
 
+    def warn_missed(self, step: int, *, waiting: bool) -> None:
+        """Warn, in the name of the caller's caller, if training ends at a step with attempts to come, or one that waits."""
+        if missed := [step + 1] * waiting + [due for due in self.steps if due > step]:
+            warnings.warn(
+                f"training ended at step {step}, before the reductions scheduled at {missed}; shorten the schedule "
+                "(its total_steps) or train longer",
+                ScheduleWarning,
+                stacklevel=3,
+            )
+
     def decide(self, look: Look, memory: Any) -> tuple[bool, Any]:
         """For adaptive schedules: whether to attempt a reduction now, and what to remember until the next step.
 
@@ -85,7 +96,7 @@ class Once(Schedule):
     at: float = 0.2
 
     def __post_init__(self) -> None:
-        _check_steps("total_steps", self.total_steps)
+        check_integer("total_steps", self.total_steps)
         _check_fraction("at", self.at)
 
     @property
@@ -108,9 +119,9 @@ class Warmup(Schedule):
     attempts: int = 4
 
     def __post_init__(self) -> None:
-        _check_steps("total_steps", self.total_steps)
+        check_integer("total_steps", self.total_steps)
         _check_fraction("fraction", self.fraction)
-        _check_steps("attempts", self.attempts)
+        check_integer("attempts", self.attempts)
         if self.total_steps * self.fraction < self.attempts - 1e-9:
             got = f"{self.attempts} attempts in {self.total_steps * self.fraction:g} steps"
             remedy = "Train longer, raise fraction or lower attempts"
@@ -140,7 +151,7 @@ class Every(Schedule):
 
     def __post_init__(self) -> None:
         for name in ("interval", "start", "stop"):
-            _check_steps(name, getattr(self, name))
+            check_integer(name, getattr(self, name))
         if self.stop < self.start:
             raise bad_argument("stop", got=self.stop, expected=f"at least start = {self.start}")
         _check_within((self.start,), self.total_steps)
@@ -174,7 +185,7 @@ class At(Schedule):
             raise bad_argument("At", got=repr(at), expected="a sequence of step numbers, such as At([500, 1000])")
         listed = list(at)
         for value in listed:
-            _check_steps("At", value)
+            check_integer("At", value)
         if not listed or len(set(listed)) != len(listed):
             raise bad_argument("At", got=listed, expected="at least one step number, each once")
         _check_within(listed, total_steps)
@@ -231,12 +242,11 @@ class WhenStable(Schedule):
     adaptive = True
 
     def __post_init__(self) -> None:
-        _check_steps("total_steps", self.total_steps)
-        _check_steps("patience", self.patience)
+        check_integer("total_steps", self.total_steps)
+        check_integer("patience", self.patience)
         for name in ("check", "until", "force", "drift", "change"):
             _check_fraction(name, getattr(self, name))
-        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int | float) or not 0 <= self.warmup < 1:
-            raise bad_argument("warmup", got=repr(self.warmup), expected="a number in [0, 1)")
+        check_number("warmup", self.warmup, "a number in [0, 1)", lambda number: 0 <= number < 1)
         if not self.warmup < self.force <= self.until:
             expected = f"more than warmup = {self.warmup} and at most until = {self.until}"
             raise bad_argument("force", got=self.force, expected=expected)
@@ -302,7 +312,7 @@ class Watch(Schedule):
     adaptive = True
 
     def __post_init__(self) -> None:
-        _check_steps("total_steps", self.total_steps)
+        check_integer("total_steps", self.total_steps)
         _check_fraction("check", self.check)
 
     @property
@@ -315,20 +325,14 @@ class Watch(Schedule):
         return False, None
 
 
-def _check_steps(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise bad_argument(name, got=repr(value), expected="a positive integer")
-
-
 def _check_within(steps: Sequence[int], total_steps: int | None) -> None:
     """Raise ArgumentError if an attempt lies beyond the end of training, where it would never come."""
     if total_steps is None:
         return
-    _check_steps("total_steps", total_steps)
+    check_integer("total_steps", total_steps)
     if beyond := sorted(step for step in steps if step > total_steps):
         raise bad_argument("schedule", got=f"attempts at {beyond}", expected=f"none after total_steps = {total_steps}")
 
 
 def _check_fraction(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise bad_argument(name, got=repr(value), expected="a number in (0, 1]")
+    check_number(name, value, "a number in (0, 1]", lambda number: 0 < number <= 1)

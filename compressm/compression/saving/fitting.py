@@ -53,7 +53,7 @@ def check_model(model: nn.Module, state: dict[str, Any], reshaped: set[str], str
         _check_kind(name, saved, own[name])
         if name not in reshaped:
             check_shape(name, saved, own[name])
-        check_number(name, saved, finite=name in parameters)
+        check_values(name, saved, finite=name in parameters)
         twin = places.setdefault((own[name].data_ptr(), own[name].shape, own[name].stride()), name)
         if twin != name and own[name].numel() and not torch.equal(saved, state[twin]):
             raise CheckpointError(f"{name} and {twin} are one tensor in the model, but differ in the checkpoint")
@@ -73,7 +73,7 @@ def _check_kind(name: str, saved: Any, own: Tensor) -> None:
         raise CheckpointError(f"{name} holds {saved.dtype} values that are too large for the model's {own.dtype}")
 
 
-def check_number(name: str, value: Tensor, *, finite: bool) -> None:
+def check_values(name: str, value: Tensor, *, finite: bool) -> None:
     lowest, highest = extremes(value)
     if math.isnan(lowest) or (finite and not (math.isfinite(lowest) and math.isfinite(highest))):
         what = "NaN" if math.isnan(lowest) else "infinity"

@@ -33,7 +33,15 @@ from compressm.compression.common import random_states
 from compressm.compression.common.codec import decode, encode
 from compressm.compression.common.models import Layers, compressible_layers
 from compressm.compression.compressor.compressor import Compressor
-from compressm.compression.saving.fitting import check_model, check_number, check_room, check_shape, closest, listed, persistent
+from compressm.compression.saving.fitting import (
+    check_model,
+    check_room,
+    check_shape,
+    check_values,
+    closest,
+    listed,
+    persistent,
+)
 from compressm.compression.surgery.audit import Optimizers, full_name
 from compressm.compression.surgery.edits import reshape
 from compressm.compression.surgery.optional import give, wanted
@@ -70,7 +78,10 @@ def pack(
         "format": FORMAT,
         "compressm": __version__,
         "ranks": {name: adapter.rank(module) for name, (module, adapter) in layers.items()},
-        "dtypes": {name: _dtype(module, adapter) for name, (module, adapter) in layers.items()},
+        "dtypes": {
+            name: str(own_parameter(module, adapter.parameters(module)[0]).dtype).removeprefix("torch.")
+            for name, (module, adapter) in layers.items()
+        },
         "model": encode(persistent(model), "model", tensors),
         "optimizers": encode([pack_optimizer(o, model) for o in optimizers], "optimizers", tensors),
         "compressor": encode(None if compressor is None else compressor.state_dict(), "compressor", tensors),
@@ -93,7 +104,7 @@ def check_numbers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     parameters = {f"model/{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in tensors.items():
         if name.startswith(("model/", "optimizers/")):
-            check_number(name, value, finite=name in parameters)
+            check_values(name, value, finite=name in parameters)
 
 
 @dataclass(frozen=True)
@@ -207,13 +218,14 @@ def check(
     generators = _section(manifest, "rng", left, dict | None)
     extra = decode(manifest["extra"], left)
     if left:
-        raise CheckpointError(f"holds tensors that its manifest does not name: {listed(left)}")
+        raise CheckpointError(f"holds tensors that its manifest does not name: {listed(left)}. It has been changed")
     ranks = saved_ranks(manifest, layers, strict=strict)
     reshaped = {full_name(name, key) for name, rank in ranks.items() for key in _reshaped(*layers[name], rank)}
     state = check_model(model, state, reshaped, strict)
     check_room(layers, ranks, state)
     if optimizers and len(saved) != len(optimizers):
-        raise CheckpointError(f"holds the state of {len(saved)} optimizers, expected {len(optimizers)}")
+        remedy = "Pass as many optimizers as were saved, or none"
+        raise CheckpointError(f"holds the state of {len(saved)} optimizers, expected {len(optimizers)}. {remedy}")
     shapes = {**dict(model.named_parameters()), **state}
     ready = [check_optimizer_state(o, model, s, shapes) for o, s in zip(optimizers, saved, strict=False)]
     if compressor is not None:
@@ -253,10 +265,6 @@ def check_progress(compressor: Compressor, progress: Mapping[str, Any] | None, r
             f"its compressor state has ranks {progress['ranks']!s:.200} and its model {ranks!s:.200}, expected the same. "
             "Save a model together with its own compressor"
         )
-
-
-def _dtype(module: nn.Module, adapter: Adapter) -> str:
-    return str(own_parameter(module, adapter.parameters(module)[0]).dtype).removeprefix("torch.")
 
 
 def _section(manifest: Mapping[str, Any], name: str, tensors: dict[str, Tensor], kind: Any) -> Any:

@@ -43,12 +43,14 @@ def as_optimizers(
 
 
 def check_optimizers(layers: Layers, model: nn.Module, optimizers: Optimizers) -> None:
-    """The optimizers must hold every trainable parameter of the state-space layers, once, or its master copy.
+    """Optimizers, where there are any, hold every trainable parameter of the state-space layers, once, or its master copy.
 
     Raises:
         OptimizerError: they do not; names the parameters.
         ArgumentError: not an optimizer.
     """
+    if not optimizers:
+        return
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise bad_argument("optimizer", got=type(optimizer).__name__, expected="a torch.optim.Optimizer")

@@ -37,10 +37,11 @@ class UnknownStateWarning(UserWarning):
     """Optimizer state of a kind that cannot be carried through a change of basis was reset."""
 
 
-def check_moments(moments: str) -> None:
-    """Raise ArgumentError unless one of MOMENTS."""
+def check_moments(moments: str) -> str:
+    """The treatment of moments, if it is one of MOMENTS; ArgumentError otherwise."""
     if moments not in MOMENTS:
         raise bad_argument("moments", got=repr(moments), expected=f"one of {', '.join(MOMENTS)}")
+    return moments
 
 
 def new_states(

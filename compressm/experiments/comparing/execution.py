@@ -166,7 +166,9 @@ def _begin(stop: Any, told: Any, threads: int) -> None:
 
 def _leave_with_parent() -> None:
     """End the process when its parent has: after the run that it works on is saved."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     _shared["orphaned"].set()
     with _shared["busy"]:
         os._exit(1)

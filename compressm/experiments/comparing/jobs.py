@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from compressm.errors import NumericalError
 from compressm.experiments.comparing.design import Design, Job
 from compressm.experiments.comparing.records import Entry, read_entry, write_entry
+from compressm.experiments.comparing.statistics import mean_of_all
 from compressm.experiments.methods import METHODS
 from compressm.experiments.tasks.datasets import DATASETS
 from compressm.experiments.tasks.task import Task
@@ -88,7 +88,7 @@ def mean_scores(entries: Sequence[Entry]) -> Mapping[float, float | None]:
     scores: dict[float, list[float | None]] = {}
     for entry in entries:
         scores.setdefault(entry.lr_multiple, []).append(entry.score)
-    return {multiple: None if None in values else statistics.fmean(values) for multiple, values in scores.items()}
+    return {multiple: mean_of_all(values) for multiple, values in scores.items()}
 
 
 def _counterpart(design: Design, job: Job, method: str, out: Path) -> Job:

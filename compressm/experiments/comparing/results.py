@@ -15,7 +15,7 @@ from compressm.experiments.comparing.design import Design, Job
 from compressm.experiments.comparing.execution import is_done
 from compressm.experiments.comparing.jobs import mean_scores, restored
 from compressm.experiments.comparing.records import Entry, read_entry
-from compressm.experiments.comparing.statistics import LEVEL, Difference, Estimate, estimate, holm, paired
+from compressm.experiments.comparing.statistics import LEVEL, Difference, Estimate, estimate, holm, mean_of_all, paired
 from compressm.experiments.methods import METHODS
 from compressm.experiments.reports.data import StepTime
 from compressm.experiments.runs import machine, time_final_models, write_text
@@ -80,16 +80,14 @@ class Arm:
     def mean(self, what: str) -> float | None:
         """Over the runs, of ``seconds_training``, ``state_bytes`` or ``parameters``; None where one does not say."""
         values = [entry.run.parameters if what == "parameters" else getattr(entry, what) for entry in self.entries]
-        return None if None in values else statistics.fmean(values)
+        return mean_of_all(values)
 
     def to_quality(self, quality: float) -> tuple[int, float | None, float | None]:
         """How many runs became as good as ``quality``, and the means over these of steps and of seconds until then."""
         found = [reached for entry in self.entries if (reached := entry.reached(quality)) is not None]
         if not found:
             return 0, None, None
-        seconds = [elapsed for _, elapsed in found if elapsed is not None]
-        steps = statistics.fmean(step for step, _ in found)
-        return len(found), steps, statistics.fmean(seconds) if len(seconds) == len(found) else None
+        return len(found), mean_of_all([step for step, _ in found]), mean_of_all([elapsed for _, elapsed in found])
 
 
 @dataclass(frozen=True)

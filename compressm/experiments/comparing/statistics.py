@@ -12,6 +12,12 @@ from scipy import stats
 LEVEL = 0.95  # of intervals; what is left of it is the error that verdicts allow, over all of them together
 
 
+def mean_of_all(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean and its standard error.

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compressm.errors import bad_argument
 from compressm.experiments.tasks.rates import Rate, learning_rate
-from compressm.experiments.tasks.settings import Settings
+from compressm.experiments.tasks.settings import Settings, SettingsClass
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from compressm.compression import Compressor
-    from compressm.experiments.tasks.parts import Model, Outcome
+    from compressm.experiments.tasks.parts import BlockModel, Model, Outcome
     from compressm.experiments.tasks.task import Task
     from compressm.experiments.training import TrainingRun
 
@@ -77,7 +77,7 @@ class Method:
     title: ClassVar[str]
     phrase: ClassVar[str]
     look: ClassVar[Look] = UNKNOWN
-    Settings: ClassVar[type[Settings]] = Settings
+    Settings: ClassVar[SettingsClass] = Settings
     reference: ClassVar[bool] = False
     reduced: ClassVar[bool] = False
     shrinks: ClassVar[bool] = False
@@ -106,7 +106,7 @@ class Method:
         """Settings of the model that are others for this method, for another initialisation or size."""
         return {}
 
-    def start(self, task: Task, states: Sequence[int]) -> nn.Module:
+    def start(self, task: Task, states: Sequence[int]) -> BlockModel:
         """The model at the start, with that many states in every block."""
         return task.build_model(states, **self.replaced(task.settings))
 

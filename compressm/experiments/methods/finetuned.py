@@ -13,7 +13,7 @@ from compressm.experiments.methods.same_cut import to_states
 from compressm.experiments.methods.selected import check_unmapped, seen_by, unfit_for
 from compressm.experiments.methods.small import sized_by, small_states
 from compressm.experiments.tasks.rates import Rate, rise_and_fall
-from compressm.experiments.tasks.settings import Settings
+from compressm.experiments.tasks.settings import Settings, SettingsClass
 
 if TYPE_CHECKING:
     from compressm.experiments.tasks.parts import Model
@@ -34,7 +34,7 @@ class Finetuned(Method):
         criterion: what ranks the states; None: balanced truncation with data Gramians.
     """
 
-    Settings = FinetunedSettings
+    Settings: ClassVar[SettingsClass] = FinetunedSettings
     reduced = True
     criterion: ClassVar[Criterion | RowCriterion | None] = None
 

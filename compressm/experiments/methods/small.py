@@ -22,7 +22,9 @@ def sized_by(model: Model) -> tuple[str, ...]:
 def small_states(task: Task, finished: Sequence[TrainingRun]) -> list[int]:
     """States of every block of a small model: those that the compressed run ended with, or what the model knows beforehand."""
     compressed = next((run for run in finished if run.name == Compressed.name), None)
-    return task.model.small_states() if compressed is None else compressed.model.states
+    states = task.model.small_states() if compressed is None else compressed.model.states
+    assert states is not None  # see sized_by
+    return states
 
 
 class Small(Method):

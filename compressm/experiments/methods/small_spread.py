@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressm.experiments.methods.base import Look
 from compressm.experiments.methods.small import Small
 
 if TYPE_CHECKING:
-    from compressm.experiments.tasks.parts import Model
+    from compressm.experiments.tasks.parts import BlockModel, Model
     from compressm.experiments.tasks.task import Task
     from compressm.layers import LRU
 
@@ -29,7 +29,7 @@ class SmallSpread(Small):
     def unfit(self, model: type[Model]) -> str:
         return "" if model.mixer == "lru" else f"chooses among the eigenvalues of LRUs, the model {model.name!r} has none"
 
-    def start(self, task: Task, states: Sequence[int]) -> nn.Module:
+    def start(self, task: Task, states: Sequence[int]) -> BlockModel:
         small, large = super().start(task, states), super().start(task, task.model.full_states())
         random = torch.Generator().manual_seed(task.settings.seed)
         for block, other in zip(small.blocks, large.blocks, strict=True):

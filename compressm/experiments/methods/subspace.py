@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressm.adapters.diagonal import write
 from compressm.adapters.lru import LRUAdapter
@@ -18,7 +18,7 @@ from compressm.experiments.tasks.datasets.signals import Signals
 from compressm.experiments.tasks.rates import Rate
 
 if TYPE_CHECKING:
-    from compressm.experiments.tasks.parts import Model
+    from compressm.experiments.tasks.parts import BlockModel, Model
     from compressm.experiments.tasks.task import Task
     from compressm.layers import LRU
 
@@ -45,8 +45,9 @@ class Subspace(Small):
         """Nothing is trained."""
         return lambda step: 0.0
 
-    def start(self, task: Task, states: Sequence[int]) -> nn.Module:
+    def start(self, task: Task, states: Sequence[int]) -> BlockModel:
         small, data = super().start(task, states), task.data
+        assert isinstance(data, Signals)  # see unfit
         inputs, outputs = (signal[:SEQUENCES].cpu() for signal in (data.train_x, data.train_y))
         take_over(getattr(small.blocks[0], task.model.mixer), *identified(inputs, outputs, states[0]))
         return small

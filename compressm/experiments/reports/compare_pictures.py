@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from compressm.experiments.comparing.records import Entry
 from compressm.experiments.comparing.results import Arm, Comparison
 from compressm.experiments.reports.compare_words import PERCENT, capital
 from compressm.experiments.reports.data import clean
-from compressm.experiments.reports.drawing import THEME, canvas, legend, log_axis, look, plain, svg_of
+from compressm.experiments.reports.drawing import THEME, canvas, legend_of_runs, log_axis, look, plain, svg_of
 from compressm.experiments.reports.plots import Picture
 
 Band = list[tuple[float, float, float, float]]  # x, mean, least and largest of all runs
@@ -20,17 +20,17 @@ Band = list[tuple[float, float, float, float]]  # x, mean, least and largest of 
 
 def results(comparison: Comparison) -> Picture | None:
     """A point for each run, and the mean of each method with its standard error."""
-    arms, metric = [arm for arm in comparison.arms if arm.score is not None], comparison.metric
+    arms, metric = [(arm, arm.score) for arm in comparison.arms if arm.score is not None], comparison.metric
     if not arms:
         return None
     with canvas() as (figure, ax):
-        for row, arm in enumerate(arms):
-            own, score = look(arm.name), arm.score
+        for row, (arm, score) in enumerate(arms):
+            own = look(arm.name)
             values = [metric.factor * value for value in arm.scores.values()]
             ax.plot(values, [row] * len(values), linestyle="", marker=own.marker, markersize=3.5, color=own.colour, alpha=0.45)
             half = 0.0 if score.error is None else metric.factor * score.error
             ax.errorbar(metric.factor * score.mean, row, xerr=half, color=own.colour, marker="|", markersize=11, capsize=3)
-        _rows(ax, [arm.title for arm in arms])
+        _rows(ax, [arm.title for arm, _ in arms])
         ax.set_xlabel(f"test {_axis(comparison)}")
         svg = svg_of(figure)
     caption = "Every point is one run; the bar is the mean of its method, with the standard error."
@@ -48,8 +48,8 @@ def differences(comparison: Comparison) -> Picture | None:
         for row, pair in enumerate(pairs):
             gap, resolved = pair.difference, pair.verdict != "not resolved"
             colour = look(pair.theirs if same else pair.ours).colour
-            low, high = metric.factor * gap.low, metric.factor * gap.high
-            ax.plot([low, high], [row, row], color=colour, linewidth=2.2 if resolved else 1.1)
+            ends = [metric.factor * end for end in (gap.low, gap.high) if end is not None]
+            ax.plot(ends, [row, row], color=colour, linewidth=2.2 if resolved else 1.1)
             ax.plot([metric.factor * gap.mean], [row], color=colour, marker="o", markersize=6, linestyle="",
                     markerfacecolor=colour if resolved else "none")  # fmt: skip
         titles = [comparison.arm(pair.theirs).title for pair in pairs]
@@ -104,7 +104,7 @@ def _curves(comparison: Comparison, title: str, axis: str, place: Callable[[Entr
         return None
     with canvas() as (figure, ax):
         for arm, band in drawn:
-            _draw(ax, arm, [(x, *(metric.factor * y for y in ys)) for x, *ys in band])
+            _draw(ax, arm, [(x, metric.factor * y, metric.factor * low, metric.factor * high) for x, y, low, high in band])
         if comparison.quality is not None:
             ax.axhline(metric.factor * comparison.quality, color=THEME["soft"], linewidth=0.9, linestyle=(0, (1, 2)))
         _finish(figure, ax, comparison, f"{metric.watched} {_axis(comparison)}", axis)
@@ -136,7 +136,7 @@ def _draw(ax, arm: Arm, band: Band) -> None:
     own, (xs, means, low, high) = look(arm.name), zip(*band, strict=True)
     if len(arm.entries) > 1:
         ax.fill_between(xs, low, high, color=own.colour, alpha=0.12, linewidth=0, zorder=own.layer - 1)
-    style = {"color": own.colour, "linestyle": own.line, "linewidth": own.width, "zorder": own.layer}
+    style: dict[str, Any] = {"color": own.colour, "linestyle": own.line, "linewidth": own.width, "zorder": own.layer}
     ax.plot(xs, means, marker=own.marker if len(xs) <= 40 else "", markersize=2.6, **style)
 
 
@@ -146,10 +146,7 @@ def _finish(figure, ax, comparison: Comparison, title: str, x: str) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_formatter(FuncFormatter(plain))
     ax.set_xlim(left=0)
-    legend(figure, [
-        Line2D([], [], color=look(arm.name).colour, linestyle=look(arm.name).line, linewidth=2, label=clean(arm.title))
-        for arm in comparison.arms
-    ])  # fmt: skip
+    legend_of_runs(figure, {arm.name: clean(arm.title) for arm in comparison.arms})
 
 
 def _rows(ax, titles: list[str]) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from compressm.experiments.comparing.results import Arm, Comparison, Pair
 from compressm.experiments.comparing.statistics import LEVEL, Estimate
 from compressm.experiments.reports.data import clean
-from compressm.experiments.reports.summary import duration, milliseconds, significant, whole
+from compressm.experiments.reports.summary import duration, listed, milliseconds, significant, whole
 from compressm.experiments.tasks.metrics import MISSING, Metric
 
 PERCENT = f"{100 * LEVEL:.0f} %"
@@ -158,7 +158,7 @@ def remarks(comparison: Comparison) -> list[str]:
         found.append("No learning rate was tuned (--tune): all methods trained with the preset's, which may suit one more.")
     teachers = [arm.title for arm in comparison.arms if any(entry.seconds_teachers for entry in arm.entries)]
     if teachers:
-        found.append(f"Training time of {_listed(teachers)} includes that of the teacher.")
+        found.append(f"Training time of {listed(teachers)} includes that of the teacher.")
     if comparison.quality is not None and any(_some_reached(arm, comparison.quality) for arm in comparison.arms):
         found.append("(n): only so many of the runs became that good; steps and time are their means.")
     return found + [clean(note) for note in dict.fromkeys(note for entry in comparison.entries for note in entry.notes)]
@@ -197,7 +197,3 @@ def _rounded(value: float | None) -> str:
 
 def _clock(seconds: float | None) -> str:
     return duration(seconds).replace(" min ", "m").replace(" h ", "h").replace(" ", "")
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -50,7 +50,9 @@ def _row(report: Report, run: Run, reference: Run | None) -> Row:
     theirs = None if reference is None or run is reference else report.score(reference.final)
     if score is not None and theirs is not None:
         gap = score - theirs
-    spread = None if measured is None or None in (measured.p20, measured.p80) else (measured.p20, measured.p80)
+    spread = None
+    if measured is not None and measured.p20 is not None and measured.p80 is not None:
+        spread = measured.p20, measured.p80
     return Row(
         name=run.name,
         title=run.label,
@@ -71,8 +73,8 @@ def _speed(report: Report, run: Run, reference: Run | None) -> float | None:
     """Reference's step time over the run's: interleaved if both were measured so, else from the runs themselves."""
     if reference is None:
         return None
-    ours, theirs = report.step_time(run), report.step_time(reference)
-    if ours is not None and theirs is not None:
-        return theirs.median / ours.median
+    in_turn = report.step_time(run), report.step_time(reference)
     ours, theirs = run.final.seconds_per_step, reference.final.seconds_per_step
+    if in_turn[0] is not None and in_turn[1] is not None:
+        ours, theirs = in_turn[0].median, in_turn[1].median
     return theirs / ours if ours and theirs else None

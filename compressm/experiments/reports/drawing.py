@@ -6,10 +6,12 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,7 +27,7 @@ SIZE = (5.4, 3.3)  # inches; small, so that text is legible where the picture is
 MAX_POINTS = 400
 MAX_LABEL = 30
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compressm",
     "text.parse_math": False,
@@ -86,13 +88,13 @@ def smooth(points: Points, width: int) -> list[tuple[float, float | None]]:
     return result
 
 
-def draw_run(ax: Axes, run: Run, points: Points, **style: object) -> None:
+def draw_run(ax: Axes, run: Run, points: Points, **style: Any) -> None:
     """A run's line in its look."""
     own = look(run.name)
     draw(ax, points, **{"color": own.colour, "linestyle": own.line, "zorder": own.layer, "linewidth": own.width, **style})
 
 
-def draw(ax: Axes, points: Points, **style: object) -> None:
+def draw(ax: Axes, points: Points, **style: Any) -> None:
     """A line with gaps where there is no value."""
     ax.plot([x for x, _ in points], [math.nan if y is None else y for _, y in points], **style)
 
@@ -133,18 +135,22 @@ def finish(figure: Figure, ax: Axes, report: Report, title: str, x: str) -> None
     ax.set_xlabel(x)
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_formatter(FuncFormatter(plain))
-    ax.set_xlim(0, 1.01 * max([1e-9, *(float(value) for line in ax.lines for value in line.get_xdata())]))
+    ax.set_xlim(0, 1.01 * max([1e-9, *(float(value) for line in ax.lines for value in np.asarray(line.get_xdata()))]))
     if len(report.runs) == 1:
         return
-    legend(figure, [
-        Line2D([], [], color=look(run.name).colour, linestyle=look(run.name).line, linewidth=2, label=_short(run.label))
-        for run in report.runs
-    ])  # fmt: skip
+    legend_of_runs(figure, {run.name: _short(run.label) for run in report.runs})
+
+
+def legend_of_runs(figure: Figure, labels: Mapping[str, str]) -> None:
+    """A legend of runs' lines, by name."""
+    styles: list[dict[str, Any]] = [{"color": look(name).colour, "linestyle": look(name).line} for name in labels]
+    lines = zip(styles, labels.values(), strict=True)
+    legend(figure, [Line2D([], [], **style, linewidth=2, label=label) for style, label in lines])
 
 
 def legend(figure: Figure, handles: list[Line2D]) -> None:
     """A legend above the picture, in as many columns as fit."""
-    longest = max(len(handle.get_label()) for handle in handles)
+    longest = max(len(str(handle.get_label())) for handle in handles)
     columns = min(len(handles), 4 if longest < 12 else 3 if longest < 19 else 2)
     figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
@@ -174,7 +180,7 @@ def svg_of(figure: Figure) -> str:
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     head, body = text[text.index("<svg") :].split(">", 1)
-    view = re.search(r'viewBox="[^"]*"', head)[0]
+    (view,) = re.findall(r'viewBox="[^"]*"', head)
     body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*">', "<g>", body)

@@ -134,13 +134,13 @@ def _comparison(report: Report) -> list[dict[str, Any]]:
     lines = rows(report)
     mixed = len({row.interleaved for row in lines if row.step_seconds is not None}) > 1
     result, metric = [], report.measure
-    for row in lines:
+    for run, row in zip(report.runs, lines, strict=True):
         low, high = (summary.milliseconds(value) for value in row.step_spread or (None, None))
         result.append({
             "name": row.title,
             "class": css_class(row.name),
             "score": metric.text(row.score),
-            "gap": "reference" if report.run(row.name) is report.reference else _signed(row.gap, metric),
+            "gap": "reference" if run is report.reference else _signed(row.gap, metric),
             "states": summary.states(row.states).replace(" x ", " × ").replace("..", "–"),
             "states_all": ", ".join(map(str, row.states)),
             "parameters": summary.whole(row.parameters),
@@ -149,7 +149,7 @@ def _comparison(report: Report) -> list[dict[str, Any]]:
             "speed": _times(row.speed),
             "training": summary.duration(row.seconds_training),
             "total": summary.duration(row.seconds_total),
-            "diverged": report.run(row.name).diverged,
+            "diverged": run.diverged,
         })  # fmt: skip
     return result
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -51,7 +52,9 @@ class Picture:
 def spectra(report: Report) -> list[Picture]:
     """One picture per layer: its Hankel singular values before and after every cut."""
     run = next((run for run in report.runs if run.reductions), None)
-    names = dict.fromkeys(layer.name for cut in run.reductions for layer in cut.layers) if run else ()
+    if run is None:
+        return []
+    names = dict.fromkeys(layer.name for cut in run.reductions for layer in cut.layers)
     pictures = []
     for name in names:
         cuts = [(cut.step, layer) for cut in run.reductions for layer in cut.layers if layer.name == name and layer.spectrum]
@@ -153,7 +156,7 @@ def _spectrum(name: str, cuts: list[tuple[int, LayerCut]], colour: str) -> Pictu
     last = cuts[-1][1]
     top = max([value for _, cut in cuts for value in cut.spectrum if math.isfinite(value)], default=0.0)
     many = len(cuts) > 1
-    after_style = {"color": THEME["ink"], "linewidth": 1.1, "linestyle": (0, (1, 1.5))}
+    after_style: dict[str, Any] = {"color": THEME["ink"], "linewidth": 1.1, "linestyle": (0, (1, 1.5))}
     with canvas() as (figure, ax):
         for index, (_, cut) in enumerate(cuts):
             strength = 1.0 if not many else 0.4 + 0.6 * index / (len(cuts) - 1)
@@ -209,7 +212,7 @@ def _spectrum_caption(cuts: list[tuple[int, LayerCut]]) -> str:
 
 
 def _score_picture(
-    report: Report, series: list[tuple[Run, Points]], title: str, caption: str, axis: str
+    report: Report, series: Sequence[tuple[Run, Points]], title: str, caption: str, axis: str
 ) -> Picture | None:
     if not any(y is not None for _, points in series for _, y in points):
         return None

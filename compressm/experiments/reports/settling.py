@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from compressm.experiments.reports.data import LayerSettling, Report, Run, clean
-from compressm.experiments.reports.drawing import THEME, canvas, draw, legend, log_axis, look, plain, svg_of
+from compressm.experiments.reports.drawing import THEME, Points, canvas, draw, legend, log_axis, look, plain, svg_of
 from compressm.experiments.reports.plots import FLOOR, Picture
 
 LAYERS = 4  # at most so many are shown
@@ -65,6 +66,7 @@ def _drift(run: Run, label: str, layer: LayerSettling) -> Picture | None:
         return None
 
     def lines(ax: Axes) -> list[Line2D]:
+        styles: list[tuple[str, dict[str, Any], Points]]
         styles = [("largest move", {"color": look(run.name).colour, "linewidth": 1.8}, drift)]
         if any(value for _, value in bound):
             styles.append(("Weyl's bound", {"color": THEME["soft"], "linewidth": 1.2, "linestyle": DASHED}, bound))
@@ -83,6 +85,7 @@ def _ranking(run: Run, label: str, layer: LayerSettling) -> Picture | None:
         return None
 
     def lines(ax: Axes) -> list[Line2D]:
+        styles: list[dict[str, Any]]
         styles = [{"color": look(run.name).colour, "linewidth": 1.8}, {"color": THEME["soft"], "linestyle": DASHED}]
         for style, values in zip(styles, series.values(), strict=True):
             draw(ax, list(zip(layer.steps, values, strict=True)), marker="o", markersize=2.4, **style)

@@ -160,9 +160,8 @@ def summary_table(report: Mapping[str, Any] | Report) -> Table:
     for row in lines:
         mark = "*" if mixed and row.step_seconds is not None and not row.interleaved else ""
         quality = (metric.number(row.score), metric.signed(row.gap))
-        cells = (states(row.states, 2, short=True), *quality, _short(row.parameters))
-        cells += (milliseconds(row.step_seconds) + mark, ratio(row.speed))
-        table.add_row(Text(row.title), *cells, _clock(row.seconds_training), _clock(row.seconds_total))
+        cells = states(row.states, 2, short=True), *quality, _short(row.parameters), milliseconds(row.step_seconds) + mark
+        table.add_row(Text(row.title), *cells, ratio(row.speed), _clock(row.seconds_training), _clock(row.seconds_total))
     return table
 
 

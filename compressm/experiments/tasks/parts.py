@@ -19,7 +19,7 @@ from compressm.compression import Policy
 from compressm.control import Criterion
 from compressm.errors import DataError
 from compressm.experiments.tasks.metrics import Metric
-from compressm.experiments.tasks.settings import BlockSettings, Settings
+from compressm.experiments.tasks.settings import BlockSettings, Settings, SettingsClass
 from compressm.kernels import KernelPlan
 
 Batch = tuple[Tensor, ...]  # along the first axis of each the examples
@@ -61,10 +61,10 @@ class Part:
     """
 
     name: ClassVar[str]
-    Settings: ClassVar[type[Settings]] = Settings
+    Settings: ClassVar[SettingsClass] = Settings
     settings: Any  # an instance of Settings: each part says of which
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Any) -> None:
         self.settings = settings
 
 
@@ -94,12 +94,21 @@ class Dataset(Part, ABC):
         """
 
 
-class BlockModel(Protocol):
-    """What a task's model is beside an ``nn.Module``."""
+class BlockModel(nn.Module):
+    """What a task's model is, or looks like.
+
+    Attributes:
+        blocks: one after the other.
+        mixer: the attribute of a block that is its state-space layer.
+    """
+
+    blocks: nn.ModuleList
+    mixer: str
 
     @property
     def states(self) -> list[int]:
         """States of every block now."""
+        return [getattr(block, self.mixer).d_state for block in self.blocks]
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ class Model(Part, ABC):
         notes: for the reader of the report.
     """
 
-    Settings: ClassVar[type[Settings]] = BlockSettings
+    Settings: ClassVar[SettingsClass] = BlockSettings
     reads: ClassVar[type[Data]]
     mixer: ClassVar[str]
     criteria: ClassVar[type] = Criterion
@@ -151,11 +160,11 @@ class Model(Part, ABC):
         """Of every block after a reduction; None where only the reduction will tell."""
 
     @abstractmethod
-    def build(self, data: Data, states: Sequence[int]) -> nn.Module:
+    def build(self, data: Any, states: Sequence[int]) -> BlockModel:
         """A model for the data with random initial parameters; ``states`` of every block."""
 
     @abstractmethod
-    def blank(self, facts: Mapping[str, Any]) -> nn.Module:
+    def blank(self, facts: Mapping[str, Any]) -> BlockModel:
         """A model of full size whose parameters and buffers a checkpoint is loaded into; ``facts`` as :meth:`Data.describe`."""
 
     @abstractmethod
@@ -226,7 +235,7 @@ class Objective(Part, ABC):
     batches: Source
     length: int
 
-    def __init__(self, settings: Settings, data: Any) -> None:
+    def __init__(self, settings: Any, data: Any) -> None:
         super().__init__(settings)
         self.data = data
 

@@ -62,6 +62,9 @@ class BlockSettings(Settings):
     d_state: int = Field(256, ge=1)
 
 
+SettingsClass = type[Settings]  # of the attribute ``Settings``, in the bodies of classes that have it
+
+
 def own_keys(kind: type[Settings]) -> dict[str, type[Settings]]:
     """The keys that a class of settings adds to the common ones, and which class in its line declares each."""
     return {

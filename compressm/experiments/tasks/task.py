@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressm.experiments.tasks.datasets import DATASETS
 from compressm.experiments.tasks.models import MODELS
 from compressm.experiments.tasks.objectives import OBJECTIVES
-from compressm.experiments.tasks.parts import Data
+from compressm.experiments.tasks.parts import BlockModel, Data
 from compressm.experiments.tasks.settings import Settings
 
 
@@ -29,7 +29,8 @@ class Task:
     """
 
     def __init__(self, settings: Settings, data: Data, device: torch.device) -> None:
-        self.settings, self.device, self.data = settings, device, data.to(device)
+        self.settings: Any = settings  # with the keys of its parts and of all methods
+        self.device, self.data = device, data.to(device)
         self.model = MODELS[settings.model](settings)
         self.objective = OBJECTIVES[settings.objective](settings, self.data)
 
@@ -42,7 +43,7 @@ class Task:
         """The data, for the report."""
         return {**self.data.describe(), **self.objective.describe()}
 
-    def build_model(self, states: Sequence[int], **replaced: Any) -> nn.Module:
+    def build_model(self, states: Sequence[int], **replaced: Any) -> BlockModel:
         """The model with the seed's initial parameters.
 
         Args:

@@ -53,6 +53,12 @@ class Sample:
 
 Plan = Callable[[Mapping[str, tuple[int, ...]], torch.dtype, str, "str | None"], KernelPlan]
 Function = Callable[[dict[str, Tensor]], Tensor]
+Form = Callable[[Mapping[str, int], torch.dtype], Function]  # for sizes and a dtype
+
+
+def compiled(form: Form) -> Form:
+    """The same through torch.compile."""
+    return lambda sizes, dtype: torch.compile(form(sizes, dtype), fullgraph=True, dynamic=False)
 
 
 class Measured(NamedTuple):
@@ -108,8 +114,8 @@ class Op:
     writes: tuple[str, ...] = ()
     differentiable: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    rivals: Mapping[str, Callable[[Mapping[str, int], torch.dtype], Function]] = field(default_factory=dict)
-    compiled: Callable[[Mapping[str, int], torch.dtype], Function] | None = None
+    rivals: Mapping[str, Form] = field(default_factory=dict)
+    compiled: Form | None = None
     measured: Callable[[bool], tuple[Measured, ...]] | None = None
     gpu: str | None = None
 

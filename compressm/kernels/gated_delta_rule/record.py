@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels.core.op import Cost, Function, Measured, Op, Sample
+from compressm.kernels.core.op import Cost, Function, Measured, Op, Sample, compiled
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.gated_delta_rule import chunked
 from compressm.kernels.gated_delta_rule.form import chunk_length
@@ -94,11 +94,6 @@ def in_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
     return call
 
 
-def in_compiled_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
-    """The same, compiled."""
-    return torch.compile(in_chunks(sizes, dtype), fullgraph=True, dynamic=False)
-
-
 def measured(gpu: bool) -> tuple[Measured, ...]:
     large = {"batch": 8, "length": 2048, "groups": 16, "heads": 32}
     small = {"batch": 2, "length": 1024, "groups": 4, "heads": 4}
@@ -123,7 +118,7 @@ OPS = (
         shapes={"k": "(batch, L, H, K)", "v": "(batch, L, HV, V)"},
         returns=("o", "final_state"),
         rivals={"torch in chunks": in_chunks},
-        compiled=in_compiled_chunks,
+        compiled=compiled(in_chunks),
         measured=measured,
         gpu="compressm.kernels.gated_delta_rule.gpu",
     ),

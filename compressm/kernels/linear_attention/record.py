@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels.core.op import Cost, Function, Measured, Op, Sample
+from compressm.kernels.core.op import Cost, Function, Measured, Op, Sample, compiled
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.linear_attention import chunked
 from compressm.kernels.linear_attention.form import steps_of
@@ -98,11 +98,6 @@ def in_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
     return call
 
 
-def in_compiled_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
-    """The same, compiled."""
-    return torch.compile(in_chunks(sizes, dtype), fullgraph=True, dynamic=False)
-
-
 def measured(gpu: bool) -> tuple[Measured, ...]:
     large, small = {"batch": 8, "length": 2048}, {"batch": 2, "length": 1024}
     base = {**(large if gpu else small), "key_heads": 4, "heads": 4, "values": 128}
@@ -126,7 +121,7 @@ OPS = (
         shapes={"q": "(batch, L, H, K)", "v": "(batch, L, HV, V)"},
         returns=("out", "final_state"),
         rivals={"torch in chunks": in_chunks},
-        compiled=in_compiled_chunks,
+        compiled=compiled(in_chunks),
         measured=measured,
         gpu="compressm.kernels.linear_attention.gpu",
     ),

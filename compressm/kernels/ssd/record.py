@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
-from compressm.kernels.core.op import WORD, Cost, Function, Measured, Op, Sample
+from compressm.kernels.core.op import WORD, Cost, Function, Measured, Op, Sample, compiled
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.ssd import chunked
 from compressm.kernels.ssd.form import chunk_length
@@ -102,11 +102,6 @@ def in_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
     return call
 
 
-def in_compiled_chunks(sizes: Mapping[str, int], dtype: torch.dtype) -> Function:
-    """The same, compiled."""
-    return torch.compile(in_chunks(sizes, dtype), fullgraph=True, dynamic=False)
-
-
 def measured(gpu: bool) -> tuple[Measured, ...]:
     large, small = {"batch": 8, "length": 2048, "heads": 24}, {"batch": 2, "length": 1024, "heads": 8}
     base = {**(large if gpu else small), "channels": 64, "groups": 1}
@@ -130,7 +125,7 @@ OPS = (
         shapes={"x": "(batch, L, H, P)", "B": "(batch, L, G, N)"},
         returns=("out", "final_states"),
         rivals={"torch in chunks": in_chunks},
-        compiled=in_compiled_chunks,
+        compiled=compiled(in_chunks),
         measured=measured,
         gpu="compressm.kernels.ssd.gpu",
     ),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from experiments.report_cases import image_report
+from experiments.silent import Silent
 
 from compressm.errors import DataError
 from compressm.experiments.methods import METHODS
@@ -16,14 +17,6 @@ from compressm.experiments.reports.settling import LAYERS, settling
 from compressm.experiments.settings import resolve
 from compressm.experiments.tasks.task import make_task
 from compressm.experiments.training import TrainingRun
-
-
-class Silent:
-    def point(self, run, point): ...
-
-    def evaluation(self, run, evaluation): ...
-
-    def reduction(self, run, reduction): ...
 
 
 def layer(**replaced):

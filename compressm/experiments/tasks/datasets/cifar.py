@@ -43,7 +43,8 @@ class SequentialCifar(Dataset):
         else:
             with tarfile.open(fetch(CIFAR_URL, CIFAR_FILE, CIFAR_SHA256, "cifar10")) as archive:
                 names = (*CIFAR_TRAIN, "test_batch.bin")
-                parts = {name: archive.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names}
+                files = {name: archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names}
+                parts = {name: file.read() for name, file in files.items() if file is not None}
         train = [_records(name, parts[name]) for name in CIFAR_TRAIN]
         x, y = torch.cat([a for a, _ in train]), torch.cat([b for _, b in train])
         return Sequences("CIFAR-10", x, y, *_records("test_batch.bin", parts["test_batch.bin"]), 10)
@@ -70,12 +71,13 @@ def _cifar_jpeg(path: Path) -> Sequences:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             data = {key: file[key] for key in file.files if key != "class_names"}
-        parts = []
+        parts = {}
         for split in ("train", "test"):
             offsets, packed = data[f"{split}_offsets"], data[f"{split}_jpeg"].tobytes()
             slices = (packed[a:b] for a, b in itertools.pairwise(offsets))
             pixels = np.stack([np.asarray(Image.open(io.BytesIO(s)).convert("RGB")) for s in slices])
-            parts += [torch.from_numpy(pixels).reshape(-1, 1024, 3), torch.from_numpy(data[f"{split}_labels"]).long()]
+            parts[f"{split}_x"] = torch.from_numpy(pixels).reshape(-1, 1024, 3)
+            parts[f"{split}_y"] = torch.from_numpy(data[f"{split}_labels"]).long()
     except (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: damaged or incomplete ({error}), expected CIFAR-10 as JPEG. Fetch it again") from error
-    return Sequences("CIFAR-10 (lossy JPEG copy)", *parts, 10)
+    return Sequences("CIFAR-10 (lossy JPEG copy)", **parts, classes=10)

@@ -114,7 +114,7 @@ def arm(settings: PlantSettings, random: torch.Generator) -> Callable[[Tensor], 
         state, found = x.new_zeros(len(x), 4), []
         for now in (torque * x).unbind(1):
             for _ in range(SUBSTEPS):
-                state = runge_kutta(lambda z, u=now: slope(z, u), state, settings.sampling / SUBSTEPS)
+                state = runge_kutta(functools.partial(slope, u=now), state, settings.sampling / SUBSTEPS)
             found.append(state[:, :2])
         return torch.stack(found, 1)
 

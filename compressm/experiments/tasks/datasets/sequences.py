@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -35,8 +35,7 @@ class Sequences(Data):
 
     def to(self, device: torch.device) -> Sequences:
         """The same on a device."""
-        moved = (t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y))
-        return Sequences(self.name, *moved, self.classes)
+        return replace(self, **{key: getattr(self, key).to(device) for key in ("train_x", "train_y", "test_x", "test_y")})
 
     def describe(self) -> dict[str, int | str]:
         """For the report."""

@@ -117,7 +117,7 @@ def load_text(folder: Path | None) -> Text:
         DataError: no such folder, no files, or a file that cannot be read.
     """
     library = folder is None
-    root = Path(sysconfig.get_paths()["stdlib"]) if library else Path(folder)
+    root = Path(sysconfig.get_paths()["stdlib"] if folder is None else folder)
     if not root.is_dir():
         missing = "this Python has no standard library as files. Pass --data-dir with a folder of .py files" if library else (
             f"--data-dir {root}: no such folder, expected one with .py files. Omit it to use Python's standard library"

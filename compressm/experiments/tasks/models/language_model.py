@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,8 +15,8 @@ import compressm
 from compressm.control import RowCriterion
 from compressm.experiments.tasks.datasets.texts import BYTES
 from compressm.experiments.tasks.datasets.tokens import Tokens
-from compressm.experiments.tasks.parts import Cut, Model
-from compressm.experiments.tasks.settings import BlockSettings
+from compressm.experiments.tasks.parts import BlockModel, Cut, Model
+from compressm.experiments.tasks.settings import BlockSettings, SettingsClass
 from compressm.layers import RMSNorm
 
 
@@ -64,7 +64,7 @@ class Block(nn.Module):
         return x + self.layer(self.norm(x))
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(BlockModel):
     """Scores of the next token.
 
     Initialised as in mamba_ssm: embedding of standard deviation 0.02, projections out of the blocks divided by the square
@@ -90,6 +90,7 @@ class LanguageModel(nn.Module):
         tied: bool = True,
     ) -> None:
         super().__init__()
+        self.mixer = mixer
         self.embedding = nn.Embedding(vocabulary, d_model)
         self.blocks = nn.ModuleList(Block(d_model, mixer, layer(n)) for n in d_states)
         self.norm = RMSNorm(d_model, eps=1e-5)
@@ -97,8 +98,8 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         with torch.no_grad():
             for block in self.blocks:
-                layer: Any = block.layer
-                (layer.out_proj if hasattr(layer, "out_proj") else layer.o_proj).weight /= math.sqrt(len(self.blocks))
+                made = getattr(block, mixer)
+                (made.out_proj if hasattr(made, "out_proj") else made.o_proj).weight /= math.sqrt(len(self.blocks))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (batch, L), any integer dtype -> scores (batch, L, vocabulary) of what is behind each."""
@@ -108,18 +109,14 @@ class LanguageModel(nn.Module):
         x = self.norm(x)
         return nn.functional.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
-    @property
-    def states(self) -> list[int]:
-        """States of every block now, as its mixer counts them."""
-        return [block.layer.d_state for block in self.blocks]
-
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """AdamW groups: matrices decay; norms, biases, embeddings and what a layer exempts, such as A_log, do not (mamba_ssm's and
     GPT's practice).
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
     for parameter in model.parameters():
         exempt = parameter.dim() < 2 or id(parameter) in embeddings or getattr(parameter, "_no_weight_decay", False)
         (kept if exempt else decayed).append(parameter)
@@ -135,7 +132,7 @@ class TokenModel(Model):
     A mixer with a projected form declares ``d_features``, None or the features in front of its states, among its settings.
     """
 
-    Settings = TokenSettings
+    Settings: ClassVar[SettingsClass] = TokenSettings
     settings: TokenSettings
     reads = Tokens
     criteria = RowCriterion

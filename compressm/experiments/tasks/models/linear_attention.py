@@ -34,8 +34,8 @@ class LinearAttentionModel(TokenModel):
 
     def layer(self, states: int) -> LinearAttention:
         s = self.settings
-        options = {"decay": s.decay, "d_conv": s.conv}
-        return LinearAttention(s.d_model, s.heads, states * s.heads / s.d_model, s.expand, **options)
+        keys = states * s.heads / s.d_model
+        return LinearAttention(s.d_model, s.heads, keys, s.expand, decay=s.decay, d_conv=s.conv)
 
     def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
         s = self.settings

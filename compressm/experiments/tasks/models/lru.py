@@ -11,23 +11,34 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.experiments.tasks.datasets.sequences import Sequences
-from compressm.experiments.tasks.parts import Cut, Model
+from compressm.experiments.tasks.parts import BlockModel, Cut, Model
 from compressm.experiments.tasks.settings import BlockSettings
 from compressm.kernels import KernelPlan
 from compressm.kernels.fused_cpu import standardized_linear
 from compressm.layers import LayerNorm, LRUBlock
 
 
-class LruSettings(BlockSettings):
+class RingSettings(BlockSettings):
+    """Of models whose initial eigenvalues are drawn as of :class:`compressm.layers.LRU`."""
+
+    r_min: float = Field(0.9, ge=0, lt=1)
+    r_max: float = Field(0.999, gt=0, lt=1)
+    max_phase: float = Field(6.28, gt=0, le=6.2831853)
+
+    @model_validator(mode="after")
+    def _ring(self) -> RingSettings:
+        if self.r_min >= self.r_max:
+            raise ValueError("r_min must be below r_max")
+        return self
+
+
+class LruSettings(RingSettings):
     """``ssm_lr_factor`` scales the learning rate of nu_log, theta_log, gamma_log and B, which get no weight decay; ``tau`` is
     the fraction of the sum of Hankel singular values that a reduction discards, in ``attempts`` reductions; ``rank`` asks for
     so many states in its place.
     """
 
     dropout: float = Field(0.1, ge=0, lt=1)
-    r_min: float = Field(0.9, ge=0, lt=1)
-    r_max: float = Field(0.999, gt=0, lt=1)
-    max_phase: float = Field(6.28, gt=0, le=6.2831853)
     ssm_lr_factor: float = Field(1.0, gt=0)
     tau: float = Field(0.02, ge=0, lt=1)
     rank: int | None = Field(None, ge=1)
@@ -35,14 +46,8 @@ class LruSettings(BlockSettings):
     recipe: Literal["default", "paper"] = "default"
     multiple_of: int = Field(1, ge=1)
 
-    @model_validator(mode="after")
-    def _ring(self) -> LruSettings:
-        if self.r_min >= self.r_max:
-            raise ValueError("r_min must be below r_max")
-        return self
 
-
-class Classifier(nn.Module):
+class Classifier(BlockModel):
     """Class scores of a sequence of uint8 pixels.
 
     Args:
@@ -52,6 +57,10 @@ class Classifier(nn.Module):
         mean, std: (channels,) of the pixels, kept as buffers.
         dropout, r_min, r_max, max_phase: see :class:`compressm.layers.LRUBlock`.
     """
+
+    mixer = "lru"
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -71,8 +80,9 @@ class Classifier(nn.Module):
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         self.encoder = nn.Linear(channels, d_model)
-        ring = {"r_min": r_min, "r_max": r_max, "max_phase": max_phase}
-        self.blocks = nn.ModuleList(LRUBlock(d_model, n, dropout=dropout, **ring) for n in d_states)
+        self.blocks = nn.ModuleList(
+            LRUBlock(d_model, n, dropout=dropout, r_min=r_min, r_max=r_max, max_phase=max_phase) for n in d_states
+        )
         self.norm = LayerNorm(d_model)
         self.decoder = nn.Linear(d_model, classes)
 
@@ -82,11 +92,6 @@ class Classifier(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.decoder(self.norm.mean_over_time(x))
-
-    @property
-    def states(self) -> list[int]:
-        """States of every block now."""
-        return [block.lru.d_state for block in self.blocks]
 
 
 def parameter_groups(model: nn.Module, lr: float, ssm_lr_factor: float, weight_decay: float) -> list[dict]:

@@ -6,36 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 import compressm
 from compressm.experiments.tasks.datasets.signals import Signals
-from compressm.experiments.tasks.models.lru import parameter_groups
-from compressm.experiments.tasks.parts import Cut, Model
-from compressm.experiments.tasks.settings import BlockSettings
+from compressm.experiments.tasks.models.lru import RingSettings, parameter_groups
+from compressm.experiments.tasks.parts import BlockModel, Cut, Model
 from compressm.kernels import KernelPlan
 from compressm.layers import LRU
 
 
-class LruSystemSettings(BlockSettings):
-    """Initial eigenvalues as of :class:`compressm.layers.LRU`; ``rank`` is the number of states that a reduction leaves in
-    every layer, or with ``error_bound`` as few as keep the bound of the layer's error below that share of its gain.  With
-    ``feedthrough=False`` the skips start at zero.  The channels are those of the data.
+class LruSystemSettings(RingSettings):
+    """``rank`` is the number of states that a reduction leaves in every layer, or with ``error_bound`` as few as keep the bound
+    of the layer's error below that share of its gain.  With ``feedthrough=False`` the skips start at zero.  The channels are
+    those of the data.
     """
 
     rank: int = Field(12, ge=1)
     error_bound: float | None = Field(None, gt=0)
     feedthrough: bool = True
-    r_min: float = Field(0.9, ge=0, lt=1)
-    r_max: float = Field(0.999, gt=0, lt=1)
-    max_phase: float = Field(6.28, gt=0, le=6.2831853)
-
-    @model_validator(mode="after")
-    def _ring(self) -> LruSystemSettings:
-        if self.r_min >= self.r_max:
-            raise ValueError("r_min must be below r_max")
-        return self
 
 
 class LinearBlock(nn.Module):
@@ -45,10 +35,10 @@ class LinearBlock(nn.Module):
         channels: in and out.
         d_state: complex states.
         feedthrough: whether the skip is drawn, or begins at zero.
-        ring: see :class:`compressm.layers.LRU`.
+        ring: r_min, r_max and max_phase of :class:`compressm.layers.LRU`.
     """
 
-    def __init__(self, channels: int, d_state: int, feedthrough: bool = True, **ring: float) -> None:
+    def __init__(self, channels: int, d_state: int, feedthrough: bool = True, **ring: Any) -> None:
         super().__init__()
         self.lru = LRU(channels, d_state, **ring)
         if not feedthrough:
@@ -59,7 +49,7 @@ class LinearBlock(nn.Module):
         return self.lru(x)
 
 
-class LinearModel(nn.Module):
+class LinearModel(BlockModel):
     """Linear systems one after the other.
 
     Args:
@@ -68,7 +58,9 @@ class LinearModel(nn.Module):
         feedthrough, ring: see :class:`LinearBlock`.
     """
 
-    def __init__(self, channels: int, d_states: Sequence[int], feedthrough: bool = True, **ring: float) -> None:
+    mixer = "lru"
+
+    def __init__(self, channels: int, d_states: Sequence[int], feedthrough: bool = True, **ring: Any) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(LinearBlock(channels, n, feedthrough, **ring) for n in d_states)
 
@@ -78,18 +70,13 @@ class LinearModel(nn.Module):
             x = block(x)
         return x
 
-    @property
-    def states(self) -> list[int]:
-        """States of every system now."""
-        return [block.lru.d_state for block in self.blocks]
-
 
 class LruSystem(Model):
     """Which signal a system answers with, by LRUs alone."""
 
     name = "lru_system"
     Settings = LruSystemSettings
-    settings: LruSystemSettings
+    settings: Any  # LruSystemSettings, with the ``channels`` of the dataset
     reads = Signals
     mixer = "lru"
 

@@ -32,7 +32,7 @@ class Answers(Objective):
     metric = ACCURACY
     notes = ("Accuracy and loss count the places of a sequence that have an answer.",)
 
-    def __init__(self, settings: Settings, data: Drawn) -> None:
+    def __init__(self, settings: AnswersSettings, data: Drawn) -> None:
         super().__init__(settings, data)
         self.length = data.length
         self.batches = DrawnBatches(data, settings.batch_size, settings.seed)
