@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressm.kernels.core.gpu import Budget, Call, Check, Config, MachineCode, Shape, Tunable, by_target
+from compressm.kernels.core.gpu import BOUNDS, Budget, Call, Check, Config, MachineCode, Shape, Tunable, machine_code_of
 from compressm.kernels.ssd import triton_backward, triton_forward, triton_launch
 from compressm.kernels.ssd.record import draw
 
@@ -62,11 +62,7 @@ def machine_code(target: Any) -> Iterator[MachineCode]:
     """For aligned widths; float32, and tiles for few states, are compiled for sm_90 only."""
     main = (target.backend, target.arch) == ("cuda", 90)
 
-    def case(name: str, kernel: Any, dtype: str, config: Config, elements: int, loop: bool = True) -> MachineCode:
-        cuda, hip, sm_90 = _BUDGETS[name]
-        budget = by_target(target, cuda, hip, sm_90=sm_90)
-        return MachineCode(name, kernel, types_of(kernel, dtype), config, budget, elements, loop)
-
+    case = machine_code_of(target, types_of, _BUDGETS)
     for dtype, states in (("bf16", 128), ("fp32", 128), ("bf16", 16)) if main else (("bf16", 128),):
         for name, kernel, config, elements in of_products(target, dtype, states):
             yield case(f"{name}_{dtype}_N{states}", kernel, dtype, config, elements)
@@ -82,7 +78,6 @@ def _sizes(batch: int, length: int, heads: int, channels: int, states: int, grou
     }  # fmt: skip
 
 
-BOUNDS = [0, 7, 7, 300, 1024, 1999, 2000]
 _STATES = {"states": True}
 
 
