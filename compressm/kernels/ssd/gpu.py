@@ -46,9 +46,11 @@ def types_of(kernel: Any, dtype: str) -> dict[str, str]:
     return types | counts | {"low": "fp32", "high": "fp32"}
 
 
-def of_products(target: Any, dtype: str, states: int) -> Iterator[tuple[str, Any, Config, int]]:
-    """(name, kernel, constants and options, numbers of x a lane): the kernels that multiply, as planned for 24 heads of 64."""
-    settings = triton_launch._config(1024, 24, 1, 64, states, dtype == "bf16")
+def of_products(
+    target: Any, dtype: str, states: int, heads: int = 24, groups: int = 1, width: int = 64
+) -> Iterator[tuple[str, Any, Config, int]]:
+    """(name, kernel, constants and options, numbers of x a lane): the kernels that multiply, as planned for a long sequence."""
+    settings = triton_launch._config(1024, heads, groups, width, states, dtype == "bf16")
     launch = _ABSENT | {"WIDE": True, "WIDE_B": True} | triton_launch.launch_options(settings, target.warp_size)
     launch["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
     elements = settings["T"] * settings["BP"] // settings["threads"]
