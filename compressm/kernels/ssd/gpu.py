@@ -50,7 +50,7 @@ def of_products(
     target: Any, dtype: str, states: int, heads: int = 24, groups: int = 1, width: int = 64
 ) -> Iterator[tuple[str, Any, Config, int]]:
     """(name, kernel, constants and options, numbers of x a lane): the kernels that multiply, as planned for a long sequence."""
-    settings = triton_launch._config(1024, heads, groups, width, states, dtype == "bf16")
+    settings = triton_launch._config(1024, heads, groups, width, states, dtype == "bf16", triton_launch.chunk_steps(states))
     launch = _ABSENT | {"WIDE": True, "WIDE_B": True} | triton_launch.launch_options(settings, target.warp_size)
     launch["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
     elements = settings["T"] * settings["BP"] // settings["threads"]
@@ -113,13 +113,13 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> t
     torch.manual_seed(0)
     p = draw(_sizes(*shape), dtype, torch.device(device)).tensors
     tensors = (*(p[name] for name in ("x", "dt", "A", "B", "C", "D")), None, p["dt_bias"], None, None, None)
-    return (*tensors, True, 0.0, math.inf, True)
+    return (*tensors, True, 0.0, math.inf, True, 0)
 
 
 def _planned(shape: Shape) -> Config:
     batch, length, heads, channels, states = shape
-    chunks = batch * -(-length // triton_launch.chunk_steps(states))
-    return triton_launch._config(chunks, heads, 1, channels, states, True)
+    T = triton_launch.chunk_steps(states)
+    return triton_launch._config(batch * -(-length // T), heads, 1, channels, states, True, T)
 
 
 def forward(shape: Shape, config: Config | None, device: str) -> Call:
