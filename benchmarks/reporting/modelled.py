@@ -19,7 +19,7 @@ class Kernel(_Part):
     """The machine code of one kernel.
 
     Attributes:
-        library: whose it is; states: N.
+        library: whose it is; states: N, or K.
         registers: of a lane; spills: bytes, of a lane; shared: bytes, of a program.
         instructions, products: in all, loops counted once, and those among them that multiply matrices.
         tiles: sizes of a program's blocks, and its warps.
@@ -44,19 +44,28 @@ class Traffic(_Part):
     bytes: float = Field(gt=0)
 
 
-class Modelled(_Part):
-    """What was compiled for one target.
+class Computation(_Part):
+    """The kernels of one computation, ours and others'.
 
     Attributes:
         title: what is computed, and at which sizes.
-        target: such as ``"sm_90"``; versions: of the software.
+        axis: what ``states`` are called.
+        libraries: versions of whose kernels they are, but for our own.
     """
 
     title: str
-    target: str
-    versions: dict[str, str]
+    axis: str
+    libraries: dict[str, str]
     kernels: tuple[Kernel, ...]
     traffic: tuple[Traffic, ...]
+
+
+class Modelled(_Part):
+    """What was compiled for one target, such as ``"sm_90"``, by the software of these versions."""
+
+    target: str
+    versions: dict[str, str]
+    computations: tuple[Computation, ...]
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,22 +82,33 @@ class Modelled(_Part):
             raise DataError(f"{path}: holds no figures of compiled kernels ({reason}). {remedy}") from error
 
 
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()))
+
+
 def section(found: Modelled) -> list[str]:
-    """Bytes by library and states, then every kernel."""
-    software = ", ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(found.versions.items()))
+    """Of every computation the bytes by library and states, then its kernels."""
     lines = [
         "## Modelled, not run", "",
-        f"{escape(found.title)}, compiled ahead of time for {code(found.target)} ({software}). No machine has run it: these"
-        " figures say what a kernel needs, not how long it takes.", "",
+        f"Compiled ahead of time for {code(found.target)} ({_versions(found.versions)}). No machine has run it: these figures"
+        " say what a kernel needs, not how long it takes. Registers and spilled bytes are a lane's, shared memory is a"
+        " program's; a loop's instructions count once, and so do its matrix products, each of a warp or of four.", "",
     ]  # fmt: skip
+    for computation in found.computations:
+        lines += _computation(computation)
+    return lines
+
+
+def _computation(found: Computation) -> list[str]:
     states = sorted({entry.states for entry in found.traffic}, reverse=True)
     moved = {(entry.library, entry.states): number(entry.bytes) for entry in found.traffic}
     libraries = dict.fromkeys(entry.library for entry in found.traffic)
     rows = [[code(name), *(moved.get((name, n), NONE) for n in states)] for name in libraries]
+    against = f" ({_versions(found.libraries)})" if found.libraries else ""
+    lines = [f"### {escape(found.title)}{against}", ""]
     lines += ["Bytes that a forward pass moves per step and head, each tensor once per kernel that reads or writes it:", ""]
-    lines += table(("library", *(f"N={n}" for n in states)), rows)
-    lines += ["Registers and spilled bytes are a lane's, shared memory is a program's; a loop's instructions count once.", ""]
-    headings = ("kernel", "N", "registers", "spilled bytes", "shared, KiB", "instructions", "matrix products", "tiles")
+    lines += table(("library", *(f"{found.axis}={n}" for n in states)), rows)
+    headings = ("kernel", found.axis, "registers", "spilled bytes", "shared, KiB", "instructions", "matrix products", "tiles")
     rows = [
         [
             f"{escape(k.library)} {code(k.name)}", str(k.states), str(k.registers), str(k.spills), number(k.shared / 1024),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 from reporting import report
-from reporting.modelled import Modelled
+from reporting.modelled import Modelled, section
 from reporting.wording import number
 from typer.testing import CliRunner
 
@@ -235,9 +235,8 @@ def compiled(**more):
         "instructions": 1234, "products": 32, "tiles": {"T": 64, "warps": 8}, **more,
     }  # fmt: skip
     traffic = [{"library": name, "states": n, "bytes": n * 2.5} for name in ("compressm", "mamba_ssm") for n in (16, 128)]
-    return Modelled.model_validate(
-        {"title": "A scan", "target": "sm_90", "versions": {"triton": "3.9"}, "kernels": [kernel], "traffic": traffic}
-    )
+    found = {"title": "A scan", "axis": "N", "libraries": {"mamba_ssm": "2.3"}, "kernels": [kernel], "traffic": traffic}
+    return Modelled.model_validate({"target": "sm_90", "versions": {"triton": "3.9"}, "computations": [found]})
 
 
 def test_kernels_that_were_compiled_and_not_run_have_a_section_of_their_own(tmp_path):
@@ -252,6 +251,7 @@ def test_kernels_that_were_compiled_and_not_run_have_a_section_of_their_own(tmp_
         {"kernel": "compressm `ssd_states`", "N": "128", "registers": "128", "spilled bytes": "0", "shared, KiB": "33.0",
          "instructions": "1,234", "matrix products": "32", "tiles": "T=64 warps=8"}
     ]  # fmt: skip
+    assert "### A scan (mamba\\_ssm 2.3)" in added
     hostile = report.build({"cpu": run_of(timed())}, compiled(library=HOSTILE, name=HOSTILE)).lines
     assert len(tables(hostile)) == len(tables(lines))
     run_of(timed()).save(tmp_path / "cpu.json")
@@ -261,6 +261,17 @@ def test_kernels_that_were_compiled_and_not_run_have_a_section_of_their_own(tmp_
     (tmp_path / "modelled.json").write_text("{}")
     with pytest.raises(DataError, match=r"modelled\.json: holds no figures"):
         report.write([tmp_path / "cpu.json"], tmp_path / "R.md", tmp_path / "modelled.json")
+
+
+def test_the_report_holds_the_compiled_kernels_of_every_computation():
+    benchmarks = Path(report.__file__).parents[1]
+    found = Modelled.load(benchmarks / "modelled.json")
+    assert "\n".join(section(found)) in (benchmarks / "REPORT.md").read_text(encoding="utf-8")
+    assert [computation.axis for computation in found.computations] == ["N", "K", "K"]
+    for computation in found.computations:
+        sizes = {(k.library, k.states) for k in computation.kernels}
+        assert {("compressm", n) for n in (128, 64, 32, 16)} <= sizes
+        assert {library for library, _ in sizes} == {entry.library for entry in computation.traffic}
 
 
 FIGURE = st.floats(1e-4, 1e5)

@@ -24,7 +24,7 @@ def configure(monkeypatch):
 
     def set_config(T, BP, BN, few):
         config = {"T": T, "BP": BP, "BN": BN, "few": few, "threads": 4 * T, "stages": 1}
-        monkeypatch.setattr(triton_launch, "chunk_steps", lambda _: T)
+        monkeypatch.setattr(triton_launch, "chunk_steps", lambda *_: T)
         monkeypatch.setattr(triton_launch, "_config", lambda *_: config)
 
     return set_config
@@ -62,6 +62,14 @@ def test_without_optional_arguments(assert_close, device, without):
 def test_every_tile(assert_close, device, config, shape, configure):
     configure(*config)
     compare(random_inputs(*shape), assert_close, device)
+
+
+@pytest.mark.parametrize(("chunk", "steps"), [(1, 16), (16, 16), (40, 32), (256, 64)])
+def test_chunks_of_a_given_length(assert_close, device, chunk, steps, monkeypatch):
+    seen, chunks_of = [], triton_launch.chunks_of
+    monkeypatch.setattr(triton_launch, "chunks_of", lambda *given: seen.append(given[3]) or chunks_of(*given))
+    compare(random_inputs(1, 40, 1, 3, 1, 5), assert_close, device, chunk_size=chunk)
+    assert seen == [steps, steps]  # forward and backward
 
 
 @pytest.mark.parametrize(

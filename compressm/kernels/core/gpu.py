@@ -17,6 +17,7 @@ Config = dict[str, Any]
 Shape = tuple[int, ...]
 Call = Callable[[], tuple[Tensor, ...]]
 FUSION = {"enable_fp_fusion": True}
+BOUNDS = [0, 7, 7, 300, 1024, 1999, 2000]  # of packed sequences: one of none, one of one step, long ones
 
 
 class Budget(NamedTuple):
@@ -113,7 +114,22 @@ class Tunable:
     graph: bool = True
 
 
-def by_target(target: Any, cuda: Budget, hip: Budget, **others: Budget) -> Budget:
-    """The budget for a target: its architecture's own (``sm_90=...``), else that of its kind."""
-    own = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-    return others.get(own, cuda if target.backend == "cuda" else hip)
+def by_target(target: Any, cuda: Budget, hip: Budget, sm_90: Budget | None = None) -> Budget:
+    """The budget for a target: that of sm_90 where it is that and has one of its own, else that of its kind."""
+    if target.backend != "cuda":
+        return hip
+    return sm_90 if sm_90 is not None and target.arch == 90 else cuda
+
+
+def machine_code_of(
+    target: Any, types_of: Callable[[Any, str], dict[str, str]], budgets: Mapping[str, tuple[Budget, ...]]
+) -> Callable[..., MachineCode]:
+    """What makes :class:`MachineCode` of (name, kernel, dtype, config, elements, loop).
+
+    types_of is of (kernel, dtype); budgets, by name, are as :func:`by_target` takes them.
+    """
+
+    def case(name: str, kernel: Any, dtype: str, config: Config, elements: int, loop: bool = True) -> MachineCode:
+        return MachineCode(name, kernel, types_of(kernel, dtype), config, by_target(target, *budgets[name]), elements, loop)
+
+    return case

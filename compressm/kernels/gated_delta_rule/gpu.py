@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compressm.kernels.core.gpu import Budget, Call, Check, Config, MachineCode, Shape, Tunable, by_target
+from compressm.kernels.core.gpu import BOUNDS, Budget, Call, Check, Config, MachineCode, Shape, Tunable, machine_code_of
 from compressm.kernels.gated_delta_rule import (
     triton_backward,
     triton_call,
@@ -89,11 +89,7 @@ def machine_code(target: Any) -> Iterator[MachineCode]:
     """For aligned widths; float32 is compiled for sm_90 only."""
     main = (target.backend, target.arch) == ("cuda", 90)
 
-    def case(name: str, kernel: Any, dtype: str, config: Config, elements: int, loop: bool = True) -> MachineCode:
-        cuda, hip, sm_90 = _BUDGETS[name]
-        budget = by_target(target, cuda, hip, sm_90=sm_90)
-        return MachineCode(name, kernel, types_of(kernel, dtype), config, budget, elements, loop)
-
+    case = machine_code_of(target, types_of, _BUDGETS)
     for dtype in ("bf16", "fp32") if main else ("bf16",):
         for channelwise in (False, True):
             for name, kernel, config, elements in of_products(target, dtype, 128, channelwise):
@@ -112,7 +108,6 @@ def _sizes(batch: int, length: int, groups: int, heads: int, states: int, channe
     }  # fmt: skip
 
 
-BOUNDS = [0, 7, 7, 300, 1024, 1999, 2000]
 _STATES = {"states": True}
 
 

@@ -54,7 +54,7 @@ def gated_delta_rule(
             sequence i at cu_seqlens[i] to cu_seqlens[i + 1], each from a state of its own (states are then
             (sequences, HV, K, V)).
         chunk_size: steps of a chunk, which changes the numbers by rounding alone; None chooses by K and V
-            (:func:`compressm.kernels.plan`).
+            (:func:`compressm.kernels.plan`), as Triton always does.
         backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compressm.kernels.core.gpu import Budget, Call, Check, Config, MachineCode, Shape, Tunable, by_target
+from compressm.kernels.core.gpu import BOUNDS, Budget, Call, Check, Config, MachineCode, Shape, Tunable, machine_code_of
 from compressm.kernels.gated_delta_rule import gpu as delta
 from compressm.kernels.gated_delta_rule import triton_backward, triton_call, triton_forward
 from compressm.kernels.linear_attention import triton_launch
@@ -31,14 +31,12 @@ def machine_code(target: Any) -> Iterator[MachineCode]:
     launch = {name: settings[name] for name in ("T", "BK", "BP")} | triton_call.launch_options(settings, target.warp_size)
     launch |= {"WIDE": True, "WIDE_K": True, "DECAYS": "channel", "PRECISION": "ieee"} | _NOTHING_ERASED
     launch |= dict.fromkeys(("firsts", "ends", "starts", "counts"))
+    case = machine_code_of(target, delta.types_of, _BUDGETS)
     for name, kernel in (
         ("linear_states_bf16", triton_forward._delta_states_kernel),
         ("linear_reverse_bf16", triton_backward._delta_reverse_kernel),
     ):
-        cuda, hip, sm_90 = _BUDGETS[name]
-        budget = by_target(target, cuda, hip, sm_90=sm_90)
-        elements = settings["T"] * settings["BP"] // settings["threads"]
-        yield MachineCode(name, kernel, delta.types_of(kernel, "bf16"), launch, budget, elements)
+        yield case(name, kernel, "bf16", launch, settings["T"] * settings["BP"] // settings["threads"])
 
 
 def _sizes(batch: int, length: int, key_heads: int, heads: int, keys: int, values: int) -> dict[str, int]:
@@ -58,7 +56,7 @@ def checks(dtype: torch.dtype) -> Iterator[Check]:
                 values, groups = (64, 6) if (at + length) % 2 else (20, 3)
                 variant = {**_STATES, "decay": "scalar" if at == 3 else "channel"}
                 yield Check(_sizes(2, length, groups, 6, keys, values), variant)
-    yield Check(_sizes(1, delta.BOUNDS[-1], 3, 6, 13, 64), {**_STATES, "bounds": delta.BOUNDS})
+    yield Check(_sizes(1, BOUNDS[-1], 3, 6, 13, 64), {**_STATES, "bounds": BOUNDS})
     yield Check(_sizes(8, 2048, 1, 4, 64, 128), _STATES, "heads", 1)
 
 

@@ -62,7 +62,8 @@ def linear_attention(
         normalize: divide the outputs by scale z_t q_t + 1e-10, z_t = exp(g_t) z_{t-1} + k_t, which is one more value channel
             whose values are one: the last of states (batch, HV, K, V + 1).
         chunk_size: steps of a chunk, which changes the numbers by rounding alone; None chooses
-            (:func:`compressm.kernels.plan`).
+            (:func:`compressm.kernels.plan`).  Triton's chunks are, for decays of heads, as :func:`compressm.kernels.ssd` says,
+            and for those of channels always as planned.
         backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None chooses.
 
     Returns:

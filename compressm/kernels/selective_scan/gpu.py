@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compressm.kernels.core.gpu import Budget, Call, Check, Config, MachineCode, Shape, Tunable, by_target
+from compressm.kernels.core.gpu import BOUNDS, Budget, Call, Check, Config, MachineCode, Shape, Tunable, by_target
 from compressm.kernels.selective_scan import triton_backward, triton_forward, triton_launch
 from compressm.kernels.selective_scan.record import draw
 
@@ -46,9 +46,8 @@ def machine_code(target: Any) -> Iterator[MachineCode]:
     elements = 8 * settings["R"]
 
     def case(name: str, kernel: Any, dtype: str, float32: str, config: Config) -> MachineCode:
-        cuda, hip, sm_90 = _BUDGETS[name]
-        budget = by_target(target, cuda, hip, sm_90=sm_90)
-        return MachineCode(name, kernel, types_of(kernel, dtype, float32), shared | config, budget, elements, inner=True)
+        types, budget = types_of(kernel, dtype, float32), by_target(target, *_BUDGETS[name])
+        return MachineCode(name, kernel, types, shared | config, budget, elements, inner=True)
 
     kernel = triton_forward._selective_scan_fwd_kernel
     for dtype in ("bf16", "fp32") if main else ("bf16",):
@@ -67,7 +66,6 @@ def _sizes(batch: int, channels: int, length: int, states: int) -> dict[str, int
     return {"batch": batch, "channels": channels, "length": length, "states": states}
 
 
-BOUNDS = [0, 7, 7, 300, 1024, 1999, 2000]
 _FIRST = {"channels_last": False, "states": True}
 
 

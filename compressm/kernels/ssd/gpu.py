@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressm.kernels.core.gpu import Budget, Call, Check, Config, MachineCode, Shape, Tunable, by_target
+from compressm.kernels.core.gpu import BOUNDS, Budget, Call, Check, Config, MachineCode, Shape, Tunable, machine_code_of
 from compressm.kernels.ssd import triton_backward, triton_forward, triton_launch
 from compressm.kernels.ssd.record import draw
 
@@ -46,9 +46,11 @@ def types_of(kernel: Any, dtype: str) -> dict[str, str]:
     return types | counts | {"low": "fp32", "high": "fp32"}
 
 
-def of_products(target: Any, dtype: str, states: int) -> Iterator[tuple[str, Any, Config, int]]:
-    """(name, kernel, constants and options, numbers of x a lane): the kernels that multiply, as planned for 24 heads of 64."""
-    settings = triton_launch._config(1024, 24, 1, 64, states, dtype == "bf16")
+def of_products(
+    target: Any, dtype: str, states: int, heads: int = 24, groups: int = 1, width: int = 64
+) -> Iterator[tuple[str, Any, Config, int]]:
+    """(name, kernel, constants and options, numbers of x a lane): the kernels that multiply, as planned for a long sequence."""
+    settings = triton_launch._config(1024, heads, groups, width, states, dtype == "bf16", triton_launch.chunk_steps(states))
     launch = _ABSENT | {"WIDE": True, "WIDE_B": True} | triton_launch.launch_options(settings, target.warp_size)
     launch["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
     elements = settings["T"] * settings["BP"] // settings["threads"]
@@ -62,11 +64,7 @@ def machine_code(target: Any) -> Iterator[MachineCode]:
     """For aligned widths; float32, and tiles for few states, are compiled for sm_90 only."""
     main = (target.backend, target.arch) == ("cuda", 90)
 
-    def case(name: str, kernel: Any, dtype: str, config: Config, elements: int, loop: bool = True) -> MachineCode:
-        cuda, hip, sm_90 = _BUDGETS[name]
-        budget = by_target(target, cuda, hip, sm_90=sm_90)
-        return MachineCode(name, kernel, types_of(kernel, dtype), config, budget, elements, loop)
-
+    case = machine_code_of(target, types_of, _BUDGETS)
     for dtype, states in (("bf16", 128), ("fp32", 128), ("bf16", 16)) if main else (("bf16", 128),):
         for name, kernel, config, elements in of_products(target, dtype, states):
             yield case(f"{name}_{dtype}_N{states}", kernel, dtype, config, elements)
@@ -82,7 +80,6 @@ def _sizes(batch: int, length: int, heads: int, channels: int, states: int, grou
     }  # fmt: skip
 
 
-BOUNDS = [0, 7, 7, 300, 1024, 1999, 2000]
 _STATES = {"states": True}
 
 
@@ -116,13 +113,13 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> t
     torch.manual_seed(0)
     p = draw(_sizes(*shape), dtype, torch.device(device)).tensors
     tensors = (*(p[name] for name in ("x", "dt", "A", "B", "C", "D")), None, p["dt_bias"], None, None, None)
-    return (*tensors, True, 0.0, math.inf, True)
+    return (*tensors, True, 0.0, math.inf, True, 0)
 
 
 def _planned(shape: Shape) -> Config:
     batch, length, heads, channels, states = shape
-    chunks = batch * -(-length // triton_launch.chunk_steps(states))
-    return triton_launch._config(chunks, heads, 1, channels, states, True)
+    T = triton_launch.chunk_steps(states)
+    return triton_launch._config(batch * -(-length // T), heads, 1, channels, states, True, T)
 
 
 def forward(shape: Shape, config: Config | None, device: str) -> Call:

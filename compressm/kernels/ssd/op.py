@@ -51,7 +51,8 @@ def ssd(
         B: (batch, L, G, N), what a step writes along; head h reads group h // (H / G).
         C: like B, what it reads along.
         chunk_size: steps of a chunk, which changes the numbers by rounding alone; None chooses by N and L
-            (:func:`compressm.kernels.plan`).
+            (:func:`compressm.kernels.plan`).  Triton's chunks have 16, 32 or 64 steps: as many of these as are no more than
+            that, or 16.
         D: (H,) or (H, P) skip weights, or None.
         z: (batch, L, H, P) gate, or None.
         dt_bias: (H,), or None.
@@ -184,7 +185,7 @@ def ssd_op(
 
     Args:
         scaled: the step sizes scale what is written, as in Mamba-2; else they only decay, and step A is a log decay.
-        chunk: steps of a chunk; 0: as planned for the sizes.  Triton's chunks are always those of its plan.
+        chunk: steps of a chunk; 0: as planned for the sizes.
 
     Returns:
         out, contiguous, in x's dtype, and final states, at least float32.
@@ -195,7 +196,7 @@ def ssd_op(
     if backend == "triton":
         from compressm.kernels.ssd import triton_launch
 
-        return triton_launch.forward(*tensors, dt_softplus, low, high, scaled)
+        return triton_launch.forward(*tensors, dt_softplus, low, high, scaled, chunk)
     out, last = _in_torch(*tensors, dt_softplus, low, high, scaled, chunk, backend)
     return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
@@ -237,7 +238,9 @@ def ssd_backward_op(
     if backend == "triton":
         from compressm.kernels.ssd import triton_launch
 
-        gradients: Any = triton_launch.backward(grad_out, grad_last, *tensors, *packing, dt_softplus, low, high, scaled)
+        gradients: Any = triton_launch.backward(
+            grad_out, grad_last, *tensors, *packing, dt_softplus, low, high, scaled, chunk
+        )
         return gradients
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:

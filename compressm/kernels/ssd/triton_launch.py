@@ -23,6 +23,7 @@ from compressm.kernels.ssd.triton_chunks import Chunks, chunks_of, dense, precis
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENOUGH_PROGRAMS = 512  # about four a multiprocessor of a large GPU
+STEPS = (16, 32, 64)  # of a chunk: of fewer no products are made, and of more no program keeps the tiles in registers
 HEADS = 8  # of a program of the kernels that only turn dt into decays and back
 SMALL = {"num_warps": 4, "enable_fp_fusion": True}  # launch options of these
 Config = dict[str, int]  # T, BP, BN, few (heads of a program), threads, stages; maxnreg, most registers a lane, where set
@@ -37,26 +38,32 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
     return triton_language.why_not(device, fwd._ssd_outputs_kernel)
 
 
-def chunk_steps(states: int) -> int:
-    """T, so that the products within a chunk cost about as much as those with the states."""
+def chunk_steps(states: int, chunk: int = 0) -> int:
+    """T: that of ``STEPS`` which is no longer than ``chunk``, or the least.
+
+    chunk 0: so that the products within a chunk cost about as much as those with the states.
+    """
+    if chunk:
+        return max((steps for steps in STEPS if steps <= chunk), default=STEPS[0])
     return 32 if states <= 16 else 64
 
 
-def _config(chunks: int, heads: int, groups: int, width: int, states: int, half: bool) -> Config:
+def _config(chunks: int, heads: int, groups: int, width: int, states: int, half: bool, T: int) -> Config:
     """half: operands of products are bfloat16; float32 takes two registers and three products where that takes one of each."""
     own = heads // groups
     few = own
     while few > 1 and chunks * groups * -(-own // few) < ENOUGH_PROGRAMS:
         few = -(-few // 2)
-    T, most = chunk_steps(states), 64 if half else 32
+    most = 64 if half else 32
     BP, BN = (min(most, max(16, 1 << (size - 1).bit_length())) for size in (width, states))
     return {"T": T, "BP": BP, "BN": BN, "few": few, "threads": 4 * T, "stages": 2 if half else 1}
 
 
 def plan(batch: int, length: int, heads: int, width: int, groups: int, states: int, dtype: torch.dtype) -> KernelPlan:
     """The plan for x (batch, length, heads, width) of ``dtype`` and N states of each of ``groups`` groups."""
-    chunks = batch * -(-length // chunk_steps(states))
-    config = _config(chunks, heads, groups, width, states, dtype == torch.bfloat16)
+    T = chunk_steps(states)
+    chunks = batch * -(-length // T)
+    config = _config(chunks, heads, groups, width, states, dtype == torch.bfloat16, T)
     programs = chunks * groups * -(-heads // groups // config["few"])
     reason = f"{programs} programs, which share products of B and C among {config['few']} heads"
     return KernelPlan("ssd", "triton", "chunks", tuple(sorted(config.items())), reason)
@@ -78,9 +85,10 @@ def forward(
     low: float,
     high: float,
     scaled: bool,
+    chunk: int = 0,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, final states) as :func:`compressm.kernels.ssd` defines them; config: None for the plan's.
+    """(out, final states) as :func:`compressm.kernels.ssd` defines them; chunk 0 and config None: the plan's.
 
     Tensors may differ in dtype.  Products of matrices have bfloat16 operands where x, B and C are bfloat16.
     """
@@ -91,7 +99,7 @@ def forward(
             x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled
         )
         return out.copy_(result), last.copy_(state)
-    call = _call(x, B, C, seq_idx, cu_seqlens, config)
+    call = _call(x, B, C, seq_idx, cu_seqlens, chunk, config)
     with triton_language.on_device(x):
         decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high, scaled)
         states = _states(x, None, B, decays, call, initial_states, last, False)
@@ -117,6 +125,7 @@ def backward(
     low: float,
     high: float,
     scaled: bool,
+    chunk: int = 0,
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_states); empty for an argument that was None.
@@ -133,7 +142,7 @@ def backward(
         )
     if grad_out is None:
         grad_out = x.new_zeros(()).expand(x.shape)
-    call = _call(x, B, C, seq_idx, cu_seqlens, config)
+    call = _call(x, B, C, seq_idx, cu_seqlens, chunk, config)
     grad_start = x.new_empty((sequences, *x.shape[2:], states), dtype=torch.float32)
     with triton_language.on_device(x):
         decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high, scaled)
@@ -181,13 +190,16 @@ class _Call(NamedTuple):
         return heads // own * -(-own // few)
 
 
-def _call(x: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, config: Config | None) -> _Call:
+def _call(
+    x: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, chunk: int, config: Config | None
+) -> _Call:
     _, length, heads, width = x.shape
     groups, states = B.shape[2:]
-    chunks = chunks_of(x, seq_idx, cu_seqlens, config["T"] if config else chunk_steps(states))
+    T = config["T"] if config else chunk_steps(states, chunk)
+    chunks = chunks_of(x, seq_idx, cu_seqlens, T)
     dtype = x.dtype if x.dtype == B.dtype == C.dtype else torch.float32
     half = dtype == torch.bfloat16
-    config = config or _config(chunks.count, heads, groups, width, states, half)
+    config = config or _config(chunks.count, heads, groups, width, states, half, T)
     sizes = (length, chunks.row, heads, heads // groups, config["few"], width, states, -(-states // 8) * 8)
     launch = launch_options(config, triton_language.WARP) | {"PRECISION": precision(x.is_cuda, dtype)}
     return _Call(chunks, config, sizes, dtype if half else torch.float32, launch)
