@@ -15,9 +15,18 @@ from rich.table import Table
 
 import compressm
 from compressm._version import __version__
-from compressm.errors import CheckpointError, ConfigError, DataError
-from compressm.experiments.registry import did_you_mean
+from compressm.benchmarking.request import Request, other_sizes
+from compressm.errors import ConfigError
 from compressm.experiments.tasks.presets import PRESETS
+from compressm.inputs import (
+    check_checkpoint,
+    check_counts,
+    check_device,
+    check_model_folder,
+    check_new_folder,
+    check_there,
+    require_folder,
+)
 
 app = typer.Typer(
     name="compressm",
@@ -57,7 +66,7 @@ def train(
     ] = None,
 ) -> None:
     """Train, shrink in training, and compare with full size and with small from scratch."""
-    from compressm.experiments.declared import check, parse_assignments
+    from compressm.experiments.declared import check, check_unfinished, parse_assignments
 
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
     overrides = {key: value for key, value in options.items() if value is not None}
@@ -66,12 +75,16 @@ def train(
             raise ConfigError(f"--set {key}: given twice, also as an option of its own")
         overrides[key] = value
     check(preset, overrides)
+    check_device(str(overrides.get("device", "cpu")))
+    require_folder(data_dir)
+    out = Path("runs") / preset if out is None else out
+    if not (resume or overwrite):
+        check_unfinished(out)
     from compressm.experiments import runs
     from compressm.experiments.display import TrainingDisplay
     from compressm.experiments.reports.summary import headline, summary_table
     from compressm.experiments.tasks.objectives import OBJECTIVES
 
-    out = Path("runs") / preset if out is None else out
     folder = None if data_dir is None else str(data_dir.resolve())
     console = Console()
     command = runs.prepare(preset, overrides, out, folder, resume=resume, overwrite=overwrite)
@@ -115,11 +128,17 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods over several seeds, their learning rates tuned apart, with statistics."""
+    from compressm.experiments import declared
     from compressm.experiments.declared import check, parse_assignments
 
     overrides = parse_assignments(assignments or [])
     chosen = None if methods is None else [name.strip() for name in methods.split(",")]
     check(task, overrides if chosen is None else {**overrides, "runs": chosen})
+    check_device(str(overrides.get("device", "cpu")))
+    require_folder(data_dir)
+    multiples = () if tune is None else declared.parse_tune(tune)
+    declared.check_counts(seeds, tune_seeds, multiples)
+    seconds = None if budget is None else declared.parse_budget(budget)
     from compressm.experiments import comparing
 
     design = comparing.plan(
@@ -127,11 +146,10 @@ def compare(
         overrides,
         chosen,
         seeds=seeds,
-        multiples=() if tune is None else comparing.parse_tune(tune),
+        multiples=multiples,
         tuning_seeds=tune_seeds,
         data_dir=None if data_dir is None else str(data_dir.resolve()),
     )
-    seconds = None if budget is None else comparing.parse_budget(budget)
     out = Path("runs") / f"compare-{task}" if out is None else out
     console = Console()
     with _stop_on_signal() as stopped:
@@ -172,9 +190,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the Hankel spectra of a checkpoint's layers, and how many states each tau would keep."""
-    if not checkpoint.is_file():
-        what = "a folder" if checkpoint.is_dir() else "no such file"
-        raise CheckpointError(f"{checkpoint}: {what}, expected a checkpoint (.safetensors) that compressm train wrote")
+    check_checkpoint(checkpoint)
+    require_folder(data_dir)
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot {plot}: expected a path ending in .png, .svg or .pdf")
     from compressm.experiments.restoring import restore_model
 
     model, calibration = restore_model(checkpoint, data_dir)
@@ -207,11 +226,11 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Give a trained language model of transformers fewer states: calibrate, cut, distil, store."""
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no such folder, expected one that save_pretrained wrote")
-    for path in data:
-        if not path.exists():
-            raise DataError(f"--data {path}: no such file or folder")
+    check_counts(states, sequences, length, held_out, multiple_of)
+    check_device(device)
+    check_model_folder(checkpoint)
+    check_new_folder(out)
+    check_there(data)
     from compressm.experiments.training import pick_device
     from compressm.integrations.post_training import compress_checkpoint
 
@@ -251,14 +270,13 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures into this file.")] = None,
 ) -> None:
     """Time an op, a layer or a training step at your own sizes, beside plain torch and the machine's limit."""
-    if op not in BENCH_OPS:
-        raise ConfigError(f"op: got {op!r}{did_you_mean(op, BENCH_OPS)}, expected one of {', '.join(BENCH_OPS)}")
-    from compressm.benchmarking import command
-
     given = {"batch": batch, "channels": d_model, "length": length, "width": width}
     given |= {"blocks": blocks, "layers": layers, "rank": rank}
-    sizes = {name: number for name, number in given.items() if number is not None} | command.other_sizes(size or [])
-    request = command.Request(op, sizes, states, passes, dtype, device, rounds, with_compile)
+    sizes = {name: number for name, number in given.items() if number is not None} | other_sizes(size or [])
+    request = Request(op, sizes, states, passes, dtype, device, rounds, with_compile)
+    request.check(BENCH_OPS)
+    from compressm.benchmarking import command
+
     console = Console()
     try:
         with console.status("", spinner="line") as status:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,40 +10,14 @@ from compressm.benchmarking import environment
 from compressm.benchmarking.cases import OPS, Case, case
 from compressm.benchmarking.limits import measure_ceilings
 from compressm.benchmarking.op_problems import COMPILED, REFERENCE
+from compressm.benchmarking.request import Request, flag, word
 from compressm.benchmarking.results import Result, Run
 from compressm.benchmarking.running import OURS, Make, Tell, built_in, measure
 from compressm.benchmarking.timing import Budget
 from compressm.errors import ConfigError
 from compressm.experiments.training import pick_device
 
-WORDS = {"channels": "d-model"}  # for sizes that users know by another name
-OPTIONS = ("batch", "length", "channels", "states", "width", "blocks", "layers", "rank")  # sizes that are options by themselves
 SHORT = {"bytes": "bytes", "flops": "flops", "exponentials": "exps"}
-MOST_ROUNDS = 100_000
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for.
-
-    Attributes:
-        op: key of ``cases.OPS``.
-        sizes: those that were given, by name, without the states.
-        states: one or more numbers of states, separated by commas; None takes the op's default.
-        passes: ``"forward"``, ``"forward+backward"`` or ``"step"``; None takes the op's last.
-        dtype, device: of the inputs.
-        rounds: of every contender; None decides by time.
-        compile: also time torch.compile, which takes minutes to compile.
-    """
-
-    op: str
-    sizes: Mapping[str, int]
-    states: str | None = None
-    passes: str | None = None
-    dtype: str | None = None
-    device: str = "cpu"
-    rounds: int | None = None
-    compile: bool = False
 
 
 def cases_of(request: Request) -> list[Case]:
@@ -56,19 +26,12 @@ def cases_of(request: Request) -> list[Case]:
     Raises:
         ConfigError: whatever is unknown, out of range or has no meaning for the op.
     """
-    if request.op not in OPS:
-        close = difflib.get_close_matches(request.op, list(OPS), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"op: got {request.op!r}{hint}, expected one of {', '.join(OPS)}")
+    request.check(OPS)
     op = OPS[request.op]
-    for name, size in request.sizes.items():
+    for name in request.sizes:
         if name not in op.sizes:
-            allowed = ", ".join(_flag(n) for n in op.sizes)
-            raise ConfigError(f"{_flag(name)}: has no meaning for {request.op}, expected {allowed}")
-        if size < 1:
-            raise ConfigError(f"{_flag(name)}: got {size}, expected a positive integer")
-    if request.rounds is not None and not 1 <= request.rounds <= MOST_ROUNDS:
-        raise ConfigError(f"--rounds: got {request.rounds}, expected 1 to {MOST_ROUNDS}")
+            allowed = ", ".join(flag(n) for n in op.sizes)
+            raise ConfigError(f"{flag(name)}: has no meaning for {request.op}, expected {allowed}")
     pick_device(request.device)
     if torch.device(request.device).type not in ("cpu", "cuda"):
         raise ConfigError(f"--device: got {request.device!r}, expected cpu or cuda: no others are measured")
@@ -80,37 +43,13 @@ def cases_of(request: Request) -> list[Case]:
     return [case(request.op, {**sizes, "states": n}, passes, request.dtype, request.device) for n in states]
 
 
-def other_sizes(assignments: list[str]) -> dict[str, int]:
-    """Sizes by name of ``NAME=NUMBER`` each."""
-    sizes = {}
-    for assignment in assignments:
-        name, _, number = assignment.partition("=")
-        if not number.isdigit():
-            raise ConfigError(f"--size: got {assignment!r}, expected NAME=NUMBER, such as length=1024")
-        sizes[name] = int(number)
-    return sizes
-
-
-def _flag(name: str) -> str:
-    return f"--{_word(name)}" if name in OPTIONS else f"--size {name}="
-
-
-def _word(name: str) -> str:
-    return WORDS.get(name, name)
-
-
 def _states(request: Request) -> list[int]:
     op = OPS[request.op]
     if request.states is None:
         return [op.sizes["states"]] if "states" in op.sizes else []
     if "states" not in op.sizes:
         raise ConfigError(f"--states: has no meaning for {request.op}, which keeps no states")
-    try:
-        found = [int(part) for part in request.states.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise ConfigError(f"--states: got {request.states!r}, expected positive integers separated by commas, such as 128,12")
+    found = request.numbers_of_states()
     if "rank" in op.sizes and min(found) < {**op.sizes, **request.sizes}["rank"]:
         raise ConfigError(f"--states: got {min(found)}, expected at least the rank that is kept. Give a smaller --rank")
     return list(dict.fromkeys(found))
@@ -155,7 +94,7 @@ def table(run: Run) -> Table:
     """
     first = run.results[0]
     same = {name: size for name, size in first.shape.items() if name != "states"}
-    title = f"{first.op} {first.passes}, {first.dtype}, " + ", ".join(f"{_word(n)} {size}" for n, size in same.items())
+    title = f"{first.op} {first.passes}, {first.dtype}, " + ", ".join(f"{word(n)} {size}" for n, size in same.items())
     worst = max(r.error for r in run.results)
     caption = f"every answer and gradient within {worst:.0e} of the float64 reference"
     found = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

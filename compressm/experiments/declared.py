@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from compressm.errors import ConfigError
 from compressm.experiments.registry import Registry, did_you_mean
 from compressm.experiments.tasks.presets import PRESETS
 
+COMMAND_FILE, REPORT_FILE = "command.json", "report.json"
 FOLDERS = {"dataset": "tasks/datasets", "model": "tasks/models", "objective": "tasks/objectives", "runs": "methods"}
 
 
@@ -65,6 +67,66 @@ def check(preset: str, overrides: Mapping[str, Any]) -> None:
                 _ = known[str(name).strip()]
         else:
             _validate(key, value, keys[key])
+
+
+def parse_tune(text: str) -> tuple[float, ...]:
+    """``lr=1,2,3`` as numbers.
+
+    Raises:
+        ConfigError: something else.
+    """
+    key, _, values = text.partition("=")
+    try:
+        numbers = tuple(float(value) for value in values.split(","))
+    except ValueError:
+        numbers = ()
+    if key.strip() != "lr" or not numbers:
+        raise ConfigError(f"--tune: got {text!r}, expected multiples of the learning rate, such as lr=1,2,3")
+    return numbers
+
+
+def parse_budget(text: str) -> float:
+    """``90s``, ``30m``, ``2h`` or ``1h30m`` in seconds.
+
+    Raises:
+        ConfigError: something else.
+    """
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
+    seconds = sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0.0
+    if not seconds:
+        raise ConfigError(f"--budget: got {text!r}, expected a time such as 90s, 30m or 1h30m")
+    return seconds
+
+
+def check_counts(seeds: int, tuning_seeds: int, multiples: Sequence[float]) -> None:
+    """How many runs a comparison has.
+
+    Raises:
+        ConfigError: none, or a single learning rate to choose from.
+    """
+    if seeds < 1 or tuning_seeds < 1:
+        raise ConfigError(f"--seeds, --tune-seeds: got {seeds} and {tuning_seeds}, expected at least 1 each")
+    if len(multiples) == 1 or any(not 0 < multiple < float("inf") for multiple in multiples):
+        raise ConfigError(f"--tune lr: got {list(multiples)}, expected at least two positive multiples, such as lr=1,2,3")
+
+
+def check_unfinished(out: Path) -> None:
+    """Refuse to start anew where the runs of an unfinished command are.
+
+    Raises:
+        ConfigError: they are, or what tells cannot be read.
+    """
+    path = out / COMMAND_FILE
+    if not path.exists() or (out / REPORT_FILE).exists() or not any(out.glob("*.safetensors")):
+        return
+    try:
+        preset = json.loads(path.read_text(encoding="utf-8"))["preset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}), expected what compressm train wrote. Use --overwrite") from error
+    raise ConfigError(
+        f"--out {out}: holds an unfinished {preset} command. Continue it with --resume, start anew with --overwrite, or choose "
+        "another folder"
+    )
 
 
 def names(what: str) -> list[str]:

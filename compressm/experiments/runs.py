@@ -17,6 +17,7 @@ import torch
 import compressm
 from compressm.compression.common.files import write_atomically
 from compressm.errors import CheckpointError, ConfigError
+from compressm.experiments.declared import COMMAND_FILE, REPORT_FILE, check_unfinished
 from compressm.experiments.freed_memory import freed_memory_kept
 from compressm.experiments.methods import METHODS
 from compressm.experiments.reports.data import FORMAT
@@ -26,7 +27,7 @@ from compressm.experiments.tasks.settings import Settings
 from compressm.experiments.tasks.task import make_task
 from compressm.experiments.training import Observer, TrainingRun, count_parameters, pick_device
 
-COMMAND_FILE, REPORT_FILE, PAGE_FILE = "command.json", "report.json", "report.html"
+PAGE_FILE = "report.html"
 
 
 class Display(Observer, Protocol):
@@ -81,11 +82,8 @@ def prepare(
     if earlier is not None and resume:
         _check_same(earlier, preset, overrides, out)
         return Command(preset, earlier.settings, data_dir or earlier.data_dir, resume=True)
-    if earlier is not None and not overwrite and not (out / REPORT_FILE).exists() and any(out.glob("*.safetensors")):
-        raise ConfigError(
-            f"--out {out}: holds an unfinished {earlier.preset} command. Continue it with --resume, start anew with "
-            "--overwrite, or choose another folder"
-        )
+    if not overwrite:
+        check_unfinished(out)
     return command
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from compressm.compression import FixedRank, ReductionReport, compress
 from compressm.compression.common.models import compressible_layers
 from compressm.errors import CheckpointError, CompressmError, ConfigError, needs_extra
+from compressm.inputs import check_counts, check_model_folder, check_new_folder, check_there
 from compressm.integrations._token_files import token_sequences
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -88,10 +89,10 @@ def compress_checkpoint(
         DependencyError: transformers is not installed.
     """
     started = time.perf_counter()
-    _check_numbers(states=states, sequences=sequences, length=length, held_out=held_out)
-    if multiple_of is not None and states % max(1, multiple_of):
-        raise ConfigError(f"--states {states}: expected a multiple of {multiple_of}, as --multiple-of says")
-    _check_out(out)
+    check_counts(states, sequences, length, held_out, multiple_of)
+    check_model_folder(checkpoint)
+    check_new_folder(out)
+    check_there(data)
     model, tokenizer = _load(checkpoint)
     _check_states(model, states)
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -107,17 +108,6 @@ def compress_checkpoint(
     after = _loss(model, tokens[watched])
     _store(_on_own_kernels(model, False), tokenizer, out)
     return Outcome(before, after, time.perf_counter() - started, report)
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1 or (name == "length" and number < 2):
-            raise ConfigError(f"--{name.replace('_', '-')}: got {number}, expected {2 if name == 'length' else 1} or more")
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"--out {out}: exists already, expected a new or an empty folder. Nothing was written")
 
 
 def _check_states(model: nn.Module, states: int) -> None:
@@ -143,10 +133,6 @@ def _load(checkpoint: Path) -> tuple[Any, Any]:
     with needs_extra("compressm compress"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no such folder, expected one that save_pretrained wrote")
-    if not (checkpoint / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint}: has no config.json, expected a folder that save_pretrained wrote")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint, local_files_only=True, output_loading_info=True)
     except CompressmError:
@@ -202,7 +188,7 @@ def _store(model: Any, tokenizer: Any, out: Path) -> None:
             model.save_pretrained(made)
             if tokenizer is not None:
                 tokenizer.save_pretrained(made)
-            _check_out(out)
+            check_new_folder(out)
             if out.exists():
                 out.rmdir()
             made.rename(out)

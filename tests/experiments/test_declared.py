@@ -37,12 +37,26 @@ WRONG = {
     "train digits --set runs=compressed,fulll": "runs: got 'fulll' (did you mean 'full'?)",
     "train digits --set model=transformer": "model: got 'transformer', expected one of ",
     "train digits --set tau": "--set: got 'tau', expected key=value",
+    "train digits --device gpu": "device: got 'gpu', expected cpu, cuda, cuda:1",
+    "train digits --data-dir /nowhere": "--data-dir /nowhere: no such folder",
     "compare sysid --methods compressed,smal": "runs: got 'smal' (did you mean 'small'?)",
-    "inspect nowhere.safetensors": "nowhere.safetensors: no such file, expected a checkpoint",
-    "inspect /": "/: a folder, expected a checkpoint",
-    "compress nowhere --states 4 --data texts --out out": "nowhere: no such folder, expected one that save_pretrained wrote",
-    "compress / --states 4 --data nowhere --out out": "--data nowhere: no such file or folder",
-    "bench selective_scn": "op: got 'selective_scn' (did you mean 'selective_scan'?), expected one of ",
+    "compare sysid --seeds 0": "--seeds, --tune-seeds: got 0 and 2, expected at least 1 each",
+    "compare sysid --tune rate=1,2": "--tune: got 'rate=1,2', expected multiples of the learning rate",
+    "compare sysid --tune lr=1": "--tune lr: got [1.0], expected at least two positive multiples",
+    "compare sysid --budget soon": "--budget: got 'soon', expected a time such as 90s",
+    "inspect /nowhere": "/nowhere: no such file, expected a checkpoint",
+    "inspect /etc/passwd": "/etc/passwd: not readable as safetensors",
+    "compress /nowhere --states 4 --data / --out /new": "/nowhere: no such folder, expected one that save_pretrained wrote",
+    "compress / --states 4 --data / --out /new": "/: has no config.json",
+    "compress / --states 0 --data / --out /new": "--states: got 0, expected 1 or more",
+    "compress / --states 6 --multiple-of 4 --data / --out /new": "--states 6: expected a multiple of 4",
+    "bench selectivescan": "op: got 'selectivescan' (did you mean 'selective_scan'?)",
+    "bench ssd --states a,b": "--states: got 'a,b', expected positive integers",
+    "bench ssd --batch 0": "--batch: got 0, expected a positive integer",
+    "bench ssd --size length": "--size: got 'length', expected NAME=NUMBER",
+    "bench ssd --dtype float8": "dtype: got 'float8', expected one of float32",
+    "bench ssd --pass sideways": "pass: got 'sideways', expected one of forward",
+    "bench ssd --rounds 0": "--rounds: got 0, expected 1 to 100000",
 }
 
 
@@ -52,6 +66,21 @@ def test_a_wrong_setting_is_answered_without_torch():
         assert error.startswith(f"compressm: {words}"), line
         assert seconds < 1.0, line
         assert not loaded, line
+
+
+def test_an_unfinished_command_and_a_folder_in_use_are_named_without_torch(tmp_path):
+    (tmp_path / "command.json").write_text('{"preset": "digits"}')
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "full.safetensors").touch()
+    lines = [
+        f"train digits --out {tmp_path}", f"compress {tmp_path} --states 4 --data / --out {tmp_path}",
+        f"compress {tmp_path} --states 4 --data {tmp_path}/none --out {tmp_path}/new",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", COMMAND, json.dumps(lines)], capture_output=True, text=True, check=True)
+    words = ("holds an unfinished digits command", "exists already, expected a new", "none: no such file or folder")
+    for (error, _, loaded), word in zip(json.loads(done.stdout), words, strict=True):
+        assert word in error
+        assert not loaded
 
 
 @pytest.mark.parametrize(

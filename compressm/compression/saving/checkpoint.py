@@ -8,7 +8,6 @@ is in :mod:`compressm.compression.saving.manifest`.
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -28,11 +27,11 @@ from compressm.compression.compressor.compressor import Compressor
 from compressm.compression.saving.manifest import FORMAT, check, check_numbers, optional_as_saved, pack
 from compressm.compression.surgery.audit import OptimizerArgument, as_optimizers
 from compressm.errors import CheckpointError
+from compressm.inputs import MAX_HEADER, check_checkpoint, unreadable
 
 KEY = "compressm"
 COMPLEX = "complex"
 CHECKSUM = "crc32"
-MAX_HEADER = 32 << 20  # bytes; reading one takes a second or two
 MAX_TENSORS = 1 << 16
 
 
@@ -120,8 +119,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: no such file, damaged, or from a newer version.
     """
+    check_checkpoint(path)
     with about(path):
-        _check_length(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -131,30 +130,10 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise _unreadable(f"not readable as safetensors ({error})") from error
+            raise unreadable(f"not readable as safetensors ({error})") from error
         if metadata.get(CHECKSUM) != _checksum(metadata[KEY], tensors):
             raise CheckpointError("its checksum does not fit its content, the file is damaged. Use an earlier checkpoint")
         return manifest, from_storable(tensors, manifest.pop(COMPLEX, None))
-
-
-def _unreadable(reason: str) -> CheckpointError:
-    return CheckpointError(f"{reason}, expected a checkpoint written by compressm.save")
-
-
-def _check_length(path: str | Path) -> None:
-    """Refuse what is no regular file, and oversized headers, before safetensors maps the file."""
-    try:
-        if not os.path.isfile(path):
-            raise _unreadable("not readable as safetensors (no regular file)" if os.path.exists(path) else "no such file")
-        with open(path, "rb") as file:
-            head = file.read(8)
-    except (OSError, ValueError) as error:
-        raise _unreadable(f"not readable as safetensors ({error})") from error
-    if len(head) < 8:
-        raise _unreadable(f"not readable as safetensors ({len(head)} bytes)")
-    length = struct.unpack("<Q", head)[0]
-    if length > MAX_HEADER:
-        raise _unreadable(f"not readable as safetensors (a header of {length} bytes, at most {MAX_HEADER} are allowed)")
 
 
 def _check_size(header: int, count: int) -> None:
@@ -169,13 +148,13 @@ def _check_size(header: int, count: int) -> None:
 def _parse(text: str | None) -> dict[str, Any]:
     """The manifest as strict JSON of a format that we know."""
     if text is None:
-        raise _unreadable("has no compressm manifest")
+        raise unreadable("has no compressm manifest")
     try:
         manifest = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its manifest is not JSON ({error!s:.200}); was it written by compressm.save?") from error
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int or manifest["format"] < 1:
-        raise _unreadable("has no compressm manifest")
+        raise unreadable("has no compressm manifest")
     if manifest["format"] > FORMAT:
         got, version = f"{manifest['format']!r:.20}", f"{manifest.get('compressm')!s:.20}"
         raise CheckpointError(f"format {got} (compressm {version}) is newer than {FORMAT}. Upgrade compressm")

@@ -1,6 +1,6 @@
 """What ``compressm compare`` runs: every method with several seeds, its learning rate tuned apart, and the statistics."""
 
 from compressm.experiments.comparing.command import PAGE_FILE, RESULT_FILE, run, tables
-from compressm.experiments.comparing.design import parse_budget, parse_tune, plan
+from compressm.experiments.comparing.design import plan
 
-__all__ = ["PAGE_FILE", "RESULT_FILE", "parse_budget", "parse_tune", "plan", "run", "tables"]
+__all__ = ["PAGE_FILE", "RESULT_FILE", "plan", "run", "tables"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compressm.errors import ConfigError
+from compressm.experiments.declared import check_counts
 from compressm.experiments.methods import METHODS
 from compressm.experiments.runs import write_text
 from compressm.experiments.settings import read_settings, resolve
@@ -192,11 +192,8 @@ def plan(
     """
     if "runs" in overrides:
         raise ConfigError("--set runs: got it with compare, expected --methods. Leave it out")
-    if seeds < 1 or tuning_seeds < 1:
-        raise ConfigError(f"--seeds, --tune-seeds: got {seeds} and {tuning_seeds}, expected at least 1 each")
     multiples = tuple(dict.fromkeys(multiples))
-    if len(multiples) == 1 or any(not 0 < multiple < float("inf") for multiple in multiples):
-        raise ConfigError(f"--tune lr: got {list(multiples)}, expected at least two positive multiples, such as lr=1,2,3")
+    check_counts(seeds, tuning_seeds, multiples)
     settings = resolve(preset, overrides)
     names = tuple(dict.fromkeys(settings.runs if methods is None else methods))
     extra = (name for name in in_order(names, settings) if name not in names)
@@ -204,32 +201,3 @@ def plan(
     if design.base.seed + seeds > TUNING_SEEDS:
         raise ConfigError(f"seed: got {design.base.seed} with {seeds} seeds, expected less than {TUNING_SEEDS:,} in all")
     return design
-
-
-def parse_tune(text: str) -> tuple[float, ...]:
-    """``lr=1,2,3`` as numbers.
-
-    Raises:
-        ConfigError: something else.
-    """
-    key, _, values = text.partition("=")
-    try:
-        numbers = tuple(float(value) for value in values.split(","))
-    except ValueError:
-        numbers = ()
-    if key.strip() != "lr" or not numbers:
-        raise ConfigError(f"--tune: got {text!r}, expected multiples of the learning rate, such as lr=1,2,3")
-    return numbers
-
-
-def parse_budget(text: str) -> float:
-    """``90s``, ``30m``, ``2h`` or ``1h30m`` in seconds.
-
-    Raises:
-        ConfigError: something else.
-    """
-    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
-    seconds = sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0.0
-    if not seconds:
-        raise ConfigError(f"--budget: got {text!r}, expected a time such as 90s, 30m or 1h30m")
-    return seconds

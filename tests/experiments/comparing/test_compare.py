@@ -14,7 +14,7 @@ from experiments.report_cases import Page
 from rich.console import Console
 
 from compressm.errors import ConfigError
-from compressm.experiments import comparing
+from compressm.experiments import comparing, declared
 from compressm.experiments.comparing.design import Job
 from compressm.experiments.comparing.execution import execute
 from compressm.experiments.comparing.jobs import make_task
@@ -229,4 +229,4 @@ def test_wrong_input_is_answered_with_what_is_right(tmp_path):
         with pytest.raises(ConfigError, match=words):
             run("compare", "sysid", "--out", tmp_path / "out", *arguments)
         assert not (tmp_path / "out").exists()
-    assert [comparing.parse_budget(text) for text in ("90s", "30m", "1.5h", "1h30m")] == [90, 1800, 5400, 5400]
+    assert [declared.parse_budget(text) for text in ("90s", "30m", "1.5h", "1h30m")] == [90, 1800, 5400, 5400]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compressm.experiments.tasks.datasets.files import require_folder
 from compressm.experiments.tasks.datasets.sequences import Sequences
 from compressm.experiments.tasks.parts import Dataset
+from compressm.inputs import require_folder
 
 
 class Digits(Dataset):

@@ -7,12 +7,6 @@ from pathlib import Path
 from compressm.errors import DataError
 
 
-def require_folder(folder: Path | None) -> None:
-    """Raise DataError if a folder is given that does not exist."""
-    if folder is not None and not Path(folder).is_dir():
-        raise DataError(f"--data-dir {folder}: no such folder, expected one with the dataset's files. Omit it to download them")
-
-
 def fetch(url: str, file: str, sha256: str, folder: str) -> Path:
     """A file of the internet, downloaded once: checked by SHA-256, kept in the user's cache.
 

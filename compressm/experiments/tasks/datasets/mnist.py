@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from compressm.errors import DataError
-from compressm.experiments.tasks.datasets.files import fetch, require_folder
+from compressm.experiments.tasks.datasets.files import fetch
 from compressm.experiments.tasks.datasets.sequences import Sequences
 from compressm.experiments.tasks.parts import Dataset
+from compressm.inputs import require_folder
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 MNIST_FILES = {
