@@ -50,10 +50,9 @@ class LRU(LTILayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if d_model < 1:
-            raise bad_argument("d_model", got=d_model, expected="at least 1")
-        if d_state < 1:
-            raise bad_argument("d_state", got=d_state, expected="at least 1")
+        for name, size in (("d_model", d_model), ("d_state", d_state)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise bad_argument(name, got=repr(size), expected="an integer, at least 1")
         if not 0 <= r_min < r_max < 1:
             raise bad_argument("r_min, r_max", got=(r_min, r_max), expected="0 <= r_min < r_max < 1")
         if not 0 < max_phase <= 2 * math.pi:

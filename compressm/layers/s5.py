@@ -64,10 +64,9 @@ class S5(LTILayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if d_model < 1:
-            raise bad_argument("d_model", got=d_model, expected="at least 1")
-        if d_state < 1:
-            raise bad_argument("d_state", got=d_state, expected="at least 1")
+        for name, size in (("d_model", d_model), ("d_state", d_state)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise bad_argument(name, got=repr(size), expected="an integer, at least 1")
         if block_count < 1 or d_state % block_count:
             raise bad_argument("block_count", got=block_count, expected=f"a divisor of the {d_state} states")
         if discretization not in DISCRETIZATIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import shlex
@@ -124,6 +125,29 @@ def test_every_public_module_has_a_place_in_the_reference():
 
     public |= {f"compressm.{name}" for name in compressm._SUBMODULES}
     assert public <= documented
+
+
+@pytest.mark.parametrize(
+    "package", [f"compressm{name}" for name in ("", ".adapters", ".compression", ".control", ".kernels", ".layers")]
+)
+def test_every_public_name_says_what_it_is(package):
+    """The reference leaves out what has no docstring of its own."""
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert not (callable(thing) or isinstance(thing, type)) or (thing.__doc__ or "").strip(), f"{package}.{name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_in_prose_exist(page):
+    """``compressm.control.PeakGain`` and the like."""
+    text = PAGES[page].read_text(encoding="utf-8").replace("`compressm.json`", "")
+    for dotted in re.findall(r"`compressm((?:\.\w+)+)[`(]", text):
+        parts, thing = dotted.strip(".").split("."), importlib.import_module("compressm")
+        for place, part in enumerate(parts):
+            if not hasattr(thing, part):
+                importlib.import_module(".".join(["compressm", *parts[: place + 1]]))
+            thing = getattr(thing, part)
 
 
 def test_what_the_site_needs_is_pinned():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compressm.errors import ArgumentError
-from compressm.layers import LRU
+from compressm.layers import LRU, S5
 
 GOLDEN = ["lru_N16_H4_L64", "lru_N32_H16_L64", "lru_N64_H8_L64"]
 PARAMETERS = ["nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im", "D"]
@@ -126,3 +126,10 @@ def test_wrong_input_shapes():
         layer(torch.zeros(1, 5, 3))
     with pytest.raises(ArgumentError, match="state:"):
         layer.step(torch.zeros(1, 4), torch.zeros(1, 5, dtype=torch.cfloat))
+
+
+@pytest.mark.parametrize("kind", [LRU, S5])
+@pytest.mark.parametrize("states", [1.5, 0, True, "16"])
+def test_states_are_a_whole_number(kind, states):
+    with pytest.raises(ArgumentError, match="d_state: expected an integer, at least 1, got"):
+        kind(4, states)
