@@ -10,7 +10,8 @@ from compressm.kernels.diagonal_scan import diagonal_scan
 from compressm.kernels.gated_delta_rule import gated_delta_rule
 from compressm.kernels.gated_delta_rule_update import gated_delta_rule_update
 from compressm.kernels.gramians import Gramians, gramians, gramians_many
-from compressm.kernels.linear_attention import linear_attention, linear_attention_update, mlstm
+from compressm.kernels.linear_attention import linear_attention, mlstm
+from compressm.kernels.linear_attention_update import linear_attention_update
 from compressm.kernels.lti_scan import lti_scan, lti_scan_planar
 from compressm.kernels.planning import OPS, plan
 from compressm.kernels.selective_scan import selective_scan

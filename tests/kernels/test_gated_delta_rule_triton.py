@@ -36,6 +36,13 @@ def compare(inputs, assert_close, device, dtype=torch.float32, **options):
     assert all(results[name].dtype == (dtype if name in ("o", *TENSORS[:5]) else torch.float32) for name in results)
 
 
+def test_keys_wider_than_any_model_has(assert_close, device):
+    """A tile of 512 rows of a state, in chunks of 16 steps."""
+    shapes = {"k": (1, 17, 1, 300), "v": (1, 17, 1, 3)}
+    assert plan("gated_delta_rule", shapes, device=device, backend="triton").get("BK") == 512
+    compare(random_inputs(1, 17, 1, 1, 300, 3), assert_close, device)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1, 5, 3), (1, 33, 1, 2, 5, 3), (1, 20, 1, 1, 40, 17)], ids=str)
 def test_a_decay_for_every_head(assert_close, device, shape):
     compare(random_inputs(*shape), assert_close, device)

@@ -17,13 +17,17 @@ _TYPES = dict.fromkeys(("heads", "own", "K", "V", "state_b", "state_h", "state_k
 }  # fmt: skip
 
 
+def types_of(kernel: Any) -> dict[str, str]:
+    """Types of the arguments of the kernel, for inputs in bfloat16."""
+    return {name: _TYPES.get(name, "*bf16") for name in kernel.arg_names}
+
+
 def machine_code(target: Any) -> Iterator[MachineCode]:
     kernel = triton_update._gated_delta_rule_update_kernel
     config: Config = {"rows": None, "CHANNELWISE": False, "UNIT": True, "DENSE": True}
     config |= triton_update.config(128, target.warp_size)
-    types = {name: _TYPES.get(name, "*bf16") for name in kernel.arg_names}
     budget = by_target(target, *_BUDGETS)
-    yield MachineCode("delta_update_bf16", kernel, types, config, budget, config["BK"] * config["BV"] // 128)
+    yield MachineCode("delta_update_bf16", kernel, types_of(kernel), config, budget, config["BK"] * config["BV"] // 128)
 
 
 def _sizes(batch: int, groups: int, heads: int, keys: int, values: int) -> dict[str, int]:

@@ -46,6 +46,7 @@ def _gated_delta_rule_update_kernel(
     rows (batch,) int64: each entry's row of the pool, negative for none; None: its own.  q and k (batch, heads / own, K), v
     (batch, heads, V), g (batch, heads) or, CHANNELWISE, (batch, heads, K) and beta (batch, heads) are contiguous.  UNIT: q and
     k are brought to length one.  DENSE: the state's last stride is 1.  A state is read twice, the second time from a cache.
+    Without beta, as in linear attention, nothing is erased and a state is read once; UNIT is then False.
     """
     blocks = tl.cdiv(V, BV)
     entry = (tl.program_id(0) // (blocks * heads)).to(tl.int64)
@@ -62,29 +63,29 @@ def _gated_delta_rule_update_kernel(
     fade = 0.0
     if not CHANNELWISE:
         fade = tl.exp(tl.load(g + at).to(tl.float32))
-    held = tl.zeros([BV], tl.float32)
-    of_q = 0.0
-    of_k = 0.0
-    for first in range(0, K, BK):
-        n = first + tl.arange(0, BK)
-        key = _load(k, keys + n, n < K)
-        query = _load(q, keys + n, n < K)
-        of_q += tl.sum(query * query, 0)
-        of_k += tl.sum(key * key, 0)
-        if CHANNELWISE:
-            key *= tl.exp(_load(g, at * K + n, n < K))
-        else:
-            key *= fade
-        address, inside = _tile(state, n, column, state_k, state_v, K, end, DENSE)
-        held += tl.sum(_load(address, 0, inside) * key[:, None], 0)
-    if UNIT:
-        of_q = 1.0 / tl.sqrt(of_q + eps)
-        of_k = 1.0 / tl.sqrt(of_k + eps)
-    else:
-        of_q = 1.0
+    written = _load(v, at * V + column, column < V)
+    of_q = 1.0
+    if beta is not None:
+        held = tl.zeros([BV], tl.float32)
         of_k = 1.0
-    value = _load(v, at * V + column, column < V)
-    written = tl.load(beta + at).to(tl.float32) * (value - held * of_k) * of_k
+        squares_q = 0.0
+        squares_k = 0.0
+        for first in range(0, K, BK):
+            n = first + tl.arange(0, BK)
+            key = _load(k, keys + n, n < K)
+            query = _load(q, keys + n, n < K)
+            squares_q += tl.sum(query * query, 0)
+            squares_k += tl.sum(key * key, 0)
+            if CHANNELWISE:
+                key *= tl.exp(_load(g, at * K + n, n < K))
+            else:
+                key *= fade
+            address, inside = _tile(state, n, column, state_k, state_v, K, end, DENSE)
+            held += tl.sum(_load(address, 0, inside) * key[:, None], 0)
+        if UNIT:
+            of_q = 1.0 / tl.sqrt(squares_q + eps)
+            of_k = 1.0 / tl.sqrt(squares_k + eps)
+        written = tl.load(beta + at).to(tl.float32) * (written - held * of_k) * of_k
     result = tl.zeros([BV], tl.float32)
     for first in range(0, K, BK):
         n = first + tl.arange(0, BK)
@@ -138,32 +139,33 @@ def step(
     """
     rest = (q, k, v, g, beta, scale, normalize, launch)
     if targets is not None:  # no entry may write what another one has yet to read
-        return slots.through_copies(lambda copies: (_advance(copies, None, *rest), copies), state, indices, targets, pad)
+        return slots.through_copies(lambda copies: (advance(copies, None, *rest), copies), state, indices, targets, pad)
     rows = None
     if indices is not None:
         picked, valid = slots.pick(indices, pad)
         rows = torch.where(valid, picked, -1)
-    return _advance(state, rows, *rest)
+    return advance(state, rows, *rest)
 
 
-def _advance(
+def advance(
     state: Tensor,
     rows: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     scale: float,
     normalize: bool,
-    launch: Config | None,
+    launch: Config | None = None,
 ) -> Tensor:
-    """As :func:`step`; rows (batch,) int64, negative for an entry that has none."""
+    """As :func:`step`; rows (batch,) int64, negative for an entry that has none; without beta nothing is erased."""
     heads, values = v.shape[1:]
     keys = q.shape[2]
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     launch = launch or config(keys)
-    q, k, v, g, beta = (t.contiguous() for t in (q, k, v, g, beta))
+    q, k, v, g = (t.contiguous() for t in (q, k, v, g))
+    beta = None if beta is None else beta.contiguous()
     if programs := v.shape[0] * heads * -(-values // launch["BV"]):
         with triton_language.on_device(v):
             _gated_delta_rule_update_kernel[(programs,)](

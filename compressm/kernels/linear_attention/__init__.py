@@ -3,6 +3,5 @@
 from compressm.kernels.linear_attention.mlstm import mlstm
 from compressm.kernels.linear_attention.op import linear_attention
 from compressm.kernels.linear_attention.record import OPS
-from compressm.kernels.linear_attention.update import linear_attention_update
 
-__all__ = ["OPS", "linear_attention", "linear_attention_update", "mlstm"]
+__all__ = ["OPS", "linear_attention", "mlstm"]
