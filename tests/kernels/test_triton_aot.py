@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of shared memory that a program may have
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def test_machine_code(report, target, record_property):
         assert row["spills"] <= budget["spills"], row
         assert row["layout_conversions"] <= budget["conversions"], row
         assert row["registers"] <= budget["registers"], row
+        assert row["shared_memory"] <= TARGETS[target] * 1024, row
         assert 4 <= row["per_element"] <= budget["instructions"], row
 
 
