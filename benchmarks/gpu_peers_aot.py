@@ -6,7 +6,8 @@ A row is one kernel: registers of a lane, spilled bytes, shared memory, instruct
 and warps of a program.  Loops are counted once, so that rows tell what a program needs, not how long it takes.  mamba_ssm tunes
 its tiles on the machine; what is shown is its configuration with tiles of 64 x 64, or the first where it has none.  Its kernels
 depend on N where a tile holds all states of a row; the others are shown once.  flash-linear-attention tunes as well: shown is
-the configuration of four warps, and tiles no larger than 64, that it tries on this target.  Its kernels know K as a constant.
+one configuration of four warps, and tiles no larger than 64, which need not be the one that it would choose.  Its kernels
+know K as a constant.
 """
 
 from __future__ import annotations

@@ -286,7 +286,11 @@ def test_linear_attention_shrinks_and_is_restored(options, tmp_path):
 
 
 def test_linear_attention_settings_are_checked():
-    for options, words in (({"decay": "slow"}, "decay: got 'slow'"), ({"heads": 3}, r"heads = 3 must divide expand")):
+    for options, words in (
+        ({"decay": "slow"}, "decay: got 'slow'"),
+        ({"heads": 3}, r"heads = 3 must divide expand"),
+        ({"runs": ["random_subset"]}, "the model 'linear_attention' has none"),
+    ):
         with pytest.raises(ConfigError, match=words):
             resolve("recall", {"model": "linear_attention", **options})
 

@@ -22,7 +22,7 @@ class CompressedPaper(SameCut):
     look = Look("#005f8f", "#7cc4ea", line=(0, (5, 1)), marker="d", width=1.8, layer=2.48)
 
     def unfit(self, model: type[Model]) -> str:
-        matrix = "form" in model.Settings.model_fields
+        matrix = "form" in model.Settings.model_fields or model.criteria is type(None)
         return f"has no way to reduce matrix-valued states, which the model {model.name!r} has" if matrix else ""
 
     def options(self, run: TrainingRun) -> dict[str, Any]:

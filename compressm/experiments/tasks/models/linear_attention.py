@@ -30,6 +30,7 @@ class LinearAttentionModel(TokenModel):
     name = mixer = "linear_attention"
     Settings = LinearAttentionSettings
     settings: LinearAttentionSettings
+    criteria = type(None)  # queries take over what is cut of the keys, which no criterion's choice says how
     notes = ("States are counted per channel of a head's values: they are the channels of a key.",)
 
     def layer(self, states: int) -> LinearAttention:
