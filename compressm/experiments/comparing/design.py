@@ -121,7 +121,8 @@ class Design:
             CheckpointError: it cannot be written.
         """
         path, mine = out / DESIGN_FILE, self._common()
-        if path.exists():
+        folders = [out / name for name in ("runs", "tuning")]
+        if path.exists() and any(folder.is_dir() and any(folder.iterdir()) for folder in folders):
             try:
                 theirs = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
@@ -133,8 +134,8 @@ class Design:
                     "taken over. Only methods and seeds may be added. Choose another folder"
                 )
             return
-        for folder in ("runs", "tuning"):
-            make_folder(out / folder)
+        for folder in folders:
+            make_folder(folder)
         write_text(path, json.dumps(mine, indent=1))
 
     def _common(self) -> dict[str, Any]:

@@ -174,6 +174,7 @@ def test_seeds_and_methods_may_be_added_and_nothing_else_changed(finished, tmp_p
     for other in (design(multiples=(1.0, 2.0)), design(steps=13)):
         with pytest.raises(ConfigError, match=r"holds a comparison with another (multiples|overrides)"):
             quietly(other, finished[0])
+    prepared(design(steps=13), tmp_path)  # stopped before a run began: nothing is taken over
     assert execute(prepared(design(["full"], seeds=1, multiples=()), tmp_path), tmp_path, Nobody(), lambda: False)
     first = (tmp_path / "runs" / "full-seed0.json").stat().st_mtime_ns
     more = quietly(design(["full", "small"], seeds=2, multiples=()), tmp_path)
