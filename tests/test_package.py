@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,12 @@ ours = [str(w.message) for w in caught if "C++" in str(w.message)]
 assert len(ours) == 1 and "compiler" in ours[0], ours
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_rooms_of_compression_export_what_is_public():
+    """What the changelog promises to those who import from a room."""
+    for room in ("compressor", "guard", "planning", "saving", "surgery"):
+        module = importlib.import_module(f"compressm.compression.{room}")
+        assert module.__all__
+        for name in module.__all__:
+            assert getattr(module, name).__module__.startswith("compressm."), name
