@@ -24,7 +24,6 @@ from compressm.inputs import (
     check_device,
     check_model_folder,
     check_new_folder,
-    check_report,
     check_there,
     require_folder,
 )
@@ -170,7 +169,6 @@ def compare(
 @app.command()
 def report(folder: RunFolder) -> None:
     """Print the table of a finished command again, and draw its report.html anew."""
-    check_report(folder)
     from compressm.experiments.reports.data import read_report
     from compressm.experiments.reports.html import write_html
     from compressm.experiments.reports.summary import headline, summary_table

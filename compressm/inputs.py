@@ -42,13 +42,6 @@ def check_checkpoint(path: str | Path) -> None:
         )
 
 
-def check_report(path: Path) -> None:
-    """Refuse what ``compressm train`` did not write a report into; DataError."""
-    file = path / "report.json" if path.is_dir() else path
-    if not file.is_file():
-        raise DataError(f"{file}: no such file, expected the report.json that compressm train writes into its --out folder")
-
-
 def check_model_folder(path: Path) -> None:
     """Refuse what ``save_pretrained`` of transformers did not write.
 

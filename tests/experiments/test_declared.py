@@ -44,8 +44,6 @@ WRONG = {
     "compare sysid --tune rate=1,2": "--tune: got 'rate=1,2', expected multiples of the learning rate",
     "compare sysid --tune lr=1": "--tune lr: got [1.0], expected at least two positive multiples",
     "compare sysid --budget soon": "--budget: got 'soon', expected a time such as 90s",
-    "report /nowhere": "/nowhere: no such file, expected the report.json",
-    "report /": "/report.json: no such file, expected the report.json",
     "inspect /nowhere": "/nowhere: no such file, expected a checkpoint",
     "inspect /etc/passwd": "/etc/passwd: not readable as safetensors",
     "compress /nowhere --states 4 --data / --out /new": "/nowhere: no such folder, expected one that save_pretrained wrote",
