@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer
 from compressm.kernels.fused_cpu import lru_scan
 from compressm.layers._lti_layer import LTILayer
 
@@ -51,8 +51,7 @@ class LRU(LTILayer):
     ) -> None:
         super().__init__()
         for name, size in (("d_model", d_model), ("d_state", d_state)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise bad_argument(name, got=repr(size), expected="an integer, at least 1")
+            check_integer(name, size, expected="an integer, at least 1")
         if not 0 <= r_min < r_max < 1:
             raise bad_argument("r_min, r_max", got=(r_min, r_max), expected="0 <= r_min < r_max < 1")
         if not 0 < max_phase <= 2 * math.pi:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer
 from compressm.kernels import lti_scan
 from compressm.layers._discretization import DISCRETIZATIONS
 from compressm.layers._lti_layer import LTILayer
@@ -65,8 +65,7 @@ class S5(LTILayer):
     ) -> None:
         super().__init__()
         for name, size in (("d_model", d_model), ("d_state", d_state)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise bad_argument(name, got=repr(size), expected="an integer, at least 1")
+            check_integer(name, size, expected="an integer, at least 1")
         if block_count < 1 or d_state % block_count:
             raise bad_argument("block_count", got=block_count, expected=f"a divisor of the {d_state} states")
         if discretization not in DISCRETIZATIONS:
