@@ -5,6 +5,7 @@ from __future__ import annotations
 from peers import (
     accelerated_scan,
     fft_convolution,
+    jax_chunked,
     jax_scans,
     mamba_ssm,
     mambapy,
@@ -17,7 +18,7 @@ from peers import (
 from peers.base import Peer
 
 MODULES = (
-    jax_scans, mamba_ssm, transformers_mamba, mambapy, accelerated_scan, s5_pytorch, s4d_standalone, torch_forms,
+    jax_scans, jax_chunked, mamba_ssm, transformers_mamba, mambapy, accelerated_scan, s5_pytorch, s4d_standalone, torch_forms,
     fft_convolution, scipy_truncation,
 )  # fmt: skip
 PEERS: list[Peer] = [peer for module in MODULES for peer in module.PEERS]
