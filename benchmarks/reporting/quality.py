@@ -84,10 +84,15 @@ class Compared:
         return bool(self.design["multiples"])
 
     @property
+    def seeds(self) -> int:
+        """Of the method with most runs."""
+        return max(len(arm["seeds"]) for arm in self.arms)
+
+    @property
     def command(self) -> str:
         """That made it."""
         words = ["compressm compare", self.design["preset"], "--methods", ",".join(arm["name"] for arm in self.arms)]
-        words += ["--seeds", str(max(len(arm["seeds"]) for arm in self.arms))]
+        words += ["--seeds", str(self.seeds)]
         if self.tuned:
             words += ["--tune", f"lr={','.join(f'{multiple:g}' for multiple in self.design['multiples'])}"]
             words += ["--tune-seeds", str(self.design["tuning_seeds"])]
@@ -133,15 +138,14 @@ def gathered(root: Path) -> list[Compared]:
 
 
 def overview(all_of_them: Sequence[Compared]) -> list[str]:
-    """A line for every comparison."""
+    """A line for every comparison of two seeds and more: one says nothing of others."""
     rows = []
-    for compared in all_of_them:
+    for compared in (one for one in all_of_them if one.seeds > 1):
         rival = compared.rival()
         tuned = "tuned" if compared.tuned else "the preset's"
-        seeds = max(len(arm["seeds"]) for arm in compared.arms)
         best = NONE if rival is None else f"{compared.score(rival)} ({escape(rival['title'])})"
         rows.append([
-            compared.title, compared.metric.heading, tuned, str(seeds), compared.score(compared.arm(OURS)),
+            compared.title, compared.metric.heading, tuned, str(compared.seeds), compared.score(compared.arm(OURS)),
             compared.score(compared.arm(LARGE)), best, NONE if rival is None else compared.verdict(rival["name"]),
         ])  # fmt: skip
     headings = ("task", "metric", "learning rate", "seeds", "compressed", "full size", "best other small one", "difference")
