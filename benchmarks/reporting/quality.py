@@ -138,15 +138,17 @@ def gathered(root: Path) -> list[Compared]:
 
 
 def overview(all_of_them: Sequence[Compared]) -> list[str]:
-    """A line for every comparison of two seeds and more: one says nothing of others."""
+    """A line for every comparison with a rival, of two seeds and more: one says nothing of others."""
     rows = []
-    for compared in (one for one in all_of_them if one.seeds > 1):
+    for compared in all_of_them:
         rival = compared.rival()
+        if rival is None or compared.seeds < 2:
+            continue
         tuned = "tuned" if compared.tuned else "the preset's"
-        best = NONE if rival is None else f"{compared.score(rival)} ({escape(rival['title'])})"
+        best = f"{compared.score(rival)} ({escape(rival['title'])})"
         rows.append([
             compared.title, compared.metric.heading, tuned, str(compared.seeds), compared.score(compared.arm(OURS)),
-            compared.score(compared.arm(LARGE)), best, NONE if rival is None else compared.verdict(rival["name"]),
+            compared.score(compared.arm(LARGE)), best, compared.verdict(rival["name"]),
         ])  # fmt: skip
     headings = ("task", "metric", "learning rate", "seeds", "compressed", "full size", "best other small one", "difference")
     words = (

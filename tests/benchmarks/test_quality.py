@@ -82,13 +82,14 @@ def test_the_overview_has_the_best_of_the_other_small_ones(root):
     assert row[7] == "+30.00 (+10.00 to +50.00), better |"
 
 
-def test_a_comparison_of_one_seed_stands_in_the_details_alone(root):
+@pytest.mark.parametrize(("seeds", "methods"), [([0], 7), ([0, 1, 2], 4)], ids=["one seed", "no rival"])
+def test_the_overview_leaves_out_what_tells_nothing_of_rivals(root, seeds, methods):
     path = root / quality.FOLDER / "one" / "compare.json"
     found = json.loads(path.read_text())
-    found["arms"] = [one | {"seeds": [0]} for one in found["arms"]]
+    found["arms"] = [one | {"seeds": seeds} for one in found["arms"]][:methods]
     path.write_text(json.dumps(found))
     assert not rows(quality.pages(root)[Path("README.md")])[2:]
-    assert len(rows(quality.pages(root)[quality.FOLDER / "README.md"])[2:]) == 7
+    assert len(rows(quality.pages(root)[quality.FOLDER / "README.md"])[2:]) == methods
 
 
 def test_the_details_have_every_method_and_the_command(root):
