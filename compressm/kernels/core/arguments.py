@@ -7,11 +7,10 @@ import itertools
 import torch
 from torch import Tensor
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer
 from compressm.kernels.core.custom_op import plain_call
 
 INTEGERS = (torch.int32, torch.int64)
-CHUNKS = range(1, 2**31)  # steps of a chunk that can be asked for
 
 
 def check_queries_and_values(q: Tensor, v: Tensor) -> None:
@@ -74,5 +73,6 @@ def check_bounds(cu_seqlens: Tensor, length: int) -> None:
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raise ArgumentError unless these can be the steps of a chunk."""
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size not in CHUNKS):
-        raise bad_argument("chunk_size", got=repr(chunk_size), expected="a whole number of steps from 1 to 2^31 - 1, or None")
+    if chunk_size is not None:
+        expected = "a whole number of steps from 1 to 2^31 - 1, or None"
+        check_integer("chunk_size", chunk_size, most=2**31 - 1, expected=expected)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_number
 from compressm.kernels.core.arguments import (
     check_chunk_size,
     check_heads,
@@ -50,6 +50,5 @@ def check_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float |
         if not found or tuple(g.shape) != found[0]:
             raise bad_argument("g", got=f"shape {tuple(g.shape)}", expected=f"None or one of the shapes {allowed}")
         check_tensor("g", g, found[0], q)
-    number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
-    if scale is not None and not number:
-        raise bad_argument("scale", got=repr(scale), expected="a finite number, or None for K^-0.5")
+    if scale is not None:
+        check_number("scale", scale, "a finite number, or None for K^-0.5", math.isfinite)
