@@ -25,7 +25,10 @@ class PlannedLayer(nn.Module):
 
     @abstractmethod
     def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
-        """The kernel that runs such an input on that device type at the present number of states."""
+        """The kernel that runs such an input on that device type at the present number of states.
+
+        :attr:`kernel_plan` is this of the input that was last seen in training mode, or of the first one.
+        """
 
     def remember(self, x: Tensor, *, projected: bool = False) -> None:
         """Take x (batch, L, channels) for the call that :attr:`kernel_plan` is about, if it is one to remember.
