@@ -1,9 +1,10 @@
-"""State of the process that changes what later tests compute: reading it, and putting it back."""
+"""State of the process that changes what later tests compute: reading it, putting it back, and changing it for a while."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,3 +65,14 @@ def restore(before: State) -> list[str]:
     for name in changed:
         ACCESS[name][1](before[name])
     return [f"{name}: was {before[name]}, is {now[name]}" for name in changed]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch runs on so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

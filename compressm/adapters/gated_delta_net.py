@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from compressm.adapters._gated_delta_distiller import gated_delta_distiller
 from compressm.adapters._gated_delta_meter import GatedDeltaMeter
 from compressm.adapters.base import Distiller, LayerEdit
-from compressm.adapters.matrix import MatrixAdapter, Rows
+from compressm.adapters.matrix import MatrixAdapter, Rows, check_vectors
 from compressm.adapters.parameters import label, plain_parameters, precision
 from compressm.control import MatrixMoments, MatrixReduction, erasing_projection
-from compressm.errors import ModelError, bad_argument
+from compressm.errors import ModelError
 from compressm.layers.gated_delta_mixer import DeltaLayout, layout
 
 GATED_DELTA_NETS = (  # of transformers, classes whose forwards are near-copies of one another
@@ -34,7 +34,6 @@ INDEPENDENT = (
     "b_proj", "g_proj", "conv1d", "q_conv1d", "k_conv1d", "v_conv1d", "dt_bias", "A_log", "norm", "o_norm", "out_proj",
     "o_proj",
 )  # fmt: skip
-VECTOR = 8  # channels at a time that causal-conv1d's kernels load
 
 
 class GatedDeltaNetAdapter(MatrixAdapter):
@@ -130,14 +129,7 @@ class GatedDeltaNetAdapter(MatrixAdapter):
             return
         sizes = layout(module)
         now, then = sum(sizes.convolved), sum(sizes._replace(features=rank).convolved)
-        if now % VECTOR == 0 and then % VECTOR:
-            step = next(n for n in (1, 2, 4) if 2 * sizes.key_heads * n % VECTOR == 0)
-            raise bad_argument(
-                "rank",
-                got=f"{rank} states for a {type(module).__name__}, which would have {then} channels in its convolution",
-                expected=f"a multiple of {step}: the CUDA kernels of its library need multiples of {VECTOR} channels",
-                remedy="Pass multiple_of=1 where other kernels run it",
-            )
+        check_vectors(module, rank, sizes.key_heads, {"channels in its convolution": (now, then)})
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> GatedDeltaMeter:
         device = self.checked(module, name)[self.recurrence[-1]].device

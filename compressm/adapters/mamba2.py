@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from compressm.adapters._mamba2_distiller import mamba2_distiller
 from compressm.adapters._mamba2_meter import Mamba2Meter
 from compressm.adapters.base import Distiller, LayerEdit
-from compressm.adapters.matrix import WHITE, MatrixAdapter, Rows
+from compressm.adapters.matrix import WHITE, MatrixAdapter, Rows, check_vectors
 from compressm.adapters.parameters import label, own_parameter, plain_parameters, precision
 from compressm.control import MatrixMoments, MatrixReduction, projection
-from compressm.errors import ModelError, bad_argument
+from compressm.errors import ModelError
 from compressm.layers.mamba2_mixer import Layout, layout
 
 TRANSFORMERS = (  # classes whose forwards are near-copies of one another
@@ -30,7 +30,6 @@ TRANSFORMERS = (  # classes whose forwards are near-copies of one another
     "transformers.models.zamba2.modeling_zamba2.Zamba2MambaMixer",
 )
 INDEPENDENT = ("in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj", "mup_vector")
-VECTOR = 8  # channels at a time that causal-conv1d's kernels load, out of rows that have to be multiples as well
 
 
 class Mamba2Adapter(MatrixAdapter):
@@ -108,15 +107,8 @@ class Mamba2Adapter(MatrixAdapter):
             return
         sizes, rows = layout(module), own_parameter(module, "in_proj.weight").shape[0]
         now, then = sum(sizes.convolved), sum(sizes._replace(features=rank).convolved)
-        for what, before, after in (("channels of conv1d", now, then), ("rows of in_proj", rows, rows + then - now)):
-            if before % VECTOR == 0 and after % VECTOR:
-                step = next(n for n in (1, 2, 4) if 2 * sizes.groups * n % VECTOR == 0)
-                raise bad_argument(
-                    "rank",
-                    got=f"{rank} states for a {type(module).__name__}, which would have {after} {what}",
-                    expected=f"a multiple of {step}: the CUDA kernels of its library need multiples of {VECTOR} channels",
-                    remedy="Pass multiple_of=1 where other kernels run it",
-                )
+        sides = {"channels of conv1d": (now, then), "rows of in_proj": (rows, rows + then - now)}
+        check_vectors(module, rank, sizes.groups, sides)
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Mamba2Meter:
         device = self.checked(module, name)["A_log"].device

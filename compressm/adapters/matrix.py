@@ -37,6 +37,7 @@ from compressm.control import (
 from compressm.errors import ModelError, NumericalError, bad_argument
 
 WHITE = (4, 256)  # sequences and steps of white noise that stand in for data
+VECTOR = 8  # channels at a time that causal-conv1d's kernels load, out of rows that have to be multiples as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,3 +318,21 @@ def on_white_noise(meter: Meter, module: nn.Module, projection: str, name: str) 
 
 def _mapped(maps: TensorMap, tensors: TensorMap) -> dict[str, Any]:
     return {key: map_.to(tensors[key].device) @ tensors[key].double() for key, map_ in maps.items()}
+
+
+def check_vectors(module: nn.Module, rank: int, groups: int, sides: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ArgumentError where a side that the kernels of the layer's library load in vectors would no longer divide by 8.
+
+    Args:
+        groups: of each, every state has two channels.
+        sides: their lengths now and with ``rank`` states, by what they are.
+    """
+    for what, (now, then) in sides.items():
+        if now % VECTOR == 0 and then % VECTOR:
+            step = next(n for n in (1, 2, 4) if 2 * groups * n % VECTOR == 0)
+            raise bad_argument(
+                "rank",
+                got=f"{rank} states for a {type(module).__name__}, which would have {then} {what}",
+                expected=f"a multiple of {step}: the CUDA kernels of its library need multiples of {VECTOR} channels",
+                remedy="Pass multiple_of=1 where other kernels run it",
+            )

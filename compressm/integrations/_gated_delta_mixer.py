@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from compressm.integrations._mamba2_mixer import convolved
 from compressm.kernels import KernelPlan, plan
+from compressm.layers._planned import PlannedLayer
 from compressm.layers.gated_delta_mixer import DeltaInputs, finish, layout, project, rule, rule_inputs, rule_step, states
-from compressm.layers.mamba_mixer import packing, working_dtype
+from compressm.layers.mamba_mixer import packing
 
 
-class AcceleratedGatedDeltaNet(nn.Module):
+class AcceleratedGatedDeltaNet(PlannedLayer):
     """In front of a mixer's class: convolution, rule and decode step are ours, parameters and cache the library's."""
 
     takes_maps = True
@@ -32,9 +33,8 @@ class AcceleratedGatedDeltaNet(nn.Module):
             (B, L, hidden_size).
         """
         mixer: Any = self
-        batch, length, _ = hidden_states.shape
-        if not torch.compiler.is_compiling() and (self.training or "_last_call" not in vars(self)):
-            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, length)
+        length = hidden_states.shape[1]
+        self.remember(hidden_states, projected=True)
         conv_state = state = None
         if cache is not None:
             conv_state, state = cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
@@ -52,15 +52,8 @@ class AcceleratedGatedDeltaNet(nn.Module):
                 cache.update_recurrent_state(last, layer_idx=mixer.layer_idx)
         return finish(mixer, out.to(hidden_states.dtype), z)
 
-    @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs the rule at the present number of states; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if "_last_call" not in vars(self):
-            return None
-        (device, dtype, batch, length), sizes = self._last_call, layout(self)
+    def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
+        sizes = layout(self)
         shapes = {"k": (batch, length, sizes.key_heads, states(self)), "v": (batch, length, sizes.heads, sizes.values)}
         return plan("gated_delta_rule", shapes, dtype, device)
 

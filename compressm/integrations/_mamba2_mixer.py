@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from compressm.kernels import KernelPlan, plan, ssd
+from compressm.layers._planned import PlannedLayer
 from compressm.layers.mamba2_mixer import gate, layout, limits, normed, project, scan_inputs, scan_step, states, without_padding
-from compressm.layers.mamba_mixer import convolve, convolve_step, decay, working_dtype
+from compressm.layers.mamba_mixer import convolve, convolve_step, decay
 
 
-class AcceleratedMamba2Mixer(nn.Module):
+class AcceleratedMamba2Mixer(PlannedLayer):
     """In front of a mixer's class: convolution, scan and decode step are ours, parameters and cache the library's."""
 
     takes_maps = True
@@ -31,9 +32,8 @@ class AcceleratedMamba2Mixer(nn.Module):
             (B, L, hidden_size).
         """
         mixer: Any = self
-        sizes, (batch, length, _) = layout(mixer), hidden_states.shape
-        if not torch.compiler.is_compiling() and (self.training or "_last_call" not in vars(self)):
-            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, length)
+        sizes, length = layout(mixer), hidden_states.shape[1]
+        self.remember(hidden_states, projected=True)
         conv_state = state = None
         if cache is not None:
             conv_state, state = cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
@@ -56,15 +56,8 @@ class AcceleratedMamba2Mixer(nn.Module):
         y = y.flatten(-2)
         return mixer.out_proj((mixer.norm(y, z) if normed(mixer) else y).to(hidden_states.dtype))
 
-    @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs the scan at the present number of states; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if "_last_call" not in vars(self):
-            return None
-        (device, dtype, batch, length), sizes = self._last_call, layout(self)
+    def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
+        sizes = layout(self)
         x = batch, length, sizes.heads, sizes.headdim
         return plan("ssd", {"x": x, "B": (batch, length, sizes.groups, states(self))}, dtype, device)
 

@@ -17,13 +17,14 @@ from compressm.errors import ModelError
 from compressm.integrations._gated_delta_mixer import accelerated as accelerated_delta
 from compressm.integrations._mamba2_mixer import accelerated as accelerated_mamba2
 from compressm.kernels import KernelPlan, plan, selective_scan, selective_state_update
+from compressm.layers._planned import PlannedLayer
 from compressm.layers.mamba2_mixer import without_padding
-from compressm.layers.mamba_mixer import SILU, convolve, convolve_step, decay, mix, project, select, working_dtype
+from compressm.layers.mamba_mixer import SILU, convolve, convolve_step, decay, mix, project, select
 
 DELTAS = (*GATED_DELTA_NETS, *KIMI_DELTAS)
 
 
-class AcceleratedMambaMixer(MambaMixer):
+class AcceleratedMambaMixer(PlannedLayer, MambaMixer):
     """A ``MambaMixer`` whose convolution, scan and decode step are ours; parameters and cache are the library's."""
 
     def forward(self, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None) -> Tensor:
@@ -37,9 +38,8 @@ class AcceleratedMambaMixer(MambaMixer):
         Returns:
             (B, L, hidden_size).
         """
-        batch, length, _ = hidden_states.shape
-        if not torch.compiler.is_compiling() and (self.training or "_last_call" not in vars(self)):
-            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, self.intermediate_size, length)
+        length = hidden_states.shape[1]
+        self.remember(hidden_states, projected=True)
         if cache is None and attention_mask is None:
             return mix(self, hidden_states)
         conv_state = state = None
@@ -73,16 +73,9 @@ class AcceleratedMambaMixer(MambaMixer):
         x = cache.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
         return convolve(self, x)[..., -length:]
 
-    @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs the scan at the present number of states; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if "_last_call" not in vars(self):
-            return None
-        device, dtype, *shape = self._last_call
-        return plan("selective_scan", {"u": tuple(shape), "A": tuple(self.A_log.shape)}, dtype, device)
+    def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
+        shapes = {"u": (batch, self.intermediate_size, length), "A": tuple(self.A_log.shape)}
+        return plan("selective_scan", shapes, dtype, device)
 
 
 def accelerate_(model: nn.Module, mode: bool = True) -> nn.Module:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels import KernelPlan, plan
+from compressm.layers._planned import PlannedLayer
 
 
-class LTILayer(nn.Module):
+class LTILayer(PlannedLayer):
     """(batch, L, d_model) -> (batch, L, d_model) by one diagonal system of ``d_state`` complex states."""
 
     d_model: int
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last_call: tuple[str, torch.dtype, int, int] | None = None  # device type, dtype, batch and length of the input
 
     @property
     @abstractmethod
@@ -30,22 +27,9 @@ class LTILayer(nn.Module):
     def _state_like(self) -> Tensor:
         """A parameter of the states' device and precision."""
 
-    @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs the layer at its present number of states; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if self._last_call is None:
-            return None
-        device, dtype, batch, length = self._last_call
+    def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
         H, N = self.d_model, self.d_state
         return plan("lti_scan", {"u": (batch, length, H), "B": (N, H), "C": (H, N)}, dtype, device)
-
-    def remember(self, x: Tensor) -> None:
-        """Take x (batch, L, H) for the call that :attr:`kernel_plan` is about, if it is one to remember."""
-        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
-            self._last_call = (x.device.type, x.dtype, x.shape[0], x.shape[1])
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state (batch, N), complex."""

@@ -133,15 +133,7 @@ class GatedDeltaNet(MambaLayer):
         """Rows of a head's state, read from the parameters."""
         return states(self)
 
-    @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs the rule at the present number of states; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if self._last_call is None:
-            return None
-        device, dtype, batch, length = self._last_call
+    def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
         shapes = {
             "k": (batch, length, self.num_k_heads, self.d_state), "v": (batch, length, self.num_v_heads, self.head_v_dim)
         }  # fmt: skip

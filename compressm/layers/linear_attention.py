@@ -232,16 +232,8 @@ class LinearAttention(MambaLayer):
         """Channels V of a head's values."""
         return self.v_proj.out_features // self.num_heads
 
-    @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs at the present number of key channels; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if self._last_call is None:
-            return None
-        device, dtype, *steps = self._last_call
-        q, v = ((*steps, self.num_heads, width) for width in (self.head_k_dim, self.head_v_dim))
+    def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
+        q, v = ((batch, length, self.num_heads, width) for width in (self.head_k_dim, self.head_v_dim))
         return plan("linear_attention", {"q": q, "v": v, **({"g": q} if self.decay == "channel" else {})}, dtype, device)
 
     @property

@@ -112,15 +112,7 @@ class Mamba(MambaLayer):
         """States N per channel, read from the parameters."""
         return self.A_log.shape[1]
 
-    @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs the scan at the present number of states; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if self._last_call is None:
-            return None
-        device, dtype, batch, length = self._last_call
+    def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
         shapes = {"u": (batch, self.d_inner, length), "A": tuple(self.A_log.shape)}
         return plan("selective_scan", shapes, dtype, device)
 

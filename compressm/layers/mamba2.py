@@ -178,15 +178,7 @@ class Mamba2(MambaLayer):
         """Channels of B and of C per group in front of the maps; None where there are no maps."""
         return None if self.B_map is None else self.B_map.shape[2]
 
-    @property
-    def kernel_plan(self) -> KernelPlan | None:
-        """The kernel that runs the scan at the present number of states; None before the first call.
-
-        For an input of the shape that was last seen in training mode, or of the first one if there was no training.
-        """
-        if self._last_call is None:
-            return None
-        device, dtype, batch, length = self._last_call
+    def plan_for(self, device: str, dtype: torch.dtype, batch: int, length: int) -> KernelPlan:
         shapes = {"x": (batch, length, self.nheads, self.headdim), "B": (batch, length, self.ngroups, self.d_state)}
         return plan("ssd", shapes, dtype, device)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from compressm.errors import ArgumentError, bad_argument
-from compressm.layers.mamba_mixer import packing, working_dtype
+from compressm.layers._planned import PlannedLayer
+from compressm.layers.mamba_mixer import packing
 
 
-class MambaLayer(nn.Module):
+class MambaLayer(PlannedLayer):
     """(B, L, d_model) -> (B, L, d_model), with mamba_ssm's ways of calling.
 
     Attributes:
@@ -28,10 +29,6 @@ class MambaLayer(nn.Module):
     out_proj: nn.Linear
     conv1d: nn.Conv1d
     A_log: nn.Parameter
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last_call: tuple[str, torch.dtype, int, int] | None = None  # device type, dtype, batch and length of the input
 
     @property
     @abstractmethod
@@ -80,9 +77,7 @@ class MambaLayer(nn.Module):
         return self._mix(hidden_states, (conv_state, ssm_state))
 
     def _mix(self, hidden_states: Tensor, cache: tuple[Tensor, Tensor] | None, cu_seqlens: Tensor | None = None) -> Tensor:
-        batch, length, _ = hidden_states.shape
-        if not torch.compiler.is_compiling() and (self.training or self._last_call is None):
-            self._last_call = (hidden_states.device.type, working_dtype(hidden_states), batch, length)
+        self.remember(hidden_states, projected=True)
         return self.mixing(hidden_states, cache, cu_seqlens)
 
     def _mix_packed(

@@ -195,13 +195,6 @@ def decay(mixer: Mixer) -> Tensor:
     return -torch.exp(mixer.A_log.to(torch.promote_types(mixer.A_log.dtype, torch.float32)))
 
 
-def working_dtype(hidden_states: Tensor) -> torch.dtype:
-    """That of the projections, which autocast may choose."""
-    device, dtype = hidden_states.device.type, hidden_states.dtype
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast and dtype != torch.float64 else dtype
-
-
 def packing(seq_idx: Tensor) -> Tensor:
     """The ``cu_seqlens`` of sequences that are numbered step by step, seq_idx (batch, L), all rows in one.
 

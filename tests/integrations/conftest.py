@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 
 import pytest
-import torch
+from global_state import threads
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)

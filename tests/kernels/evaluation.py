@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from global_state import threads
 
 
 def normals(seed, dtype=torch.float64):
@@ -31,13 +32,10 @@ def check(results, oracle, assert_close, dtype):
 
 def check_threads(evaluate):
     """An evaluation has the same bits for any number of threads."""
-    threads, results = torch.get_num_threads(), []
+    results = []
     for count in (1, 2, 5):
-        torch.set_num_threads(count)
-        try:
+        with threads(count):
             results.append(evaluate())
-        finally:
-            torch.set_num_threads(threads)
     for name, value in results[0].items():
         assert all(torch.equal(other[name], value) for other in results[1:]), name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernels.causal_conv1d_cases import LAYOUTS, check, evaluate, lay_out, random_inputs
+from kernels.evaluation import check_threads
 from torch.nn import functional as F
 
 from compressm.errors import ArgumentError, BackendError
@@ -82,16 +83,7 @@ def test_every_instruction_set(assert_close, isa):
 @pytest.mark.parametrize("layout", ["steps", "channel slice"])
 def test_same_bits_for_any_thread_count(layout):
     inputs = random_inputs(3, 70, 530, 4)
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        try:
-            results.append(evaluate(inputs, torch.float32, "cpp", layout=layout))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp", layout=layout))
 
 
 def test_activation_at_its_extremes():

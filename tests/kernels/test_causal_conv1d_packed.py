@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from kernels.causal_conv1d_cases import LAYOUTS, check, evaluate, lay_out, random_inputs
+from kernels.evaluation import check_threads
 
 from compressm.errors import ArgumentError, BackendError
 from compressm.kernels import causal_conv1d
@@ -125,16 +126,8 @@ def test_nothing_leaks_out_of_a_sequence(backend):
 
 def test_same_bits_for_any_thread_count():
     inputs = random_inputs(1, 600, 900, 4, sequences=6)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        try:
-            bounds = torch.tensor([0, 300, 303, 558, 560, 561, 900])
-            results.append(evaluate(inputs, torch.float32, "cpp", cu_seqlens=bounds))
-        finally:
-            torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(results[1][name], value), name
+    bounds = torch.tensor([0, 300, 303, 558, 560, 561, 900])
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp", cu_seqlens=bounds))
 
 
 def test_gradcheck():

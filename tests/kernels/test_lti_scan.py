@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from global_state import threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -243,14 +244,10 @@ def test_non_contiguous_input(assert_close):
 
 def test_same_result_for_any_thread_count():
     inputs = [t.float() for t in random_inputs(6, 300, 4, 33)]
-    threads = torch.get_num_threads()
     results = []
     for count in (1, 2):
-        torch.set_num_threads(count)
-        try:
+        with threads(count):
             results.append(evaluate(forced("cpp", rows=128), inputs, torch.float32))
-        finally:
-            torch.set_num_threads(threads)
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-6, atol=1e-6, msg=name)
 
@@ -274,13 +271,9 @@ def test_plan_says_what_runs():
 
 @pytest.mark.skipif(cpp.why_not() is not None or not cpp.parallel(), reason="no compiler, or one without OpenMP")
 def test_kernels_use_torch_s_threads():
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    for count in (1, 2, 3):
+        with threads(count):
             assert cpp.library().threads() == count
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_plan_names_wrong_input():

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from global_state import threads
 from layers.single_gradients import check_single_gradients
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -20,10 +21,8 @@ OPTIONS = [{}, {"bias": True}, {"conv_bias": False, "d_conv": 2}, {"dt_rank": 3}
 @pytest.fixture(autouse=True)
 def _two_threads():
     """As many as there are pieces in the batches here, at most."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+    with threads(2):
+        yield
 
 
 def mixer_of(channels: int = 6, states: int = 5, **options) -> Mamba:
@@ -73,10 +72,10 @@ def test_values_and_gradients_are_those_of_float64(assert_close, shape, options)
 def test_the_same_bits_for_any_number_of_threads():
     mixer, x = mixer_of(), tokens()
     both = evaluate(mixer, x)
-    torch.set_num_threads(1)
-    assert one_op(mixer(x))
-    for name, value in evaluate(mixer, x).items():
-        assert torch.equal(both[name], value), name
+    with threads(1):
+        assert one_op(mixer(x))
+        for name, value in evaluate(mixer, x).items():
+            assert torch.equal(both[name], value), name
 
 
 def test_each_gradient_on_its_own():

@@ -25,7 +25,7 @@ from compressm.compression.planning.batches import default_forward, take
 from compressm.compression.planning.calibration import attached
 from compressm.compression.planning.loaders import at_rest
 from compressm.compression.planning.plans import Calibration
-from compressm.errors import bad_argument
+from compressm.errors import bad_argument, check_integer
 
 STEPS = 200  # where nothing trains afterwards
 RECORDED_BYTES = 1 << 30  # of records at a time; layers that do not fit in have a pass over the sequences of their own
@@ -60,8 +60,7 @@ def chosen_steps(refine: int | None, default: int, layers: Layers, calibration: 
     known = any(adapter.distils for _, adapter in layers.values())
     if refine is None:
         return default if known and calibration is not None else 0
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
-        raise bad_argument("refine", got=repr(refine), expected="a number of steps, 0 for none, or None")
+    check_integer("refine", refine, least=0, expected="a number of steps, 0 for none, or None")
     kinds = ", ".join(sorted({type(module).__name__ for module, _ in layers.values()}))
     reasons = {
         "without calibration data, whose sequences would be recorded. Pass calibration=batches": calibration is None,

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from compressm.errors import bad_argument
 from compressm.kernels.core import cpp, slots
+from compressm.kernels.core.arguments import check_heads, check_tensor
 from compressm.kernels.core.custom_op import custom_op
 from compressm.kernels.core.dispatch import Candidate, chooser, compiled_first
 from compressm.kernels.gated_delta_rule import reference
-from compressm.kernels.gated_delta_rule.arguments import check_heads, check_rest, check_scale
+from compressm.kernels.gated_delta_rule.arguments import check_scale, check_step
 
 
 def gated_delta_rule_update(
@@ -161,10 +162,7 @@ def _check(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tens
     if not pooled and rows != batch:
         raise bad_argument("state", got=f"{rows} rows", expected=f"{batch}, one for each entry of q")
     check_heads(q, heads)
-    check_rest(
-        state, {
-            "q": (q, (batch, shared, keys)), "k": (k, tuple(q.shape)), "v": (v, (batch, heads, values)),
-            "g": (g, (batch, heads, keys) if g.dim() == 3 else (batch, heads)), "beta": (beta, (batch, heads)),
-        },
-    )  # fmt: skip
+    check_tensor("q", q, (batch, shared, keys), q)
+    check_tensor("state", state, (rows, heads, keys, values), q)
+    check_step(q, k, v, g, beta, heads, values)
     return batch

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from compressm.errors import bad_argument
+from compressm.kernels.core import matrix_step
 from compressm.kernels.core.op import WORD, Cost, Measured, Op, Sample
-from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.gated_delta_rule_update.op import choose_backend, gated_delta_rule_update
 
 
@@ -38,14 +37,6 @@ def cost(sizes: Mapping[str, int], word: int, backward: bool) -> Cost:
     return Cost(moved, 7 * cells + 3 * wide, batch * heads)
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str, backend: str | None) -> KernelPlan:
-    (rows, heads, keys, _), (batch, shared, channels) = shapes["state"], shapes["k"]
-    if (rows, keys) != (batch, channels) or shared == 0 or heads % shared:
-        expected = "state (batch, HV, K, V) and k (batch, H, K), H dividing HV"
-        raise bad_argument("shapes", got=dict(shapes), expected=expected)
-    return KernelPlan("gated_delta_rule_update", choose_backend(device, dtype, False, backend=backend), "step")
-
-
 def measured(gpu: bool) -> tuple[Measured, ...]:
     large = {"batch": 64, "groups": 16, "heads": 32}
     small = {"batch": 4, "groups": 4, "heads": 8}
@@ -66,8 +57,8 @@ OPS = (
         ),
         draw=draw,
         cost=cost,
-        plan=plan,
-        shapes={"state": "(batch, HV, K, V)", "k": "(batch, H, K)"},
+        plan=matrix_step.planner("gated_delta_rule_update", choose_backend),
+        shapes=matrix_step.SHAPES,
         writes=("state",),
         differentiable=False,
         measured=measured,

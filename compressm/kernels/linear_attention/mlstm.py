@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from compressm.errors import bad_argument
-from compressm.kernels.linear_attention.arguments import check, check_tensor
+from compressm.kernels.core.arguments import check_tensor
+from compressm.kernels.linear_attention.arguments import check
 from compressm.kernels.linear_attention.op import linear_attention, with_ones
 
 

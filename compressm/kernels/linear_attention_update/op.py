@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
+from compressm.kernels.core.arguments import check_tensor
 from compressm.kernels.core.custom_op import custom_op
 from compressm.kernels.core.dispatch import Candidate, chooser
-from compressm.kernels.linear_attention.arguments import check_step, check_tensor
+from compressm.kernels.linear_attention.arguments import check_step
 from compressm.kernels.linear_attention.op import default_scale, normalized, with_ones
 
 

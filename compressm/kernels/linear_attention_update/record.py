@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from compressm.errors import bad_argument
+from compressm.kernels.core import matrix_step
 from compressm.kernels.core.op import WORD, Cost, Measured, Op, Sample
-from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.linear_attention_update.op import choose_backend, linear_attention_update
 
 
@@ -37,14 +36,6 @@ def cost(sizes: Mapping[str, int], word: int, backward: bool) -> Cost:
     return Cost(moved, 5 * cells, decays)
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str, backend: str | None) -> KernelPlan:
-    (rows, heads, keys, _), (batch, shared, channels) = shapes["state"], shapes["k"]
-    if (rows, keys) != (batch, channels) or shared == 0 or heads % shared:
-        expected = "state (batch, HV, K, V) and k (batch, H, K), H dividing HV"
-        raise bad_argument("shapes", got=dict(shapes), expected=expected)
-    return KernelPlan("linear_attention_update", choose_backend(device, dtype, False, backend=backend), "step")
-
-
 def measured(gpu: bool) -> tuple[Measured, ...]:
     base = {"batch": 64 if gpu else 4, "key_heads": 4, "heads": 4, "values": 128}
     return (Measured(tuple({**base, "keys": n} for n in (64, 16))),)
@@ -63,8 +54,8 @@ OPS = (
         ),
         draw=draw,
         cost=cost,
-        plan=plan,
-        shapes={"state": "(batch, HV, K, V)", "k": "(batch, H, K)"},
+        plan=matrix_step.planner("linear_attention_update", choose_backend),
+        shapes=matrix_step.SHAPES,
         writes=("state",),
         differentiable=False,
         measured=measured,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
 
 from compressm.errors import bad_argument
+from compressm.kernels.core.arguments import INTEGERS, check_bounds, check_chunk_size, check_cu_seqlens
 from compressm.kernels.core.custom_op import plain_call
 
-INTEGERS = (torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CHUNKS = range(1, 2**31)  # steps of a chunk that can be asked for
 
 
 def check(
@@ -99,18 +97,6 @@ def _check_packing(seq_idx: Tensor | None, cu_seqlens: Tensor | None, batch: int
         check_cu_seqlens(cu_seqlens, "x", batch)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, packed: str, batch: int) -> None:
-    """Raise ArgumentError unless these can be bounds of sequences in the tensor ``packed`` of this batch."""
-    if cu_seqlens.dtype not in INTEGERS:
-        raise bad_argument("cu_seqlens", got=f"{cu_seqlens.dtype}", expected="int32 or int64")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        got = f"shape {tuple(cu_seqlens.shape)}"
-        raise bad_argument("cu_seqlens", got=got, expected="(sequences + 1,) numbers from 0 to L")
-    if batch != 1:
-        expected = "a batch of 1, as cu_seqlens packs the sequences along L"
-        raise bad_argument(packed, got=f"a batch of {batch}", expected=expected)
-
-
 def _check_values(A: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
     if A.numel():
         low, high = (bound.item() for bound in torch.aminmax(A.detach()))
@@ -122,19 +108,6 @@ def _check_values(A: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, 
         raise bad_argument("seq_idx", got=got, expected="numbers that never decrease along a row")
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, length)
-
-
-def check_bounds(cu_seqlens: Tensor, length: int) -> None:
-    """Raise ArgumentError unless the numbers themselves rise from 0 to L."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise bad_argument("cu_seqlens", got=bounds, expected=f"numbers that rise from 0 to L = {length}")
-
-
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise ArgumentError unless these can be the steps of a chunk."""
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size not in CHUNKS):
-        raise bad_argument("chunk_size", got=repr(chunk_size), expected="a whole number of steps from 1 to 2^31 - 1, or None")
 
 
 def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:

@@ -103,7 +103,7 @@ def test_least_squares_finds_a_plant_and_its_order():
 
 
 def test_wrong_settings(tmp_path):
-    with pytest.raises(DataError, match="are simulated, expected no folder"):
+    with pytest.raises(DataError, match="expected no folder, as 'plant' is simulated"):
         DATASETS["plant"](resolve("plant", TINY)).load(tmp_path)
     with pytest.raises(DataError, match="an arm of two links has 2"):
         load(plant="arm")

@@ -89,7 +89,7 @@ def test_train_and_inspect(tmp_path):
 
 
 def test_wrong_input(tmp_path):
-    with pytest.raises(DataError, match="drawn at random, expected no folder"):
+    with pytest.raises(DataError, match="expected no folder, as 'sysid' is drawn at random"):
         DATASETS["sysid"](resolve("sysid", TINY)).load(tmp_path)
     with pytest.raises(ConfigError, match="rank = 7 must be below d_state = 7"):
         resolve("sysid", {**TINY, "rank": 7})

@@ -59,7 +59,7 @@ def test_the_data():
 
 
 def test_wrong_settings(tmp_path):
-    with pytest.raises(DataError, match="are synthesised, expected no folder"):
+    with pytest.raises(DataError, match="expected no folder, as 'words' is synthesised"):
         DATASETS["words"](resolve("words", {})).load(tmp_path)
     with pytest.raises(ConfigError, match="length"):
         resolve("words", {"length": 10})

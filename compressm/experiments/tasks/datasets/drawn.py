@@ -67,7 +67,11 @@ def distinct(count: int, numbers: int, chosen: int, generator: torch.Generator) 
     return torch.rand(count, numbers, generator=generator).argsort(1)[:, :chosen]
 
 
-def refuse_folder(name: str, folder: Path | None) -> None:
-    """Raise DataError if a folder is given, as there are no files."""
+def refuse_folder(name: str, folder: Path | None, made: str = "drawn at random") -> None:
+    """Raise DataError if a folder is given, as there are no files.
+
+    Args:
+        made: how the data come about.
+    """
     if folder is not None:
-        raise DataError(f"--data-dir {folder}: expected no folder, as {name!r} is drawn at random. Leave it out")
+        raise DataError(f"--data-dir {folder}: expected no folder, as {name!r} is {made}. Leave it out")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compressm.control import StateSpace, sampled
 from compressm.errors import DataError
+from compressm.experiments.tasks.datasets.drawn import refuse_folder
 from compressm.experiments.tasks.datasets.signals import SEED, Signals, white_pairs
 from compressm.experiments.tasks.parts import Dataset
 from compressm.experiments.tasks.settings import Settings
@@ -50,8 +51,7 @@ class Plant(Dataset):
 
     def load(self, folder: Path | None) -> Signals:
         s = self.settings
-        if folder is not None:
-            raise DataError(f"--data-dir {folder}: the plants are simulated, expected no folder. Omit it")
+        refuse_folder(self.name, folder, "simulated")
         if s.plant == "arm" and s.channels != 2:
             raise DataError(f"channels = {s.channels}: an arm of two links has 2. Set channels=2")
         random = torch.Generator().manual_seed(SEED + s.seed)

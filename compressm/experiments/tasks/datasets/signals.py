@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compressm.errors import DataError
+from compressm.experiments.tasks.datasets.drawn import refuse_folder
 from compressm.experiments.tasks.parts import Data, Dataset
 from compressm.experiments.tasks.settings import Settings
 from compressm.layers import LRU
@@ -87,8 +88,7 @@ class SystemIdentification(Dataset):
 
     def load(self, folder: Path | None) -> Signals:
         s = self.settings
-        if folder is not None:
-            raise DataError(f"--data-dir {folder}: the systems are drawn at random, expected no folder. Omit it")
+        refuse_folder(self.name, folder)
         random = torch.Generator().manual_seed(SEED + s.seed)
         truth = true_system(s, random)
         name = f"white noise through a system of order {s.true_order}"

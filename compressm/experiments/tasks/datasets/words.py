@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from compressm.errors import DataError
+from compressm.experiments.tasks.datasets.drawn import refuse_folder
 from compressm.experiments.tasks.datasets.sequences import Sequences
 from compressm.experiments.tasks.parts import Dataset
 from compressm.experiments.tasks.settings import Settings
@@ -52,8 +52,7 @@ class Words(Dataset):
 
     def load(self, folder: Path | None) -> Sequences:
         s = self.settings
-        if folder is not None:
-            raise DataError(f"--data-dir {folder}: the words are synthesised, expected no folder. Omit it")
+        refuse_folder(self.name, folder, "synthesised")
         train, test = s.sequences, s.sequences // 4
         labels = np.arange(train + test) % len(WORDS)
         random = np.random.default_rng(s.seed)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 
-import compressm
 from compressm.experiments.tasks.models.language_model import MatrixSettings, TokenModel
-from compressm.kernels import KernelPlan
 from compressm.layers import GatedDeltaNet
 
 
@@ -23,6 +20,7 @@ class GatedDeltaNetModel(TokenModel):
     """Which token comes next, by blocks of Gated DeltaNet layers."""
 
     name = mixer = "gated_delta_net"
+    divisor = "heads"
     Settings = GatedDeltaNetSettings
     settings: GatedDeltaNetSettings
     notes = (
@@ -35,15 +33,3 @@ class GatedDeltaNetModel(TokenModel):
         keys, values = s.d_features or states, s.expand * s.d_model // s.heads
         maps = None if s.d_features is None else states
         return GatedDeltaNet(s.d_model, values / keys, head_dim=keys, num_heads=s.heads, d_state=maps)
-
-    def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
-        s = self.settings
-        steps = s.batch_size, length, s.heads
-        shapes = {"k": (*steps, s.d_state), "v": (*steps, s.expand * s.d_model // s.heads)}
-        return compressm.kernels.plan("gated_delta_rule", shapes, device=device)
-
-    def check(self, *, reduced: bool) -> None:
-        super().check(reduced=reduced)
-        s = self.settings
-        if s.expand * s.d_model % s.heads:
-            raise ValueError(f"heads = {s.heads} must divide expand * d_model = {s.expand * s.d_model}")

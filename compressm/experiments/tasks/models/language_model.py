@@ -17,6 +17,7 @@ from compressm.experiments.tasks.datasets.texts import BYTES
 from compressm.experiments.tasks.datasets.tokens import Tokens
 from compressm.experiments.tasks.parts import BlockModel, Cut, Model
 from compressm.experiments.tasks.settings import BlockSettings, SettingsClass
+from compressm.kernels import KernelPlan
 from compressm.layers import RMSNorm
 
 
@@ -127,15 +128,20 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
 
 class TokenModel(Model):
-    """Language models of one token mixer.  A mixer adds ``name``, its layer and the plan of its kernel.
+    """Language models of one token mixer.  A mixer adds ``name`` and its layer, or ``kernel_plan`` as well where that has no
+    ``plan_for``.
 
     A mixer with a projected form declares ``d_features``, None or the features in front of its states, among its settings.
+
+    Attributes:
+        divisor: the setting that has to divide the ``expand * d_model`` inner channels; None: there is none.
     """
 
     Settings: ClassVar[SettingsClass] = TokenSettings
     settings: TokenSettings
     reads = Tokens
     criteria = RowCriterion
+    divisor: ClassVar[str | None] = None
 
     @abstractmethod
     def layer(self, states: int) -> nn.Module:
@@ -162,6 +168,11 @@ class TokenModel(Model):
         s = self.settings
         return Cut(compressm.FixedRank(s.rank), form=s.form if isinstance(s, MatrixSettings) else "auto")
 
+    def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
+        with torch.device("meta"):
+            layer: Any = self.layer(self.settings.d_state)
+        return layer.plan_for(device.type, torch.float32, self.settings.batch_size, length)
+
     def check(self, *, reduced: bool) -> None:
         s = self.settings
         if reduced and s.rank >= s.d_state:
@@ -171,3 +182,5 @@ class TokenModel(Model):
                 raise ValueError(f"d_features = {s.d_features} must be at least d_state = {s.d_state}, or left out")
             if s.form == "strict":
                 raise ValueError(f"form = 'strict' does not go with d_features = {s.d_features}: such layers have maps")
+        if self.divisor is not None and (inner := s.expand * s.d_model) % (parts := getattr(s, self.divisor)):
+            raise ValueError(f"{self.divisor} = {parts} must divide expand * d_model = {inner}")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
-import compressm
 from compressm.experiments.tasks.models.language_model import TokenModel, TokenSettings
-from compressm.kernels import KernelPlan
 from compressm.layers import LinearAttention
 
 
@@ -28,6 +25,7 @@ class LinearAttentionModel(TokenModel):
     """Which token comes next, by blocks of linear attention."""
 
     name = mixer = "linear_attention"
+    divisor = "heads"
     Settings = LinearAttentionSettings
     settings: LinearAttentionSettings
     criteria = type(None)  # queries take over what is cut of the keys, which no criterion's choice says how
@@ -37,17 +35,3 @@ class LinearAttentionModel(TokenModel):
         s = self.settings
         keys = states * s.heads / s.d_model
         return LinearAttention(s.d_model, s.heads, keys, s.expand, decay=s.decay, d_conv=s.conv)
-
-    def kernel_plan(self, length: int, device: torch.device) -> KernelPlan:
-        s = self.settings
-        steps = s.batch_size, length, s.heads
-        shapes = {"q": (*steps, s.d_state), "v": (*steps, s.expand * s.d_model // s.heads)}
-        if s.decay == "channel":
-            shapes["g"] = shapes["q"]
-        return compressm.kernels.plan("linear_attention", shapes, device=device)
-
-    def check(self, *, reduced: bool) -> None:
-        super().check(reduced=reduced)
-        s = self.settings
-        if s.expand * s.d_model % s.heads:
-            raise ValueError(f"heads = {s.heads} must divide expand * d_model = {s.expand * s.d_model}")
