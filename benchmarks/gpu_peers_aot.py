@@ -3,11 +3,13 @@
     PYTHONPATH=. python benchmarks/gpu_peers_aot.py [--target sm_90] [--fla FOLDER] [--out benchmarks/modelled.json]
 
 A row is one kernel: registers of a lane, spilled bytes, shared memory, instructions and matrix instructions in all, the tiles
-and warps of a program.  Loops are counted once, so that rows tell what a program needs, not how long it takes.  mamba_ssm tunes
-its tiles on the machine; what is shown is its configuration with tiles of 64 x 64, or the first where it has none.  Its kernels
-depend on N where a tile holds all states of a row; the others are shown once.  flash-linear-attention tunes as well: shown is
-one configuration of four warps, and tiles no larger than 64, which need not be the one that it would choose.  Its kernels
-know K as a constant.
+and warps of a program, and the instructions per token and head that follow from how programs divide the work
+(``gpu_peers_grids``).  Loops are counted once, so that rows tell what a program needs, not how long it takes.
+
+mamba_ssm tunes its tiles on the machine; what is shown is its configuration with tiles of 64 x 64, or the first where it has
+none.  Its kernels depend on N where a tile holds all states of a row; the others are shown once.  flash-linear-attention tunes
+as well: shown is one configuration of four warps, and tiles no larger than 64, which need not be the one that it would choose.
+Its kernels know K as a constant.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
+from benchmarks.gpu_peers_grids import CHUNK, HEADS, divided
 from benchmarks.reporting.modelled import Computation, Kernel, Modelled, Traffic
 from compressm.integrations.mamba_ssm import stand_in_for_the_extension
 from compressm.kernels.core.gpu import Budget, MachineCode
@@ -35,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"
 import aot
 
 STATES = (128, 64, 48, 32, 16)
-HEADS, WIDTH, CHUNK = 24, 64, 256  # heads of a group, channels of a head, steps of mamba_ssm's chunks
+WIDTH = 64  # channels of a head of Mamba-2's scan
 KEYS, VALUES, FLA_HEADS, FLA_CHUNK = (128, 64, 32, 16), 128, 16, 64  # of the computations of flash-linear-attention
 ONES = r"_(hdim|dstate|dim|ak|bk|k|csize|csize_k|csize_n|outn)$"  # strides of neighbours
 FLOAT32 = r"^(dt|dA_cumsum|dA_cs|cb|dcb|ddt|D|dD|res|ddA_cumsum|states|dstates|dprev_states|db|dc|final_states)_ptr$"
@@ -138,48 +141,52 @@ def compile_theirs(tuned: Any, states: int, target: Any) -> tuple[Any, dict[str,
     return triton.compile(source, target=target, options=options), {**blocks, "warps": chosen.num_warps}
 
 
-def kernel(library: str, name: str, states: int, compiled: Any, blocks: dict[str, int]) -> Kernel:
+def kernel(library: str, name: str, states: int, compiled: Any, blocks: dict[str, int], width: int) -> Kernel:
     usage, lines = aot.nvidia_code(compiled)
     code = [line for line in lines if not line.endswith(":") and not line.startswith("NOP")]
     products = sum(bool(re.match(r"\S*MMA|UTC\S*MMA", line)) for line in code)
     tiles = {key.removeprefix("BLOCK_SIZE_"): value for key, value in blocks.items()}
+    steps, programs = divided(name, tiles, states, width)
     return Kernel(
         library=library, name=name, states=states, **usage, shared=compiled.metadata.shared, instructions=len(code),
-        products=products, tiles=tiles,
+        products=products, tiles=tiles, steps=steps, programs=programs,
     )  # fmt: skip
 
 
-def ours(states: int, types_of: Any, found: Iterator[tuple[str, Any, Any, int]], target: Any) -> Iterator[Kernel]:
+def ours(
+    states: int, types_of: Any, found: Iterator[tuple[str, Any, Any, int]], target: Any, width: int
+) -> Iterator[Kernel]:
     for name, jitted, config, elements in found:
         case = MachineCode(name, jitted, types_of(jitted, "bf16"), config, Budget(0, 0), elements)
         blocks = {key: config[key] for key in ("T", "BK", "BP", "BN", "BV") if key in config and key in jitted.arg_names}
-        yield kernel("compressm", name, states, aot.compile_case(case, target), blocks | {"warps": config["num_warps"]})
+        blocks |= {"warps": config["num_warps"]}
+        yield kernel("compressm", name, states, aot.compile_case(case, target), blocks, width)
 
 
 def of_mamba_2(target: Any) -> Iterator[Kernel]:
     for states in STATES:
-        yield from ours(states, gpu.types_of, gpu.of_products(target, "bf16", states), target)
+        yield from ours(states, gpu.types_of, gpu.of_products(target, "bf16", states), target, WIDTH)
     for states in STATES:
         for name, tuned in of_mamba():
             if states == STATES[0] or "BLOCK_SIZE_DSTATE" in tuned.fn.arg_names:
-                yield kernel("mamba_ssm", name, states, *compile_theirs(tuned, states, target))
+                yield kernel("mamba_ssm", name, states, *compile_theirs(tuned, states, target), WIDTH)
 
 
 def of_delta_rule(target: Any) -> Iterator[Kernel]:
     for keys in KEYS:
-        yield from ours(keys, delta.types_of, delta.of_products(target, "bf16", keys, False), target)
+        yield from ours(keys, delta.types_of, delta.of_products(target, "bf16", keys, False), target, VALUES)
     for keys in KEYS:
         for name, jitted in of_fla(FLA_DELTA):
-            yield kernel("fla", name, keys, *compile_fla(jitted, keys, True, target))
+            yield kernel("fla", name, keys, *compile_fla(jitted, keys, True, target), VALUES)
 
 
 def of_simple_gla(target: Any) -> Iterator[Kernel]:
     for keys in KEYS:
-        products = gpu.of_products(target, "bf16", keys, FLA_HEADS, FLA_HEADS, VALUES)
-        yield from ours(keys, gpu.types_of, products, target)
+        products = gpu.of_products(target, "bf16", keys, FLA_HEADS, FLA_HEADS, VALUES, scaled=True)
+        yield from ours(keys, gpu.types_of, products, target, VALUES)
     for keys in KEYS:
         for name, jitted in of_fla(FLA_SIMPLE):
-            yield kernel("fla", name, keys, *compile_fla(jitted, keys, False, target))
+            yield kernel("fla", name, keys, *compile_fla(jitted, keys, False, target), VALUES)
 
 
 def moved(peer: str, found: dict[int, tuple[float, float]]) -> tuple[Traffic, ...]:
@@ -221,9 +228,9 @@ def bytes_of_delta_rule(keys: int) -> tuple[float, float]:
 
 
 def bytes_of_simple_gla(keys: int) -> tuple[float, float]:
-    """As of the delta rule; ours are the kernels of Mamba-2, with queries that torch scales."""
+    """As of the delta rule; ours are the kernels of Mamba-2."""
     k, v, state, T, decays = 2 * keys, 2 * VALUES, 2 * keys * VALUES, triton_launch.chunk_steps(keys), 5 * 4
-    ours = 2 * k + 2 + decays
+    ours = 2 + decays
     ours += k + v + decays + state / T
     ours += 2 * k + 2 * v + decays + state / T
     theirs = 2 + 4 + k + v + 4 + state / FLA_CHUNK
@@ -233,12 +240,13 @@ def bytes_of_simple_gla(keys: int) -> tuple[float, float]:
 
 def computation(title: str, axis: str, libraries: dict[str, str], kernels: Iterator[Kernel], traffic: Any) -> Computation:
     """Of these kernels, which are shown while they compile."""
-    print(f"\n{title}\n{'kernel':44} {axis:>4} {'regs':>5} {'spills':>6} {'shared':>7} {'instr':>6} {'mma':>4}  tiles")
+    print(f"\n{title}\n{'kernel':44} {axis:>4} {'regs':>5} {'spills':>6} {'shared':>7} {'instr':>6} {'token':>6} {'mma':>4}  "
+          "tiles")  # fmt: skip
     found = []
     for k in kernels:
         tiles = " ".join(f"{name}={size}" for name, size in k.tiles.items())
         print(f"{k.library + ' ' + k.name:44} {k.states:4} {k.registers:5} {k.spills:6} {k.shared:7} {k.instructions:6} "
-              f"{k.products:4}  {tiles}", flush=True)  # fmt: skip
+              f"{k.per_token:6.1f} {k.products:4}  {tiles}", flush=True)  # fmt: skip
         found.append(k)
     for entry in traffic:
         print(f"{entry.library}, {axis}={entry.states}: {entry.bytes} bytes per step and head in a forward pass")

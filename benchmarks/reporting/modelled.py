@@ -23,6 +23,8 @@ class Kernel(_Part):
         registers: of a lane; spills: bytes, of a lane; shared: bytes, of a program.
         instructions, products: in all, loops counted once, and those among them that multiply matrices.
         tiles: sizes of a program's blocks, and its warps.
+        steps: of a program, or of a turn of its loop over steps.
+        programs: how many of them a head needs for these steps; a turn of a loop over heads is one.
     """
 
     library: str
@@ -34,6 +36,13 @@ class Kernel(_Part):
     instructions: int
     products: int
     tiles: dict[str, int]
+    steps: int = Field(ge=1)
+    programs: float = Field(gt=0)
+
+    @property
+    def per_token(self) -> float:
+        """Instructions, of warps, for one step of one head."""
+        return self.instructions * self.tiles["warps"] * self.programs / self.steps
 
 
 class Traffic(_Part):
@@ -92,7 +101,10 @@ def section(found: Modelled) -> list[str]:
         "## Modelled, not run", "",
         f"Compiled ahead of time for {code(found.target)} ({_versions(found.versions)}). No machine has run it: these figures"
         " say what a kernel needs, not how long it takes. Registers and spilled bytes are a lane's, shared memory is a"
-        " program's; a loop's instructions count once, and so do its matrix products, each of a warp or of four.", "",
+        " program's; a loop's instructions count once, and so do its matrix products, each of a warp or of four. Instructions"
+        " per token are those of one step of one head: instructions times the warps of a program times the programs that a head"
+        " needs for a block of steps, divided by the steps of the block. A turn of a loop over steps or heads is a program; all"
+        " other loops count once here, too.", "",
     ]  # fmt: skip
     for computation in found.computations:
         lines += _computation(computation)
@@ -108,11 +120,15 @@ def _computation(found: Computation) -> list[str]:
     lines = [f"### {escape(found.title)}{against}", ""]
     lines += ["Bytes that a forward pass moves per step and head, each tensor once per kernel that reads or writes it:", ""]
     lines += table(("library", *(f"{found.axis}={n}" for n in states)), rows)
-    headings = ("kernel", found.axis, "registers", "spilled bytes", "shared, KiB", "instructions", "matrix products", "tiles")
+    headings = (
+        "kernel", found.axis, "registers", "spilled bytes", "shared, KiB", "instructions", "per token", "matrix products",
+        "tiles",
+    )  # fmt: skip
     rows = [
         [
             f"{escape(k.library)} {code(k.name)}", str(k.states), str(k.registers), str(k.spills), number(k.shared / 1024),
-            f"{k.instructions:,}", str(k.products), escape(" ".join(f"{name}={size}" for name, size in k.tiles.items())),
+            f"{k.instructions:,}", number(k.per_token), str(k.products),
+            escape(" ".join(f"{name}={size}" for name, size in k.tiles.items())),
         ]
         for k in found.kernels
     ]  # fmt: skip

@@ -232,7 +232,7 @@ def test_hostile_names_stay_inside_their_cells():
 def compiled(**more):
     kernel = {
         "library": "compressm", "name": "ssd_states", "states": 128, "registers": 128, "spills": 0, "shared": 33792,
-        "instructions": 1234, "products": 32, "tiles": {"T": 64, "warps": 8}, **more,
+        "instructions": 1234, "products": 32, "tiles": {"T": 64, "warps": 8}, "steps": 64, "programs": 2, **more,
     }  # fmt: skip
     traffic = [{"library": name, "states": n, "bytes": n * 2.5} for name in ("compressm", "mamba_ssm") for n in (16, 128)]
     found = {"title": "A scan", "axis": "N", "libraries": {"mamba_ssm": "2.3"}, "kernels": [kernel], "traffic": traffic}
@@ -249,9 +249,10 @@ def test_kernels_that_were_compiled_and_not_run_have_a_section_of_their_own(tmp_
     ]
     assert table_with(added, "spilled bytes") == [
         {"kernel": "compressm `ssd_states`", "N": "128", "registers": "128", "spilled bytes": "0", "shared, KiB": "33.0",
-         "instructions": "1,234", "matrix products": "32", "tiles": "T=64 warps=8"}
+         "instructions": "1,234", "per token": "308", "matrix products": "32", "tiles": "T=64 warps=8"}
     ]  # fmt: skip
     assert "### A scan (mamba\\_ssm 2.3)" in added
+    assert "instructions times the warps of a program times the programs that a head needs" in "".join(added)
     hostile = report.build({"cpu": run_of(timed())}, compiled(library=HOSTILE, name=HOSTILE)).lines
     assert len(tables(hostile)) == len(tables(lines))
     run_of(timed()).save(tmp_path / "cpu.json")

@@ -69,6 +69,14 @@ def test_every_tile_and_decays_of_all_sizes(assert_close, device, tiles, length,
     compare(inputs, assert_close, device)
 
 
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_at_which_a_head_forgets_all(assert_close, device, dtype, channelwise):
+    inputs = random_inputs(1, 20, 1, 1, 5, 3, channelwise=channelwise)
+    inputs["g"][:, 5], inputs["g"][:, 11] = -1e9, torch.finfo(torch.bfloat16).min
+    compare(inputs, assert_close, device, dtype, use_qk_l2norm_in_kernel=True)
+
+
 @pytest.mark.parametrize(
     ("bounds", "integer", "channelwise"),
     [([0, 7, 7, 40, 41], torch.int32, False), ([0, 0, 32, 64], torch.int64, False), ([0, 7, 7, 20], torch.int64, True)],

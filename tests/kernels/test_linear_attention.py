@@ -118,7 +118,7 @@ def test_torch_in_chunks_as_an_op(assert_close):
 
 def test_torch_in_chunks_where_heads_decay(assert_close):
     def call(q, k, v, g, initial_state, *, backend, output_final_state):
-        settings = (False, -math.inf, math.inf, False, 16, "chunked")
+        settings = (False, -math.inf, math.inf, False, 1.0, 16, "chunked")
         ones, start = g.new_ones(4), initial_state.mT
         out, last = ssd_op(v, g, ones, k, q, None, None, None, start, None, None, *settings)
         return out, last.mT
@@ -126,6 +126,9 @@ def test_torch_in_chunks_where_heads_decay(assert_close):
     inputs = random_inputs(1, 40, decay="scalar")
     oracle = evaluate(inputs, torch.float64, None, call=recurrence, scale=1.0)
     check(evaluate(inputs, torch.float64, None, call=call), oracle, assert_close, torch.float64)
+    inputs["g"][:, 5], inputs["g"][:, 21, 0] = -1e9, torch.finfo(torch.float32).min  # forget all, as masks do
+    oracle = evaluate(inputs, torch.float64, None, call=recurrence, scale=1.0)
+    check(evaluate(inputs, torch.float32, None, call=call), oracle, assert_close, torch.float32)
 
 
 BOUNDS = [[0, 7, 7, 40, 77], [0, 0, 33, 33], list(range(0, 21, 3))]

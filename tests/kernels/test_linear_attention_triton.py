@@ -10,6 +10,7 @@ from kernels.linear_attention_cases import evaluate, random_inputs
 from compressm.errors import BackendError
 from compressm.kernels import linear_attention, plan
 from compressm.kernels.linear_attention.op import linear_attention_op
+from compressm.kernels.ssd import triton_launch
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -39,6 +40,24 @@ def test_packed_sequences_with_a_normaliser(assert_close, device):
 
 def test_half_precision(assert_close, device):
     compare(random_inputs(1, 20, 1, 1, 16, 8), assert_close, device, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 0.7), (torch.bfloat16, None), (torch.float32, 1.0)], ids=str)
+def test_heads_of_one_decay_scale_their_queries_in_the_kernels(assert_close, device, dtype, scale, monkeypatch):
+    """No tensor of scaled queries is made; what is read of first states, and of final states' gradients, has the scale once."""
+    queries, launched = [], triton_launch.forward
+    monkeypatch.setattr(triton_launch, "forward", lambda *given: queries.append(given[4]) or launched(*given))
+    inputs = {name: t.to(dtype) for name, t in random_inputs(1, 20, 1, 2, 5, 3, decay="scalar").items()}
+    compare({name: t.double() for name, t in inputs.items()}, assert_close, device, dtype, scale=scale)
+    assert torch.equal(queries[0].cpu(), inputs["q"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_at_which_a_head_forgets_all(assert_close, device, dtype):
+    """Log decays of masks: what decays little behind such a step must not drown in it."""
+    inputs = random_inputs(1, 20, 1, 2, 5, 3, decay="scalar")
+    inputs["g"][:, 5], inputs["g"][:, 11, 0] = -1e9, torch.finfo(torch.float32).min
+    compare(inputs, assert_close, device, dtype)
 
 
 def test_gradients_are_contiguous_and_expanded_ones_are_read(assert_close, device):

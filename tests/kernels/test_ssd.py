@@ -234,7 +234,7 @@ def test_packing_needs_a_batch_of_one_and_one_way_of_saying_it():
 def test_a_chunk_beyond_the_sequence_takes_no_more_memory(bounds, dtype):
     inputs = {name: t if t is None else t.to(dtype) for name, t in random_inputs(1, 6, without=["initial_states"]).items()}
     options = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
-    arguments = *inputs.values(), None, options.get("cu_seqlens"), True, 0.0, math.inf, True, 2**62
+    arguments = *inputs.values(), None, options.get("cu_seqlens"), True, 0.0, math.inf, True, 1.0, 2**62
     out, _ = ssd_op(*arguments, "cpp" if dtype == torch.float32 else "chunked")
     torch.testing.assert_close(out, ssd(**inputs, dt_softplus=True, backend="reference", **options), rtol=1e-4, atol=1e-5)
 
@@ -283,7 +283,7 @@ def test_custom_op_is_well_formed(packed, backend):
     arguments = [t.float().requires_grad_() for t in inputs.values()]
     bounds = torch.tensor([0, 3, 3, 20]) if packed else None
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
-    settings = (True, 0.0, math.inf, True, 0, backend)
+    settings = (True, 0.0, math.inf, True, 1.0, 0, backend)
     torch.library.opcheck(ssd_op.op, (*arguments, None, bounds, *settings), test_utils=tests)
 
 

@@ -157,7 +157,7 @@ def test_numbered_sequences(assert_close, starts, chunk):
     compare(inputs, assert_close, seq_idx=numbered(70, *starts).long(), chunk_size=chunk)
 
 
-SETTINGS = (True, 0.0, math.inf, True, 0, "cpp")
+SETTINGS = (True, 0.0, math.inf, True, 1.0, 0, "cpp")
 
 
 @pytest.mark.parametrize("bounds", [[0, 9, 4, 12], [0, 13], [-3, 12], [1, 12], [0, 1 << 40, 12]], ids=str)
@@ -178,7 +178,7 @@ def test_the_kernel_itself_refuses_wrong_shapes():
     with pytest.raises(RuntimeError, match="seq_idx"):
         ssd_op(*arguments, torch.zeros(2, 11, dtype=torch.int32), None, *SETTINGS)
     with pytest.raises(RuntimeError, match="chunk"):
-        ssd_op(*arguments, None, None, True, 0.0, math.inf, True, -1, "cpp")
+        ssd_op(*arguments, None, None, True, 0.0, math.inf, True, 1.0, -1, "cpp")
 
 
 @pytest.mark.parametrize("sizes", [(1, 300, 3, 16, 1, 20), (2, 70, 8, 5, 4, 40), (9, 40, 2, 7, 1, 5)], ids=str)

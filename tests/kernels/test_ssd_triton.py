@@ -49,6 +49,15 @@ def test_limits_and_a_skip_for_every_channel(assert_close, device):
     compare(inputs, assert_close, device, dt_limit=(0.05, 0.3))
 
 
+def test_a_step_size_that_is_no_number_shows(device):
+    inputs = {k: t.float().to(device) for k, t in random_inputs(1, 20, 2, 3, 1, 5).items()}
+    inputs["dt"][0, 7, 1] = math.nan
+    out, last = ssd(**inputs, dt_softplus=True, return_final_states=True, backend="triton")
+    assert torch.isnan(out[0, 7:, 1]).all()
+    assert torch.isnan(last[0, 1]).all()
+    assert torch.isfinite(out[0, :, 0]).all()
+
+
 @pytest.mark.parametrize("without", [("D", "z", "dt_bias", "initial_states"), ("D",), ("z", "dt_bias")], ids=str)
 def test_without_optional_arguments(assert_close, device, without):
     inputs = random_inputs(1, 20, 1, 3, 1, 5, without=without)
@@ -155,7 +164,8 @@ def test_custom_op_is_well_formed(device, packed):
     arguments = [t.float().to(device).requires_grad_() for t in inputs.values()]
     bounds = torch.tensor([0, 3, 3, 20], device=device) if packed else None
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ssd_op.op, (*arguments, None, bounds, True, 0.0, math.inf, True, 0, "triton"), test_utils=tests)
+    settings = (True, 0.0, math.inf, True, 0.5, 0, "triton")
+    torch.library.opcheck(ssd_op.op, (*arguments, None, bounds, *settings), test_utils=tests)
 
 
 def test_plans_are_consistent(device):
@@ -170,6 +180,14 @@ def test_plans_are_consistent(device):
                     assert chosen.get("threads") % 64 == 0
     shapes = [{"x": (1, length, 24, 64), "B": (1, length, 1, 128)} for length in (64, 1 << 14, 1 << 17)]
     assert [plan("ssd", shape, torch.float32, device, "triton").get("few") for shape in shapes] == [1, 12, 24]
+
+
+def test_keys_fetch_tiles_ahead_where_there_are_several_and_room():
+    stages = {}
+    for states, width in ((16, 64), (16, 128), (128, 64), (128, 128)):
+        config = triton_launch._config(1024, 24, 1, width, states, True, triton_launch.chunk_steps(states))
+        stages[states, width] = triton_launch.keys_stages(config, width)
+    assert stages == {(16, 64): 1, (16, 128): 1, (128, 64): 1, (128, 128): 2}
 
 
 def test_calls_that_triton_cannot_run_say_why(device):

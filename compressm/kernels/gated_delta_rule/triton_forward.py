@@ -48,7 +48,8 @@ def _delta_rows_kernel(
     wide = h.to(tl.int64)
     both = inside[:, None] & (t < count)[None, :]
     time = (start + t.to(tl.int64))[None, :]
-    decay = tl.load(g + line * g_b + time * g_t + (wide * g_h)[:, None], mask=both, other=0.0).to(tl.float64)
+    given = tl.load(g + line * g_b + time * g_t + (wide * g_h)[:, None], mask=both, other=0.0)
+    decay = tiles.bounded(given.to(tl.float64))
     exact = tl.cumsum(decay, 1)
     total = exact.to(tl.float32)
     all_steps = tl.sum(decay, 1)

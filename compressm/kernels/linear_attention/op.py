@@ -79,7 +79,7 @@ def linear_attention(
     values = with_ones(v) if normalize else v
     factor = default_scale(q.shape[3]) if scale is None else float(scale)
     if g is None or g.dim() < 4:
-        out, last = _of_heads(q * factor, k, values, g, initial_state, cu_seqlens, chunk_size, backend)
+        out, last = _of_heads(q, k, values, g, initial_state, cu_seqlens, factor, chunk_size, backend)
     else:
         out, last = _of_channels(q, k, values, g, initial_state, cu_seqlens, factor, chunk_size, backend)
     return normalized(out) if normalize else out, last.contiguous() if output_final_state else None
@@ -107,10 +107,11 @@ def _of_heads(
     g: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    scale: float,
     chunk_size: int | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Where all channels of a head decay alike, as Mamba-2's scan; q is scaled."""
+    """Where all channels of a head decay alike, as Mamba-2's scan."""
     steps, wide = v.shape[:3], torch.promote_types(v.dtype, torch.float32)
     if g is None or g.dim() == 1:
         dt, A = v.new_ones((), dtype=wide).expand(steps), v.new_zeros(steps[2:], dtype=wide) if g is None else g
@@ -118,7 +119,7 @@ def _of_heads(
         dt, A = g, g.new_ones(steps[2:])
     start = None if initial_state is None else initial_state.mT
     tensors = (v, dt, A, k, q, None, None, None, start)
-    out, last = ssd.scan(tensors, None, cu_seqlens, (False, -math.inf, math.inf, False), chunk_size, backend)
+    out, last = ssd.scan(tensors, None, cu_seqlens, (False, -math.inf, math.inf, False), chunk_size, backend, scale)
     return out, last.mT
 
 

@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 
 from compressm.kernels.ssd.reference import first_states, in_sequences, of_heads, skip_and_gate, step_sizes
 
+NOTHING_LEFT = -200.0  # a log decay of which float32 keeps nothing; in sums with stronger ones the small ones would drown
+
 
 def ssd(
     x: Tensor,
@@ -59,7 +61,7 @@ def _scan(
         return filled.unflatten(1, (-1, chunk))
 
     heads = drive.shape[2]
-    u, decay = cut(drive), cut(step * A).cumsum(2)
+    u, decay = cut(drive), cut((step * A).clamp(min=NOTHING_LEFT)).cumsum(2)
     steps = torch.arange(chunk, device=drive.device)
     within = (steps[:, None] >= steps)[..., None]
     enters = leaves = passes = None  # whether the state in front reaches a step, a step the state behind, the one the other

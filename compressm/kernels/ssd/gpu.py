@@ -18,14 +18,14 @@ _FLOAT32 = (
     "A", "D", "bias", "decays", "initial", "last", "by_decay", "reads", "writes", "by_step", "grad_A", "grad_bias", "grad_D",
 )  # fmt: skip
 _COUNTS = ("L", "N", "P", "padded", "heads", "own", "few", "chunks", "all_steps")
-_ABSENT = dict.fromkeys(("z", "y", "grad_z", "segments", "firsts", "ends", "starts", "counts"))
+_ABSENT = dict.fromkeys(("z", "y", "grad_z", "segments", "firsts", "ends", "starts", "counts", "scale"))
 # Per number of x in a turn of the loop over heads (of the states: over chunks), for CUDA, for ROCm and for sm_90.  Conversions
 # take the results of one product to the operands of another, or sums of its rows to those of its columns.
 _BUDGETS = {
     "ssd_states_bf16_N128": (Budget(128, 37, 0, 4), Budget(304, 54, 0, 3), Budget(128, 20, 0, 4)),
     "ssd_outputs_bf16_N128": (Budget(224, 75, 0, 3), Budget(224, 44, 40, 3), Budget(184, 45, 0, 3)),
     "ssd_values_bf16_N128": (Budget(255, 165, 160, 16), Budget(368, 200, 160, 13), Budget(255, 118, 40, 13)),
-    "ssd_keys_bf16_N128": (Budget(255, 70, 340, 7), Budget(304, 112, 60, 3), Budget(255, 53, 40, 7)),
+    "ssd_keys_bf16_N128": (Budget(255, 70, 340, 7), Budget(304, 112, 60, 3), Budget(240, 45, 0, 7)),
     "ssd_states_fp32_N128": (Budget(192, 130, 0, 7),) * 3,
     "ssd_outputs_fp32_N128": (Budget(224, 142, 40, 6),) * 3,
     "ssd_values_fp32_N128": (Budget(255, 420, 1200, 18),) * 3,
@@ -33,7 +33,7 @@ _BUDGETS = {
     "ssd_states_bf16_N16": (Budget(104, 18, 0, 4),) * 3,
     "ssd_outputs_bf16_N16": (Budget(160, 30, 0, 3),) * 3,
     "ssd_values_bf16_N16": (Budget(255, 88, 40, 13),) * 3,
-    "ssd_keys_bf16_N16": (Budget(255, 44, 80, 5),) * 3,
+    "ssd_keys_bf16_N16": (Budget(240, 40, 0, 7),) * 3,
     "ssd_decays": (Budget(72, 170), Budget(32, 300), Budget(72, 170)),
     "ssd_steps": (Budget(64, 215, 0, 3), Budget(32, 400, 0, 3), Budget(64, 215, 0, 3)),
 }
@@ -43,21 +43,27 @@ def types_of(kernel: Any, dtype: str) -> dict[str, str]:
     """Types of the arguments of a kernel for inputs, and operands of products, of ``dtype``."""
     types = {name: "*fp32" if name in _FLOAT32 else f"*{dtype}" for name in kernel.arg_names}
     counts = {name: "i32" for name in types if re.search(r"_[btghpn]$", name) or name in _COUNTS}
-    return types | counts | {"low": "fp32", "high": "fp32"}
+    return types | counts | dict.fromkeys(("low", "high", "scale"), "fp32")
 
 
 def of_products(
-    target: Any, dtype: str, states: int, heads: int = 24, groups: int = 1, width: int = 64
+    target: Any, dtype: str, states: int, heads: int = 24, groups: int = 1, width: int = 64, scaled: bool = False
 ) -> Iterator[tuple[str, Any, Config, int]]:
-    """(name, kernel, constants and options, numbers of x a lane): the kernels that multiply, as planned for a long sequence."""
+    """(name, kernel, constants and options, numbers of x a lane): the kernels that multiply, as planned for a long sequence.
+
+    scaled: C has a scale, as the queries of linear attention do.
+    """
     settings = triton_launch._config(1024, heads, groups, width, states, dtype == "bf16", triton_launch.chunk_steps(states))
     launch = _ABSENT | {"WIDE": True, "WIDE_B": True} | triton_launch.launch_options(settings, target.warp_size)
     launch["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
+    if scaled:
+        del launch["scale"]
     elements = settings["T"] * settings["BP"] // settings["threads"]
     yield "ssd_states", triton_forward._ssd_states_kernel, launch | {"REVERSE": False}, elements
     yield "ssd_outputs", triton_forward._ssd_outputs_kernel, launch, elements
     yield "ssd_values", triton_backward._ssd_values_kernel, launch, elements
-    yield "ssd_keys", triton_backward._ssd_keys_kernel, launch, elements
+    keys = launch | {"num_stages": triton_launch.keys_stages(settings, width)}
+    yield "ssd_keys", triton_backward._ssd_keys_kernel, keys, elements
 
 
 def machine_code(target: Any) -> Iterator[MachineCode]:
@@ -113,7 +119,7 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> t
     torch.manual_seed(0)
     p = draw(_sizes(*shape), dtype, torch.device(device)).tensors
     tensors = (*(p[name] for name in ("x", "dt", "A", "B", "C", "D")), None, p["dt_bias"], None, None, None)
-    return (*tensors, True, 0.0, math.inf, True, 0)
+    return (*tensors, True, 0.0, math.inf, True, 1.0, 0)
 
 
 def _planned(shape: Shape) -> Config:

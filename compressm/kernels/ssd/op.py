@@ -91,19 +91,23 @@ def scan(
     of_steps: tuple[bool, float, float, bool],
     chunk_size: int | None,
     backend: str | None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """(out, final states) on the backend that is chosen; the arguments are those of :func:`ssd`, and not looked at.
 
     Args:
         tensors: x, dt, A, B, C, D, z, dt_bias, initial_states.
         of_steps: dt_softplus, low, high and scaled, as :func:`ssd_op` has them.
+        scale: of C.
     """
     x, dt, _, B, C, _, z, *_ = tensors
     chosen = choose_backend(x.device.type, common_dtype(x, dt, B, C, z), backend=backend)
     form = "chunked" if chosen == "reference" and not stepwise(x.dtype, backend) else chosen
-    settings = (*of_steps, 0 if chunk_size is None else chunk_size, form)
+    settings = (*of_steps, scale if chosen == "triton" else 1.0, 0 if chunk_size is None else chunk_size, form)
     if chosen == "cpp":
         tensors = tuple(cast(t, torch.float32) for t in tensors)
+    if chosen != "triton" and scale != 1.0:
+        tensors = (*tensors[:4], tensors[4] * scale, *tensors[5:])
     if chosen == "reference" and (plain_call(*tensors, seq_idx, cu_seqlens) or transformed()):
         out, last = _in_torch(*tensors, seq_idx, cu_seqlens, *settings)
     else:
@@ -150,10 +154,10 @@ def plan_for_shapes(
 
 def _in_torch(*arguments) -> tuple[Tensor, Tensor]:
     """The arguments of :func:`ssd_op` by the reference or in chunks, differentiable."""
-    *tensors, chunk, form = arguments
+    *given, _scale, chunk, form = arguments
     if form == "reference":
-        return reference.ssd(*tensors)
-    return chunked.ssd(*tensors, _chunk(tensors[0], tensors[3], chunk))
+        return reference.ssd(*given)
+    return chunked.ssd(*given, _chunk(given[0], given[3], chunk))
 
 
 def _chunk(x: Tensor, B: Tensor, chunk: int) -> int:
@@ -178,6 +182,7 @@ def ssd_op(
     low: float,
     high: float,
     scaled: bool,
+    scale: float,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +190,7 @@ def ssd_op(
 
     Args:
         scaled: the step sizes scale what is written, as in Mamba-2; else they only decay, and step A is a log decay.
+        scale: of C, where Triton's kernels read it; one for all other backends.
         chunk: steps of a chunk; 0: as planned for the sizes.
 
     Returns:
@@ -196,13 +202,15 @@ def ssd_op(
     if backend == "triton":
         from compressm.kernels.ssd import triton_launch
 
-        return triton_launch.forward(*tensors, dt_softplus, low, high, scaled, chunk)
-    out, last = _in_torch(*tensors, dt_softplus, low, high, scaled, chunk, backend)
+        return triton_launch.forward(*tensors, dt_softplus, low, high, scaled, scale, chunk)
+    out, last = _in_torch(*tensors, dt_softplus, low, high, scaled, scale, chunk, backend)
     return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
 
 @ssd_op.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled, chunk, backend):
+def _(
+    x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled, scale, chunk, backend
+):  # fmt: skip
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = (sequences, x.shape[2], x.shape[3], B.shape[3])
     return x.new_empty(x.shape), x.new_empty(states, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -227,6 +235,7 @@ def ssd_backward_op(
     low: float,
     high: float,
     scaled: bool,
+    scale: float,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -239,12 +248,12 @@ def ssd_backward_op(
         from compressm.kernels.ssd import triton_launch
 
         gradients: Any = triton_launch.backward(
-            grad_out, grad_last, *tensors, *packing, dt_softplus, low, high, scaled, chunk
+            grad_out, grad_last, *tensors, *packing, dt_softplus, low, high, scaled, scale, chunk
         )
         return gradients
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _in_torch(*leaves, *packing, dt_softplus, low, high, scaled, chunk, backend)
+        return _in_torch(*leaves, *packing, dt_softplus, low, high, scaled, scale, chunk, backend)
 
     return recomputed_gradients(run, tensors, (grad_out, grad_last))
 
@@ -252,7 +261,7 @@ def ssd_backward_op(
 @ssd_backward_op.register_fake
 def _(
     grad_out, grad_last, x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled,
-    chunk, backend,
+    scale, chunk, backend,
 ):  # fmt: skip
     arguments = (x, dt, A, B, C, D, z, dt_bias, initial_states)
     return tuple(x.new_empty((0,)) if t is None else torch.empty_like(t) for t in arguments)
@@ -267,7 +276,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_last):
     saved = ctx.saved_tensors
     grads = ssd_backward_op(grad_out, grad_last, *saved, *ctx.settings)
-    return (*(None if t is None else grad for t, grad in zip(saved[:9], grads, strict=True)), *[None] * 8)
+    return (*(None if t is None else grad for t, grad in zip(saved[:9], grads, strict=True)), *[None] * 9)
 
 
 ssd_op.register_autograd(_backward, _setup_context)

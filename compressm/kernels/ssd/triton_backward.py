@@ -83,14 +83,14 @@ def _store_gate_gradient(
     do_not_specialize=[
         "x", "B", "C", "D", "z", "y", "grad_out", "decays", "segments", "starts", "counts", "states", "grad_states",
         "grad_x", "grad_z", "by_decay", "reads", "writes", "by_step", "grad_D", "L", "chunks", "heads", "own", "few", "P", "N",
-        "padded", "x_b", "x_t", "x_h", "x_p",
+        "padded", "scale", "x_b", "x_t", "x_h", "x_p",
         "B_b", "B_t", "B_g", "B_n", "C_b", "C_t", "C_g", "C_n", "z_b", "z_t", "z_h", "z_p", "y_b", "y_t", "y_h", "y_p",
         "grad_b", "grad_t", "grad_h", "grad_p", "gx_b", "gx_t", "gx_h", "gx_p", "gz_b", "gz_t", "gz_h", "gz_p", "D_h", "D_p",
     ]
 )  # fmt: skip
 def _ssd_values_kernel(
     x, B, C, D, z, y, grad_out, decays, segments, starts, counts, states, grad_states, grad_x, grad_z,
-    by_decay, reads, writes, by_step, grad_D, L, chunks, heads, own, few, P, N, padded,
+    by_decay, reads, writes, by_step, grad_D, L, chunks, heads, own, few, P, N, padded, scale,
     x_b, x_t, x_h, x_p, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     z_b, z_t, z_h, z_p, y_b, y_t, y_h, y_p, grad_b, grad_t, grad_h, grad_p, gx_b, gx_t, gx_h, gx_p, gz_b, gz_t, gz_h, gz_p,
     D_h, D_p, WIDE: tl.constexpr, WIDE_B: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,7 +99,7 @@ def _ssd_values_kernel(
     """Gradients of one chunk's values, for ``few`` heads of a group, which share the products of B and C.
 
     by_decay, reads, writes and by_step (chunks, heads, T) get the gradients of the log decays and of the step sizes as factors
-    of x, grad_D (chunks, heads, P) the chunk's sums.
+    of x, grad_D (chunks, heads, P) the chunk's sums; scale: of C, None for one.
     """
     blocks = tl.cdiv(own, few)
     groups = heads // own
@@ -113,6 +113,8 @@ def _ssd_values_kernel(
     B += row * B_b + start * B_t + group * B_g
     C += row * C_b + start * C_t + group * C_g
     mixed = forward.scores(B, C, B_t, B_n, C_t, C_n, count, N, WIDE_B, PRECISION, DOT, T, BN)
+    if scale is not None:
+        mixed *= scale
     t = tl.arange(0, T)
     for k in range(block * few, tl.minimum(block * few + few, own)):
         head = group * own + k
@@ -132,6 +134,8 @@ def _ssd_values_kernel(
         tl.store(by_decay + place * T + t, within)
         share = share.to(DOT)
         front = tl.load(gain + 2 * T + t)
+        if scale is not None:
+            front *= scale
         behind = tl.load(gain + 3 * T + t)
         to_step = tl.zeros([T], tl.float32)
         read = tl.zeros([T], tl.float32)
@@ -176,21 +180,22 @@ def _ssd_values_kernel(
 @jit(
     do_not_specialize=[
         "x", "B", "C", "z", "grad_out", "decays", "segments", "starts", "counts", "states", "grad_states", "grad_B", "grad_C",
-        "L", "chunks", "heads", "own", "few", "P", "N", "padded", "all_steps",
+        "L", "chunks", "heads", "own", "few", "P", "N", "padded", "scale", "all_steps",
         "x_b", "x_t", "x_h", "x_p", "B_b", "B_t", "B_g", "B_n", "C_b", "C_t", "C_g", "C_n", "z_b", "z_t", "z_h", "z_p",
         "grad_b", "grad_t", "grad_h", "grad_p",
     ]
 )  # fmt: skip
 def _ssd_keys_kernel(
     x, B, C, z, grad_out, decays, segments, starts, counts, states, grad_states, grad_B, grad_C,
-    L, chunks, heads, own, few, P, N, padded, all_steps,
+    L, chunks, heads, own, few, P, N, padded, scale, all_steps,
     x_b, x_t, x_h, x_p, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, z_b, z_t, z_h, z_p, grad_b, grad_t, grad_h, grad_p,
     WIDE: tl.constexpr, WIDE_B: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BN columns of the gradients of one chunk's B and C, summed over ``few`` heads of a group.
 
-    grad_B and grad_C (blocks of heads, batch, L, groups, padded) have all_steps = batch L steps a block.
+    grad_B and grad_C (blocks of heads, batch, L, groups, padded) have all_steps = batch L steps a block; scale: of C, None for
+    one.
     """
     columns = tl.cdiv(N, BN)
     blocks = tl.cdiv(own, few)
@@ -235,9 +240,11 @@ def _ssd_keys_kernel(
         mixed += weighed * step[None, :]
     key = tiles.load(B + row * B_b + start * B_t + group * B_g + n * B_n.to(tl.int64), B_t, B_n, count, N - n, WIDE_B, T, BN)
     query = tiles.load(C + row * C_b + start * C_t + group * C_g + n * C_n.to(tl.int64), C_t, C_n, count, N - n, WIDE_B, T, BN)
-    mixed = mixed.to(DOT)
-    to_query = tiles.product(mixed, key.to(DOT), to_query, PRECISION)
-    to_key = tiles.product(tl.trans(mixed), query.to(DOT), to_key, PRECISION)
+    to_query = tiles.product(mixed.to(DOT), key.to(DOT), to_query, PRECISION)
+    if scale is not None:
+        to_query *= scale
+        mixed *= scale
+    to_key = tiles.product(tl.trans(mixed.to(DOT)), query.to(DOT), to_key, PRECISION)
     target = ((block.to(tl.int64) * all_steps + row * L + start) * groups + group) * padded + n
     tiles.store(grad_B + target, to_key, groups * padded, 1, count, padded - n, True)
     tiles.store(grad_C + target, to_query, groups * padded, 1, count, padded - n, True)

@@ -23,7 +23,9 @@ def step_sizes(dt, bias, low, high, left, SOFTPLUS: tl.constexpr):
     if SOFTPLUS:
         free = shared.softplus(raw)
     t = tl.arange(0, dt.shape[1])[None, :]
-    return raw, free, tl.where(t < left, tl.minimum(tl.maximum(free, low), high), 0.0)
+    clamped = tl.maximum(free, low, propagate_nan=tl.PropagateNan.ALL)
+    clamped = tl.minimum(clamped, high, propagate_nan=tl.PropagateNan.ALL)
+    return raw, free, tl.where(t < left, clamped, 0.0)
 
 
 @jit(
@@ -52,7 +54,7 @@ def _ssd_decays_kernel(
     if bias is not None:
         shift = tl.load(bias + h, mask=inside, other=0.0)
     _raw, _free, step = step_sizes(tl.load(address, mask=both, other=0.0).to(tl.float32), shift, low, high, count, SOFTPLUS)
-    decay = step.to(tl.float64) * tl.load(A + h, mask=inside, other=0.0).to(tl.float64)[:, None]
+    decay = tiles.bounded(step.to(tl.float64) * tl.load(A + h, mask=inside, other=0.0).to(tl.float64)[:, None])
     exact = tl.cumsum(decay, 1)
     total = exact.to(tl.float32)
     front = tl.exp(total)
@@ -77,11 +79,11 @@ def _ssd_decays_kernel(
 @jit(
     do_not_specialize=[
         "x", "z", "B", "decays", "firsts", "ends", "starts", "counts", "initial", "states", "last", "L", "chunks", "heads",
-        "own", "P", "N", "padded", "x_b", "x_t", "x_h", "x_p", "z_b", "z_t", "z_h", "z_p", "B_b", "B_t", "B_g", "B_n",
+        "own", "P", "N", "padded", "scale", "x_b", "x_t", "x_h", "x_p", "z_b", "z_t", "z_h", "z_p", "B_b", "B_t", "B_g", "B_n",
     ]
 )  # fmt: skip
 def _ssd_states_kernel(
-    x, z, B, decays, firsts, ends, starts, counts, initial, states, last, L, chunks, heads, own, P, N, padded,
+    x, z, B, decays, firsts, ends, starts, counts, initial, states, last, L, chunks, heads, own, P, N, padded, scale,
     x_b, x_t, x_h, x_p, z_b, z_t, z_h, z_p, B_b, B_t, B_g, B_n,
     REVERSE: tl.constexpr, WIDE: tl.constexpr, WIDE_B: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
@@ -90,7 +92,7 @@ def _ssd_states_kernel(
 
     states (chunks, heads, P, padded) gets the state in front of every chunk, last (sequences, heads, P, N) the one behind the
     last.  REVERSE: of the backward, where x is the output's gradient (gated by z), B is C, and what is kept of a chunk is the
-    gradient of the state behind it.  own: heads of a group.
+    gradient of the state behind it.  own: heads of a group; scale: of C, None for one.
     """
     columns = tl.cdiv(N, BN)
     blocks = tl.cdiv(P, BP) * columns
@@ -123,6 +125,8 @@ def _ssd_states_kernel(
         tiles.store(kept, state, padded, 1, P - p, padded - n, True)
         gain = decays + (chunk * heads + head) * (5 * T)
         weight = tl.load(gain + 2 * T + t)
+        if scale is not None:
+            weight *= scale
         if not REVERSE:
             weight = tl.load(gain + T + t) * tl.load(gain + 3 * T + t)
         gate = None
@@ -167,17 +171,17 @@ def through_states(
 @jit(
     do_not_specialize=[
         "x", "B", "C", "D", "z", "decays", "segments", "starts", "counts", "states", "out", "L", "chunks", "heads", "own",
-        "few", "P", "N", "padded", "x_b", "x_t", "x_h", "x_p", "B_b", "B_t", "B_g", "B_n", "C_b", "C_t", "C_g", "C_n",
+        "few", "P", "N", "padded", "scale", "x_b", "x_t", "x_h", "x_p", "B_b", "B_t", "B_g", "B_n", "C_b", "C_t", "C_g", "C_n",
         "z_b", "z_t", "z_h", "z_p", "out_b", "out_t", "out_h", "out_p", "D_h", "D_p",
     ]
 )  # fmt: skip
 def _ssd_outputs_kernel(
-    x, B, C, D, z, decays, segments, starts, counts, states, out, L, chunks, heads, own, few, P, N, padded,
+    x, B, C, D, z, decays, segments, starts, counts, states, out, L, chunks, heads, own, few, P, N, padded, scale,
     x_b, x_t, x_h, x_p, B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, z_b, z_t, z_h, z_p, out_b, out_t, out_h, out_p, D_h, D_p,
     WIDE: tl.constexpr, WIDE_B: tl.constexpr, PRECISION: tl.constexpr,
     T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one chunk, for ``few`` heads of a group, which share the products of B and C."""
+    """Outputs of one chunk, for ``few`` heads of a group, which share the products of B and C; scale: of C, None for one."""
     blocks = tl.cdiv(own, few)
     groups = heads // own
     chunk = (tl.program_id(0) // (blocks * groups)).to(tl.int64)
@@ -190,6 +194,8 @@ def _ssd_outputs_kernel(
     B += row * B_b + start * B_t + group * B_g
     C += row * C_b + start * C_t + group * C_g
     mixed = scores(C, B, C_t, C_n, B_t, B_n, count, N, WIDE_B, PRECISION, DOT, T, BN)
+    if scale is not None:
+        mixed *= scale
     t = tl.arange(0, T)
     for k in range(block * few, tl.minimum(block * few + few, own)):
         head = group * own + k
@@ -197,6 +203,8 @@ def _ssd_outputs_kernel(
         share = tiles.decay_between(gain, segments, row, L, start, count, T, False, DOT)
         share = (mixed * share * tl.load(gain + T + t)[None, :]).to(DOT)
         front = tl.load(gain + 2 * T + t)
+        if scale is not None:
+            front *= scale
         for p in range(0, P, BP):
             kept = states + ((chunk * heads + head) * P + p) * padded
             result = through_states(C, kept, C_t, C_n, count, P - p, N, padded, WIDE_B, PRECISION, T, BP, BN)

@@ -85,12 +85,13 @@ def forward(
     low: float,
     high: float,
     scaled: bool,
+    scale: float = 1.0,
     chunk: int = 0,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, final states) as :func:`compressm.kernels.ssd` defines them; chunk 0 and config None: the plan's.
 
-    Tensors may differ in dtype.  Products of matrices have bfloat16 operands where x, B and C are bfloat16.
+    Tensors may differ in dtype.  Products of matrices have bfloat16 operands where x, B and C are bfloat16.  scale: of C.
     """
     out = x.new_empty(x.shape)
     last = x.new_empty((sequences_of(x, cu_seqlens), *x.shape[2:], B.shape[3]), dtype=torch.float32)
@@ -99,7 +100,7 @@ def forward(
             x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_softplus, low, high, scaled
         )
         return out.copy_(result), last.copy_(state)
-    call = _call(x, B, C, seq_idx, cu_seqlens, chunk, config)
+    call = _call(x, B, C, seq_idx, cu_seqlens, scale, chunk, config)
     with triton_language.on_device(x):
         decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high, scaled)
         states = _states(x, None, B, decays, call, initial_states, last, False)
@@ -125,6 +126,7 @@ def backward(
     low: float,
     high: float,
     scaled: bool,
+    scale: float = 1.0,
     chunk: int = 0,
     config: Config | None = None,
 ) -> tuple[Tensor, ...]:
@@ -142,7 +144,7 @@ def backward(
         )
     if grad_out is None:
         grad_out = x.new_zeros(()).expand(x.shape)
-    call = _call(x, B, C, seq_idx, cu_seqlens, chunk, config)
+    call = _call(x, B, C, seq_idx, cu_seqlens, scale, chunk, config)
     grad_start = x.new_empty((sequences, *x.shape[2:], states), dtype=torch.float32)
     with triton_language.on_device(x):
         decays = _decays(dt, A, dt_bias, call, dt_softplus, low, high, scaled)
@@ -174,6 +176,7 @@ class _Call(NamedTuple):
 
     Attributes:
         sizes: L, chunks of a batch row, H, heads of a group, heads of a program, P, N and N padded.
+        scale: of C; None for one.
         dtype: of operands and of the states between chunks.
         launch: constants and launch options of the kernels that multiply.
     """
@@ -181,6 +184,7 @@ class _Call(NamedTuple):
     chunks: Chunks
     config: Config
     sizes: tuple[int, ...]
+    scale: float | None
     dtype: torch.dtype
     launch: dict
 
@@ -191,7 +195,14 @@ class _Call(NamedTuple):
 
 
 def _call(
-    x: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None, chunk: int, config: Config | None
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk: int,
+    config: Config | None,
 ) -> _Call:
     _, length, heads, width = x.shape
     groups, states = B.shape[2:]
@@ -202,7 +213,7 @@ def _call(
     config = config or _config(chunks.count, heads, groups, width, states, half, T)
     sizes = (length, chunks.row, heads, heads // groups, config["few"], width, states, -(-states // 8) * 8)
     launch = launch_options(config, triton_language.WARP) | {"PRECISION": precision(x.is_cuda, dtype)}
-    return _Call(chunks, config, sizes, dtype if half else torch.float32, launch)
+    return _Call(chunks, config, sizes, None if scale == 1.0 else scale, dtype if half else torch.float32, launch)
 
 
 def launch_options(config: Config, lanes: int) -> dict:
@@ -210,6 +221,14 @@ def launch_options(config: Config, lanes: int) -> dict:
     own = {key: config[key] for key in ("T", "BP", "BN", "maxnreg") if key in config}
     warps = max(1, config["threads"] // lanes)
     return own | {"num_warps": warps, "num_stages": config["stages"], "enable_fp_fusion": True}
+
+
+def keys_stages(config: Config, width: int) -> int:
+    """Of the kernel of the keys' gradients: its tiles of x are fetched ahead, but not where one holds all P channels.
+
+    Nor where they are for few states: fetching ahead would not fit into registers.
+    """
+    return 1 if width <= config["BP"] or config["BN"] == 16 else config["stages"]
 
 
 def _decays(
@@ -240,7 +259,7 @@ def _states(
     tiles = -(-width // call.config["BP"]) * -(-states // call.config["BN"])
     fwd._ssd_states_kernel[(last.shape[0] * heads * tiles,)](
         x, z, B, decays, chunks.firsts, chunks.ends, chunks.starts, chunks.counts, dense(initial), kept, last,
-        length, row, heads, own, width, states, padded, *x.stride(), *strides(z), *B.stride(),
+        length, row, heads, own, width, states, padded, call.scale, *x.stride(), *strides(z), *B.stride(),
         REVERSE=reverse, WIDE=wide(x, z), WIDE_B=wide(B), **call.launch,
     )  # fmt: skip
     return kept
@@ -260,7 +279,7 @@ def _outputs(
     chunks = call.chunks
     fwd._ssd_outputs_kernel[(chunks.count * call.blocks(),)](
         x, B, C, dense(D), z, decays, chunks.segments, chunks.starts, chunks.counts, states, out, *call.sizes,
-        *x.stride(), *B.stride(), *C.stride(), *strides(z), *out.stride(), *_skip_strides(D),
+        call.scale, *x.stride(), *B.stride(), *C.stride(), *strides(z), *out.stride(), *_skip_strides(D),
         WIDE=wide(x, z, out), WIDE_B=wide(B, C), **call.launch,
     )  # fmt: skip
 
@@ -285,7 +304,7 @@ def _values(
     grad_D = None if D is None else decays.new_zeros((chunks.count, *x.shape[2:]))  # chunks without steps write nothing
     bwd._ssd_values_kernel[(chunks.count * call.blocks(),)](
         x, B, C, dense(D), z, y, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept,
-        grad_kept, grad_x, grad_z, *shares, grad_D, *call.sizes,
+        grad_kept, grad_x, grad_z, *shares, grad_D, *call.sizes, call.scale,
         *x.stride(), *B.stride(), *C.stride(), *strides(z), *strides(y), *grad.stride(), *grad_x.stride(),
         *strides(grad_z), *_skip_strides(D), WIDE=wide(x, z, y, grad, grad_x, grad_z), WIDE_B=wide(B, C), **call.launch,
     )  # fmt: skip
@@ -310,9 +329,9 @@ def _keys(
     sums = B.new_empty((2, blocks, batch, length, groups, kept.shape[3]), dtype=dtype)
     bwd._ssd_keys_kernel[(chunks.count * call.blocks() * -(-states // call.config["BN"]),)](
         x, B, C, z, grad, decays, chunks.segments, chunks.starts, chunks.counts, kept, grad_kept, sums[0], sums[1],
-        *call.sizes, batch * length,
+        *call.sizes, call.scale, batch * length,
         *x.stride(), *B.stride(), *C.stride(), *strides(z), *grad.stride(),
-        WIDE=wide(x, z, grad), WIDE_B=wide(B, C), **call.launch,
+        WIDE=wide(x, z, grad), WIDE_B=wide(B, C), **call.launch | {"num_stages": keys_stages(call.config, x.shape[3])},
     )  # fmt: skip
     sums = sums[:, 0] if blocks == 1 else sums.sum(1)
     return [torch.empty_like(like).copy_(t) for like, t in zip((B, C), sums[..., :states], strict=True)]

@@ -78,6 +78,12 @@ def load_gated(
 
 
 @jit
+def bounded(decay):
+    """Log decays in float64, none below one of which float32 keeps nothing: in sums the small ones do not drown."""
+    return tl.where(decay < -200.0, -200.0, decay)
+
+
+@jit
 def segment_of(segments, row, L, start, count, T: tl.constexpr):
     """Numbers of the sequences that a chunk's steps belong to, (T,); steps behind the last belong with it."""
     t = tl.minimum(tl.arange(0, T), count - 1)
