@@ -55,9 +55,12 @@ for _name, _paper in (
     ("fla.layers.simple_gla.SimpleGatedLinearAttention", "yang2024gated"),
     ("fla.layers.gla.GatedLinearAttention", "yang2024gated"),
     ("fla.layers.multiscale_retention.MultiScaleRetention", "sun2023retentive"),
-    ("transformers.models.xlstm.modeling_xlstm.xLSTMLayer", "beck2024xlstm"),
 ):
     register_adapter(_name, LinearAttentionAdapter(_paper, foreign=True))
+register_adapter(
+    "transformers.models.xlstm.modeling_xlstm.xLSTMLayer",
+    LinearAttentionAdapter("beck2024xlstm", foreign=True, distils=False),
+)
 
 __all__ = [
     "Adapter",

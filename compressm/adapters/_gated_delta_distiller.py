@@ -1,6 +1,7 @@
 """What is trained of a gated delta rule mixer that has lost states: what makes keys and queries.
 
-Values, decays, beta and the output's gate are what they were.
+Values, decays, beta and the output's gate are what they were; where every channel has a decay, rows of the states decay by
+their map of the keys.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from compressm.layers.gated_delta_mixer import (
     convolve_all,
     layout,
     normed,
+    of_channels,
     output_projection,
     project,
     rule_inputs,
+    shared_decays,
     unit,
 )
 from compressm.layers.mamba2_mixer import without_padding
@@ -73,12 +76,12 @@ class _GatedDeltaDistiller(MixerDistiller):
         q, k, v, g, beta = (part.float() for part in inputs)
         fixed = {
             "v": v,
-            "g": g,
+            "g": a.float() if of_channels(self.module) else g,
             "beta": beta,
             **({} if z is None else {"z": z.float()}),
             **self._sources(hidden, real, convolved),
         }
-        return fixed, self._rule(fixed, q, k, self.sizes.features)
+        return fixed, self._rule(fixed, q, k, g, self.sizes.features)
 
     def run(self, fixed: TensorMap) -> Tensor:
         return self._rule(fixed, *self._features(fixed), self._channels)
@@ -93,12 +96,12 @@ class _GatedDeltaDistiller(MixerDistiller):
         """What queries and keys are computed from."""
 
     @abstractmethod
-    def _features(self, fixed: TensorMap) -> tuple[Tensor, Tensor]:
-        """Queries and keys (sequences, steps, G, states), as the rule takes them."""
+    def _features(self, fixed: TensorMap) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys (sequences, steps, G, states) and log decays, as the rule takes them."""
 
-    def _rule(self, fixed: TensorMap, q: Tensor, k: Tensor, channels: int) -> Tensor:
+    def _rule(self, fixed: TensorMap, q: Tensor, k: Tensor, g: Tensor, channels: int) -> Tensor:
         """What the output projection gets from the rule, (sequences, steps, HV V)."""
-        out, _ = gated_delta_rule(q, k, fixed["v"], fixed["g"], fixed["beta"], scale=channels**-0.5)
+        out, _ = gated_delta_rule(q, k, fixed["v"], g, fixed["beta"], scale=channels**-0.5)
         norm = getattr(self.module, "o_norm", None)
         if isinstance(norm, nn.RMSNorm):  # which takes the precision of its weight
             out = out.to(precision(norm, out.dtype))
@@ -126,7 +129,7 @@ class _Rows(_GatedDeltaDistiller):
     def _sources(self, hidden: Tensor, real: Tensor, convolved: Tensor) -> dict[str, Tensor]:
         return {"hidden": without_padding(hidden, real).float()}
 
-    def _features(self, fixed: TensorMap) -> tuple[Tensor, Tensor]:
+    def _features(self, fixed: TensorMap) -> tuple[Tensor, Tensor, Tensor]:
         weight, bias, taps, conv_bias = (
             self._joined(convolution, leaf) for convolution in (False, True) for leaf in ("weight", "bias")
         )
@@ -137,7 +140,7 @@ class _Rows(_GatedDeltaDistiller):
         both = causal_conv1d(both.mT, taps[:, 0], conv_bias, activation="silu" if silu else None)
         both = (both if silu else self.module.act(both)).mT
         q, k = unit(both.unflatten(-1, (2, self.sizes.key_heads, self.edit.rank_after))).unbind(-3)
-        return q, k
+        return q, k, fixed["g"]
 
     def _joined(self, convolution: bool, leaf: str) -> Tensor | None:
         """Of queries and then of keys; None if there is no such parameter."""
@@ -161,7 +164,8 @@ class _Maps(_GatedDeltaDistiller):
         both = convolved[..., : 2 * self.sizes.convolved[0]].unflatten(-1, (2, self.sizes.key_heads, self.sizes.features))
         return {"features": unit(both).float()}
 
-    def _features(self, fixed: TensorMap) -> tuple[Tensor, Tensor]:
-        q, k = fixed["features"].unbind(-3)
-        k_map, q_map = self.maps
-        return torch.einsum("...gn,grn->...gr", q, q_map), torch.einsum("...gn,grn->...gr", k, contraction(k_map))
+    def _features(self, fixed: TensorMap) -> tuple[Tensor, Tensor, Tensor]:
+        (q, k), g = fixed["features"].unbind(-3), fixed["g"]
+        k_map, q_map = contraction(self.maps[0]), self.maps[1]
+        q, k = torch.einsum("...gn,grn->...gr", q, q_map), torch.einsum("...gn,grn->...gr", k, k_map)
+        return q, k, shared_decays(g, k_map) if of_channels(self.module) else g

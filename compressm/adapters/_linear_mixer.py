@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressm.adapters.parameters import own_parameter
+from compressm.adapters.parameters import own_parameter, precision
 from compressm.layers.mamba2_mixer import without_padding
 from compressm.layers.mamba_mixer import Convolution, convolve
 
+NORMS = ("g_norm_swish_gate", "g_norm", "norm")  # names of what stands behind the heads
 Mixer = Any  # a module with those names
 Sections = dict[str, tuple[tuple[str, int], ...]]
 
@@ -138,10 +139,7 @@ def values(mixer: Mixer, hidden: Tensor, mask: Tensor | None) -> Tensor:
 def log_decays(mixer: Mixer, hidden: Tensor) -> Tensor | None:
     """Of a step, per head (H,) or (batch, L, H) or per channel (batch, L, key heads, K); None: nothing decays."""
     if "gk_proj" in mixer._modules:
-        logits = mixer.gk_proj(hidden)
-        g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / mixer.gate_logit_normalizer
-        if getattr(mixer, "clamp_min", None) is not None:
-            g = g.clamp_min(mixer.clamp_min)
+        g = of_logits(mixer, mixer.gk_proj(hidden))
         return g.unflatten(-1, (-1, layout(mixer).features)) if of_channels(mixer) else g
     if "fgate_preact" in mixer._modules or fused(mixer):
         cap, heads = mixer.config.gate_soft_cap, layout(mixer).heads
@@ -151,3 +149,23 @@ def log_decays(mixer: Mixer, hidden: Tensor) -> Tensor | None:
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(layout(mixer).heads, device=hidden.device)))
     fixed: Tensor | None = getattr(mixer, "log_decay", None)
     return fixed
+
+
+def of_logits(mixer: Mixer, logits: Tensor) -> Tensor:
+    """The log decays that a layer makes of what ``gk_proj`` gives."""
+    g = F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / mixer.gate_logit_normalizer
+    return g if getattr(mixer, "clamp_min", None) is None else g.clamp_min(mixer.clamp_min)
+
+
+def output_gate(mixer: Mixer, hidden: Tensor) -> Tensor | None:
+    """What gates the heads' outputs, (batch, L, heads, V), in front of its activation; None if there is no gate."""
+    return mixer.g_proj(hidden).unflatten(-1, (layout(mixer).heads, -1)) if "g_proj" in mixer._modules else None
+
+
+def normed(mixer: Mixer, out: Tensor, gate: Tensor | None) -> Tensor:
+    """What the output projection gets of the heads' outputs (batch, L, heads, V): through the norm, with the gate."""
+    norm = next((mixer.get_submodule(name) for name in NORMS if name in mixer._modules), nn.Identity())
+    if gate is None or hasattr(mixer, "gate_fn"):  # the gate stands behind the norm, and not within
+        out = norm(out.to(precision(norm, out.dtype))).flatten(-2)
+        return out if gate is None else out * mixer.gate_fn(gate.flatten(-2))
+    return norm(out, gate).flatten(-2)

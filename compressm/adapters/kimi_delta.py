@@ -30,7 +30,6 @@ class KimiDeltaAdapter(GatedDeltaNetAdapter):
 
     papers = ("kimi2025linear",)
     recurrence = ("forget_gate.dt_bias", "forget_gate.A_log")
-    distils = False
 
     def __init__(self) -> None:
         super().__init__(foreign=True, form="projected")

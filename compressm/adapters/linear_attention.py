@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import _linear_mixer as mixers
+from compressm.adapters._linear_distiller import linear_distiller
 from compressm.adapters._linear_meter import DecayingMeter, LinearMeter
-from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, TensorMap
+from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, TensorMap
 from compressm.adapters.matrix import WHITE, on_white_noise
 from compressm.adapters.parameters import check_finite, label, plain_parameters, precision
 from compressm.control import (
@@ -84,14 +85,15 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
 
     Args:
         foreign: the layer belongs to another library, whose kernels want numbers of channels that divide well.
+        distils: whether its states are those of flash-linear-attention's layers, without a normaliser of their own.
         papers: keys in references.bib.
     """
 
     conventions = ("real",)
     multiple = 16  # the tensor cores of GPUs take 16 at a time
 
-    def __init__(self, *papers: str, foreign: bool = False) -> None:
-        self.papers, self.foreign = papers, foreign
+    def __init__(self, *papers: str, foreign: bool = False, distils: bool = True) -> None:
+        self.papers, self.foreign, self.distils = papers, foreign, distils
 
     def independent(self, module: nn.Module) -> tuple[str, ...]:
         return INDEPENDENT
@@ -190,6 +192,9 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
         tensors = {name: tensor.to(parameters[name]) for name, tensor in new.items()}
         cut = None if chosen is None else partial(_cut, act, chosen)
         return LayerEdit(sizes.features, reduction.order, tensors, *carried, cut)
+
+    def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
+        return linear_distiller(module, edit) if self.distils else None
 
     def blank(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
         parameters = plain_parameters(module, self.parameters(module))

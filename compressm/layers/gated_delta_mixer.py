@@ -176,11 +176,17 @@ def rule_inputs(mixer: Mixer, convolved: Tensor, b: Tensor, a: Tensor) -> DeltaI
         map_ = contracted(mixer)
         q = torch.einsum("blhk,hrk->blhr", q, mixer.q_map.to(q.dtype))
         k = torch.einsum("blhk,hrk->blhr", k, map_.to(k.dtype))
-        if of_channels(mixer):  # a row decays like the channels that it mixes, by their shares in it
-            shares = map_.square()
-            g = torch.einsum("blhk,hrk->blhr", g, (shares / shares.sum(-1, keepdim=True)).to(g.dtype))
+        if of_channels(mixer):
+            g = shared_decays(g, map_)
     beta = b.sigmoid() * (2 if getattr(mixer, "allow_neg_eigval", False) else 1)
     return DeltaInputs(q, k, v.unflatten(-1, (sizes.heads, sizes.values)), g, beta)
+
+
+def shared_decays(g: Tensor, maps: Tensor) -> Tensor:
+    """Log decays (B, L, H, r) of the rows of maps of keys (H, r, K), of those of channels (B, L, H, K): a row decays like the
+    channels that it mixes, by their shares in it."""
+    shares = maps.square()
+    return torch.einsum("blhk,hrk->blhr", g, (shares / shares.sum(-1, keepdim=True)).to(g.dtype))
 
 
 def of_channels(mixer: Mixer) -> bool:

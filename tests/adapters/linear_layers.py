@@ -16,11 +16,23 @@ OTHERS = {"DeltaNet": "fla.layers.delta_net", "ShortConvolution": "fla.modules.c
 }  # fmt: skip
 
 
-class Layer(nn.Module):
-    """What they have in common."""
+class FusedNorm(nn.RMSNorm):
+    """A norm with a gate behind it."""
 
-    def __init__(self, hidden_size=8, num_heads=4, num_kv_heads=None, expand_k=1.5):
+    def forward(self, x, gate):
+        return super().forward(x) * F.silu(gate)
+
+
+class Layer(nn.Module):
+    """What they have in common.
+
+    Args:
+        behind: the heads' outputs: nothing, a norm, a gate behind the norm, or one within it.
+    """
+
+    def __init__(self, hidden_size=8, num_heads=4, num_kv_heads=None, expand_k=1.5, behind="nothing"):
         super().__init__()
+        self.behind = behind
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads or num_heads
         self.num_kv_groups = num_heads // self.num_kv_heads
         self.key_dim = int(hidden_size * expand_k)
@@ -30,9 +42,23 @@ class Layer(nn.Module):
         self.k_proj = nn.Linear(hidden_size, self.key_dim_per_group, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size // self.num_kv_groups, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        if behind in ("gate", "gated norm"):
+            self.g_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        if behind == "gated norm":
+            self.g_norm_swish_gate = FusedNorm(self.head_v_dim, eps=1e-5)
+        elif behind != "nothing":
+            self.g_norm, self.gate_fn = nn.RMSNorm(self.head_v_dim, eps=1e-5), F.sigmoid
 
     def decays(self, x):
         return x.new_zeros(*x.shape[:2], self.num_heads, 1)
+
+    def finish(self, out, x):
+        if self.behind == "gated norm":
+            out = self.g_norm_swish_gate(out, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))
+        elif self.behind != "nothing":
+            out = self.g_norm(out)
+        out = out.flatten(-2)
+        return self.o_proj(out * self.gate_fn(self.g_proj(x)) if self.behind == "gate" else out)
 
     def forward(self, hidden_states, attention_mask=None):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -43,15 +69,18 @@ class Layer(nn.Module):
         a, state, outputs = self.decays(hidden_states).exp(), 0.0, []
         for t in range(q.shape[1]):
             state = a[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
-            outputs.append((q[:, t, :, None] @ state).flatten(1))
-        return self.o_proj(torch.stack(outputs, 1))
+            outputs.append((q[:, t, :, None] @ state)[:, :, 0])
+        out = torch.stack(outputs, 1)
+        if getattr(self, "do_feature_map_norm", False):
+            out = out / ((q * k.cumsum(1)).sum(-1, keepdim=True) + 1e-10)
+        return self.finish(out, hidden_states)
 
 
 class LinearAttention(Layer):
-    def __init__(self, feature_map="identity", **options):
+    def __init__(self, feature_map="identity", do_feature_map_norm=False, **options):
         super().__init__(**options)
         self.feature_map_q = self.feature_map_k = nn.Identity() if feature_map == "identity" else nn.ReLU()
-        self.norm_q = self.norm_k = self.do_feature_map_norm = False
+        self.norm_q, self.norm_k, self.do_feature_map_norm = False, False, do_feature_map_norm
 
 
 class SimpleGatedLinearAttention(Layer):

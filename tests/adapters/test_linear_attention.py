@@ -162,7 +162,7 @@ def test_it_loses_less_than_the_best_of_many_subsets(kind):
                     setattr(cut.get_submodule(owner), leaf, nn.Parameter(new.reshape(shape), False))
         cut.q_proj.out_features = HEADS * 3
         losses.append(float((cut(x) - before).norm()))
-    compressm.compress(layer, compressm.FixedRank(3), calibration=[x])
+    compressm.compress(layer, compressm.FixedRank(3), calibration=[x], refine=0)
     assert float((layer(x) - before).norm()) < 0.8 * min(losses)
 
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import compressm
 from compressm.layers import GatedDeltaNet
@@ -20,6 +21,11 @@ MIXERS = {
     "qwen3_next": ("Qwen3NextConfig", "Qwen3NextGatedDeltaNet"), "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5GatedDeltaNet"),
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridGatedDeltaNet"),
 }  # fmt: skip
+KIMI = {
+    "kimi_linear": ("KimiLinearConfig", "KimiLinearDeltaAttention"),
+    "glm5_next": ("Glm5NextTextConfig", "Glm5NextTextLinearAttention"),
+    "bailing_hybrid": ("BailingHybridConfig", "BailingHybridDeltaAttention"),
+}
 
 
 def hidden(count=160, seed=1):
@@ -33,8 +39,8 @@ def lively(kind):
     return GatedDeltaNet(8, head_dim=6, num_heads=2, num_v_heads=4, **options)
 
 
-def reduced(layer, x, kind="strict", refine=STEPS):
-    options = {"calibration": [x], "form": KINDS[kind].get("form", "auto"), "refine": refine, "sequences": 160}
+def reduced(layer, x, kind="strict", refine=STEPS, **options):
+    options |= {"calibration": [x], "form": KINDS[kind].get("form", "auto"), "refine": refine, "sequences": 160}
     return compressm.compress(layer, compressm.FixedRank(3), **options).layers[0]
 
 
@@ -88,6 +94,36 @@ def test_mixers_of_transformers(name):
         ).layers[0]  # fmt: skip
         lost = (masked(x, attention_mask=mask) - old)[-20:, 2:]
         assert float(lost.norm() / old[-20:, 2:].norm()) == pytest.approx(report.refine_error_after, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", KIMI)
+@torch.no_grad()
+def test_kimi_delta_attention(name):
+    """Maps learn; rows of the states decay by what the map of keys then is."""
+    transformers = pytest.importorskip("transformers")
+    from compressm.integrations.transformers import accelerate_
+
+    config = getattr(transformers, KIMI[name][0])()
+    config.hidden_size, config.linear_head_dim, config.linear_num_heads = 8, 6, 2
+    torch.manual_seed(0)
+    layer = getattr(getattr(transformers.models, name), f"modeling_{name}").__dict__[KIMI[name][1]](config, 0)
+    for parameter in layer.parameters():
+        parameter.normal_(std=0.5)
+    layer, x, mask = accelerate_(nn.Sequential(layer)), hidden(), torch.ones(160, 17)
+    mask[:, :2] = 0
+    plain, before, old = copy.deepcopy(layer), layer(x), layer[0](x, attention_mask=mask)
+    masked = copy.deepcopy(layer)[0]
+    reduced(plain, x, "maps", 0)
+    report = reduced(layer, x, "maps")
+    own = float((layer(x) - before)[-20:].norm() / before[-20:].norm())
+    assert own == pytest.approx(report.refine_error_after, rel=1e-4)
+    assert report.refine_error_after < report.refine_error_before
+    assert torch.linalg.matrix_norm(contraction(layer[0].k_map), 2).max() < 1 + 1e-6
+    for part, value in layer.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[part]) != part.endswith(("k_map", "q_map")), part
+    report = reduced(masked, x, "maps", forward=lambda net, batch: net(batch, attention_mask=mask))
+    lost = (masked(x, attention_mask=mask) - old)[-20:, 2:]
+    assert float(lost.norm() / old[-20:, 2:].norm()) == pytest.approx(report.refine_error_after, rel=1e-3)
 
 
 def test_what_is_more_than_its_parameters_is_not_trained():

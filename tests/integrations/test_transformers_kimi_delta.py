@@ -72,14 +72,14 @@ def test_what_no_token_uses_is_cut_without_a_change(layer):
     assert model[0].k_map.shape == (2, 4, 6)
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
     assert model[0].conv1d.weight.shape[0] == 36
-    (report,) = compress(model, FixedRank(3), calibration=[x]).layers
+    (report,) = compress(model, FixedRank(3), calibration=[x], refine=0).layers
     assert (report.rank_before, report.rank_after) == (4, 3)
 
 
 def test_rows_decay_like_the_channels_that_they_mix(layer):
     model, x = accelerate_(layer).requires_grad_(False), hidden()
     whole = read(model[0], x)
-    compress(model, FixedRank(3), calibration=[x])
+    compress(model, FixedRank(3), calibration=[x], refine=0)
     maps, cut = model[0].k_map, read(model[0], x)
     for head in range(2):
         kept = maps[head].argmax(-1)
@@ -136,7 +136,7 @@ def test_a_model_decodes_and_is_stored_by_us(tmp_path):
     plain = transformers.KimiLinearForCausalLM(made).eval()
     model = accelerate_(copy.deepcopy(plain))
     x = torch.randint(3, VOCABULARY, (3, LENGTH))
-    compress(model, FixedRank(3), calibration=[x])
+    compress(model, FixedRank(3), calibration=[x], refine=5)
     options = {"max_new_tokens": 5, "do_sample": False}
     with torch.no_grad():
         assert torch.equal(model.generate(x, **options), model.generate(x, use_cache=False, **options))

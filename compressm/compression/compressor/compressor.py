@@ -91,8 +91,8 @@ class Compressor:
             ``ImpulseEnergy``, ``AIRE``, ``Modulus``), for selective layers and matrix-valued states, in their strict form, a
             ``RowCriterion`` (``GHOST``, ``OutputEnergy``, ``DRRQR``, ``Taylor``); ``RandomModes`` for both, or one of yours.
         refine: steps of local distillation in every reduction: what the cut leaves of a layer learns, on calibration sequences,
-            to give what the layer gave, before training goes on.  For Mamba-2 and the gated delta rule; None: 0, as training
-            closes the gap by itself.
+            to give what the layer gave, before training goes on.  For Mamba-2, the gated delta rule, Kimi Delta Attention and
+            linear attention; None: 0, as training closes the gap by itself.
         lr_after: multiplies the learning rate at the first reduction that removes states, in all parameter groups and, where
             they are registered (:meth:`register`), in schedulers; 2 to 3 helped LRUs that were cut 8-fold.  None: it stays.
         guard: a :class:`Rollback` that validates every reduction and undoes it if need be; None: reductions are final.

@@ -254,8 +254,9 @@ def describe(layer: LayerReduction) -> str:
     if layer.output_error is not None:
         text += f", {layer.output_error:.3g} relative error of its output"
     if layer.refine_error_before is not None and layer.refine_error_after is not None:
-        words = "refined" if layer.refine_error_after < layer.refine_error_before else "not refined, as its error would go"
-        text += f", {words} {layer.refine_error_before:.3g} -> {layer.refine_error_after:.3g}"
+        before, after = layer.refine_error_before, layer.refine_error_after
+        words = "refined" if after < before else "not refined, as its error would go"
+        text += f", not refined, as its error is {before:.3g}" if after == before else f", {words} {before:.3g} -> {after:.3g}"
     if layer.kernel_plan_before != layer.kernel_plan_after:
         text += f"; kernel {layer.kernel_plan_before or 'none yet'} -> {layer.kernel_plan_after or 'none yet'}"
     return text
