@@ -8,7 +8,7 @@ from compressm.errors import CompressmError, DependencyError, needs_extra
 
 
 def main() -> None:
-    """Entry point: every CompressmError becomes one sentence and exit code 1."""
+    """Entry point: every CompressmError becomes one sentence and exit code 2, that of wrong options."""
     try:
         with needs_extra("the command"):
             from compressm.cli import app
@@ -21,7 +21,7 @@ def main() -> None:
             print(diagnose())
             return
         print(f"compressm: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

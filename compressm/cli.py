@@ -15,16 +15,19 @@ from rich.table import Table
 
 import compressm
 from compressm._version import __version__
-from compressm.benchmarking.request import Request, other_sizes
+from compressm.benchmarking.request import SIZES, Request, other_sizes, sizes_of_ops
 from compressm.errors import ConfigError
 from compressm.experiments.tasks.presets import PRESETS
 from compressm.inputs import (
     check_checkpoint,
     check_counts,
     check_device,
+    check_installed,
     check_model_folder,
     check_new_folder,
     check_there,
+    check_writable,
+    report_file,
     require_folder,
 )
 
@@ -36,13 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Folders that export records are ops; their names are here before torch is.
-_FOLDERS = (Path(__file__).parent / "kernels").glob("*/__init__.py")
-KERNELS = sorted(path.parent.name for path in _FOLDERS if "OPS" in path.read_text())
-BENCH_OPS = (
-    *KERNELS, "lru", "mamba", "s5", "s4d", "loop", "smnist", "scifar", "mamba-lm", "balanced_truncation", "attempt",
-    "attempt-s5", "rollback", "waiting",
-)  # fmt: skip
+BENCH_SIZES = {**sizes_of_ops(Path(__file__).parent / "kernels"), **SIZES}  # of all that can be measured, before torch is here
 Preset = Annotated[str, typer.Argument(help="One of: " + ", ".join(PRESETS), show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Output folder of compressm train.", show_default=False)]
 
@@ -66,7 +63,7 @@ def train(
     ] = None,
 ) -> None:
     """Train, shrink in training, and compare with full size and with small from scratch."""
-    from compressm.experiments.declared import check, check_unfinished, parse_assignments
+    from compressm.experiments.declared import check, check_batch_size, check_unfinished, parse_assignments
 
     options = {"steps": steps, "batch_size": batch_size, "seed": seed, "device": device}
     overrides = {key: value for key, value in options.items() if value is not None}
@@ -77,7 +74,10 @@ def train(
     check(preset, overrides)
     check_device(str(overrides.get("device", "cpu")))
     require_folder(data_dir)
+    if data_dir is None:
+        check_batch_size(preset, overrides)
     out = Path("runs") / preset if out is None else out
+    check_writable("--out", out)
     if not (resume or overwrite):
         check_unfinished(out)
     from compressm.experiments import runs
@@ -136,9 +136,13 @@ def compare(
     check(task, overrides if chosen is None else {**overrides, "runs": chosen})
     check_device(str(overrides.get("device", "cpu")))
     require_folder(data_dir)
+    if data_dir is None:
+        declared.check_batch_size(task, overrides)
     multiples = () if tune is None else declared.parse_tune(tune)
     declared.check_counts(seeds, tune_seeds, multiples)
     seconds = None if budget is None else declared.parse_budget(budget)
+    out = Path("runs") / f"compare-{task}" if out is None else out
+    check_writable("--out", out)
     from compressm.experiments import comparing
 
     design = comparing.plan(
@@ -150,7 +154,6 @@ def compare(
         tuning_seeds=tune_seeds,
         data_dir=None if data_dir is None else str(data_dir.resolve()),
     )
-    out = Path("runs") / f"compare-{task}" if out is None else out
     console = Console()
     with _stop_on_signal() as stopped:
         found = comparing.run(
@@ -169,6 +172,8 @@ def compare(
 @app.command()
 def report(folder: RunFolder) -> None:
     """Print the table of a finished command again, and draw its report.html anew."""
+    check_installed(("matplotlib", "jinja2"))
+    report_file(folder)
     from compressm.experiments.reports.data import read_report
     from compressm.experiments.reports.html import write_html
     from compressm.experiments.reports.summary import headline, summary_table
@@ -229,6 +234,7 @@ def compress(
     check_counts(states, sequences, length, held_out, multiple_of)
     check_device(device)
     check_model_folder(checkpoint)
+    check_writable("--out", out)
     check_new_folder(out)
     check_there(data)
     from compressm.experiments.training import pick_device
@@ -252,7 +258,7 @@ def compress(
 
 @app.command()
 def bench(
-    op: Annotated[str, typer.Argument(help="What: " + ", ".join(BENCH_OPS), show_default=False)],
+    op: Annotated[str, typer.Argument(help="What: " + ", ".join(BENCH_SIZES), show_default=False)],
     batch: Annotated[int | None, typer.Option(help="Sequences.")] = None,
     d_model: Annotated[int | None, typer.Option(help="Channels.")] = None,
     length: Annotated[int | None, typer.Option(help="Steps of a sequence.")] = None,
@@ -274,7 +280,9 @@ def bench(
     given |= {"blocks": blocks, "layers": layers, "rank": rank}
     sizes = {name: number for name, number in given.items() if number is not None} | other_sizes(size or [])
     request = Request(op, sizes, states, passes, dtype, device, rounds, with_compile)
-    request.check(BENCH_OPS)
+    request.check(BENCH_SIZES)
+    if json_file is not None:
+        check_writable("--json", json_file, file=True)
     from compressm.benchmarking import command
 
     console = Console()

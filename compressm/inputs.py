@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from compressm.errors import CheckpointError, ConfigError, DataError
@@ -42,6 +43,18 @@ def check_checkpoint(path: str | Path) -> None:
         )
 
 
+def report_file(path: Path) -> Path:
+    """The report of a folder that ``compressm train`` wrote, or of that file itself.
+
+    Raises:
+        DataError: there is none.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    if not os.path.isfile(file):
+        raise DataError(f"{file}: no such file, expected the report.json that compressm train writes into its --out folder")
+    return file
+
+
 def check_model_folder(path: Path) -> None:
     """Refuse what ``save_pretrained`` of transformers did not write.
 
@@ -62,6 +75,36 @@ def check_new_folder(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out}: exists already, expected a new or an empty folder. Nothing was written")
+
+
+def check_writable(option: str, path: Path, *, file: bool = False) -> None:
+    """Refuse what cannot be written, as far as that shows beforehand, before a long work is done for it.
+
+    Args:
+        option: that names it, for the message.
+        path: a folder, which may be made with those above it.
+        file: it is a file in such a folder.
+
+    Raises:
+        CheckpointError: it is the other of the two, or its folder is none or cannot be written to.
+    """
+    expected = "a file in a folder that can be written" if file else "a folder that can be written"
+    if file and os.path.isdir(path):
+        raise CheckpointError(f"{option} {path}: is a folder, expected {expected}")
+    place = path.absolute().parent if file else path.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not os.path.isdir(place):
+        raise CheckpointError(f"{option} {path}: {place} is no folder, expected {expected}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{option} {path}: {place} cannot be written to, expected {expected}")
+
+
+def check_installed(packages: Sequence[str]) -> None:
+    """Raise ModuleNotFoundError for the first package that is not there, as importing it would, which takes longer."""
+    for name in packages:
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def check_there(paths: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -116,8 +117,22 @@ def once(app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any
     return True if page != f"reference/{'errors' if error else 'compressm'}" else None
 
 
+def every_name(app: Sphinx, error: Exception | None) -> None:
+    """Refuse a site without one of the names that its packages list; what several export is on the page of one."""
+    if error is not None or app.builder.format != "html":
+        return
+    domain = app.env.get_domain("py")
+    described = {name for name, _, _, _, _, _ in domain.get_objects()}
+    for package in sorted(name for name, _, kind, _, _, _ in domain.get_objects() if kind == "module"):
+        for name in getattr(importlib.import_module(package), "__all__", ()):
+            if not {f"{home}.{name}" for home in (package, "compressm", "compressm.errors")} & described:
+                way = "Give it a docstring, or a py:data directive where it is no class or function"
+                raise ExtensionError(f"{package}.{name} is on no page of the reference. {way}")
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", plain_text)
     app.connect("autodoc-skip-member", once)
     app.connect("build-finished", llms_text)
     app.connect("build-finished", for_all)
+    app.connect("build-finished", every_name)

@@ -10,7 +10,7 @@ from compressm.benchmarking import environment
 from compressm.benchmarking.cases import OPS, Case, case
 from compressm.benchmarking.limits import measure_ceilings
 from compressm.benchmarking.op_problems import COMPILED, REFERENCE
-from compressm.benchmarking.request import Request, flag, word
+from compressm.benchmarking.request import Request, word
 from compressm.benchmarking.results import Result, Run
 from compressm.benchmarking.running import OURS, Make, Tell, built_in, measure
 from compressm.benchmarking.timing import Budget
@@ -26,33 +26,15 @@ def cases_of(request: Request) -> list[Case]:
     Raises:
         ConfigError: whatever is unknown, out of range or has no meaning for the op.
     """
-    request.check(OPS)
+    request.check({name: known.sizes for name, known in OPS.items()})
     op = OPS[request.op]
-    for name in request.sizes:
-        if name not in op.sizes:
-            allowed = ", ".join(flag(n) for n in op.sizes)
-            raise ConfigError(f"{flag(name)}: has no meaning for {request.op}, expected {allowed}")
     pick_device(request.device)
     if torch.device(request.device).type not in ("cpu", "cuda"):
         raise ConfigError(f"--device: got {request.device!r}, expected cpu or cuda: no others are measured")
-    states = _states(request)
     sizes = {**op.sizes, **request.sizes}
     passes = request.passes or op.passes[-1]
-    if "states" not in op.sizes:
-        return [case(request.op, sizes, passes, request.dtype, request.device)]
-    return [case(request.op, {**sizes, "states": n}, passes, request.dtype, request.device) for n in states]
-
-
-def _states(request: Request) -> list[int]:
-    op = OPS[request.op]
-    if request.states is None:
-        return [op.sizes["states"]] if "states" in op.sizes else []
-    if "states" not in op.sizes:
-        raise ConfigError(f"--states: has no meaning for {request.op}, which keeps no states")
-    found = request.numbers_of_states()
-    if "rank" in op.sizes and min(found) < {**op.sizes, **request.sizes}["rank"]:
-        raise ConfigError(f"--states: got {min(found)}, expected at least the rank that is kept. Give a smaller --rank")
-    return list(dict.fromkeys(found))
+    asked = [{"states": states} for states in dict.fromkeys(request.numbers_of_states())] or [{}]
+    return [case(request.op, {**sizes, **states}, passes, request.dtype, request.device) for states in asked]
 
 
 def run(request: Request, tell: Tell) -> Run:

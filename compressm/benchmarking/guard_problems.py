@@ -14,6 +14,7 @@ from torch import Tensor
 import compressm
 from compressm.benchmarking.problems import Answers, Contender, Op, Problem
 from compressm.benchmarking.reduction_problems import NOT_COUNTED, REDUCTION, TAU, trained_stack
+from compressm.benchmarking.request import SIZES
 from compressm.benchmarking.results import Pass
 from compressm.benchmarking.timing import Timed
 from compressm.compression.common.models import compressible_layers
@@ -102,8 +103,11 @@ def waiting(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: 
     return problem
 
 
-SIZES = {"layers": 6, "channels": 512, "states": 384}
 OPS = {
-    "rollback": Op("reduction", SIZES, REDUCTION, rollback, "putting model and optimizer aside and back, as the guard does"),
-    "waiting": Op("reduction", SIZES, REDUCTION, waiting, "Compressor.step() under a guard with nothing due, 1,000 times"),
-}
+    "rollback": Op(
+        "reduction", SIZES["rollback"], REDUCTION, rollback, "putting model and optimizer aside and back, as the guard does",
+    ),
+    "waiting": Op(
+        "reduction", SIZES["waiting"], REDUCTION, waiting, "Compressor.step() under a guard with nothing due, 1,000 times",
+    ),
+}  # fmt: skip

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from compressm.benchmarking import counts
 from compressm.benchmarking.op_problems import BOTH, COMPILED, REFERENCE
 from compressm.benchmarking.problems import Function, Op, Problem, in_slabs, slabs_for
+from compressm.benchmarking.request import SIZES
 from compressm.benchmarking.results import Counts, Pass
 from compressm.kernels import OPS as RECORDS
 from compressm.kernels import causal_conv1d, lti_scan_planar, selective_scan
@@ -146,10 +147,6 @@ def mamba(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: to
 
 
 OPS = {
-    "lru": Op(
-        "layer", {"batch": 16, "length": 1024, "channels": 512, "states": 384}, BOTH, lru, "an LRU layer",
-    ),
-    "mamba": Op(
-        "layer", {"batch": 16, "length": 256, "channels": 64, "states": 128}, BOTH, mamba, "a Mamba layer, expand 2",
-    ),
-}  # fmt: skip
+    "lru": Op("layer", SIZES["lru"], BOTH, lru, "an LRU layer"),
+    "mamba": Op("layer", SIZES["mamba"], BOTH, mamba, "a Mamba layer, expand 2"),
+}

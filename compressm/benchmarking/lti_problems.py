@@ -13,6 +13,7 @@ from compressm.benchmarking import counts
 from compressm.benchmarking.layer_problems import layer_problem
 from compressm.benchmarking.op_problems import BOTH
 from compressm.benchmarking.problems import Answers, Contender, Op, Problem
+from compressm.benchmarking.request import SIZES
 from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
 from compressm.layers import LRU, S4D, S5
@@ -89,14 +90,7 @@ def loop(sizes: Mapping[str, int], passes: Pass, dtype: torch.dtype, device: tor
 
 
 OPS = {
-    "s5": Op(
-        "layer", {"batch": 16, "length": 1024, "channels": 256, "states": 384}, BOTH, s5, "an S5 layer",
-    ),
-    "s4d": Op(
-        "layer", {"batch": 16, "length": 1024, "channels": 256, "states": 32}, BOTH, s4d,
-        "an S4D layer, its states complex modes of every channel",
-    ),
-    "loop": Op(
-        "layer", {"channels": 4, "states": 16}, ("step",), loop, "a step of a linear layer in a control loop", "float64",
-    ),
-}  # fmt: skip
+    "s5": Op("layer", SIZES["s5"], BOTH, s5, "an S5 layer"),
+    "s4d": Op("layer", SIZES["s4d"], BOTH, s4d, "an S4D layer, its states complex modes of every channel"),
+    "loop": Op("layer", SIZES["loop"], ("step",), loop, "a step of a linear layer in a control loop", "float64"),
+}

@@ -119,7 +119,7 @@ class Op:
     """
 
     level: Level
-    sizes: dict[str, int]
+    sizes: Mapping[str, int]
     passes: tuple[Pass, ...]
     build: Callable[[Mapping[str, int], Pass, torch.dtype, torch.device], Problem]
     about: str

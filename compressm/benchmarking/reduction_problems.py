@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import compressm
 from compressm.benchmarking.problems import Answers, Contender, Op, Problem
+from compressm.benchmarking.request import SIZES
 from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
 from compressm.compression.planning.policies import energy_order
@@ -147,15 +148,15 @@ def _complex_rank(mixer: LRU | S5) -> int:
 
 OPS = {
     "balanced_truncation": Op(
-        "reduction", {"channels": 8, "states": 256, "rank": 28}, REDUCTION, balanced_truncation,
+        "reduction", SIZES["balanced_truncation"], REDUCTION, balanced_truncation,
         "Gramians, Hankel singular values and truncation of one system", "float64",
     ),
     "attempt": Op(
-        "reduction", {"layers": 6, "channels": 512, "states": 384}, REDUCTION, attempt,
+        "reduction", SIZES["attempt"], REDUCTION, attempt,
         "a whole reduction of a stack of LRU layers with its optimizer",
     ),
     "attempt-s5": Op(
-        "reduction", {"layers": 6, "channels": 256, "states": 384}, REDUCTION, functools.partial(attempt, kind=S5),
+        "reduction", SIZES["attempt-s5"], REDUCTION, functools.partial(attempt, kind=S5),
         "a whole reduction of a stack of S5 layers with its optimizer",
     ),
 }  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import ast
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from compressm.errors import ConfigError
 from compressm.experiments.registry import did_you_mean
@@ -14,6 +16,22 @@ OPTIONS = ("batch", "length", "channels", "states", "width", "blocks", "layers",
 PASSES = ("forward", "forward+backward", "step")
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_ROUNDS = 100_000
+STACK = {"layers": 6, "channels": 512, "states": 384}  # of LRU layers
+SIZES = {  # of what is measured beside the ops: names and defaults
+    "lru": {"batch": 16, "length": 1024, "channels": 512, "states": 384},
+    "mamba": {"batch": 16, "length": 256, "channels": 64, "states": 128},
+    "s5": {"batch": 16, "length": 1024, "channels": 256, "states": 384},
+    "s4d": {"batch": 16, "length": 1024, "channels": 256, "states": 32},
+    "loop": {"channels": 4, "states": 16},
+    "smnist": {"batch": 50, "channels": 8, "states": 256, "blocks": 1},
+    "scifar": {"batch": 16, "channels": 512, "states": 384, "blocks": 1},
+    "mamba-lm": {"batch": 16, "channels": 64, "length": 256, "states": 128, "blocks": 2},
+    "balanced_truncation": {"channels": 8, "states": 256, "rank": 28},
+    "attempt": STACK,
+    "attempt-s5": {"layers": 6, "channels": 256, "states": 384},
+    "rollback": STACK,
+    "waiting": STACK,
+}
 
 
 @dataclass(frozen=True)
@@ -39,14 +57,14 @@ class Request:
     rounds: int | None = None
     compile: bool = False
 
-    def check(self, ops: Iterable[str]) -> None:
-        """Refuse what no op can take.
+    def check(self, ops: Mapping[str, Mapping[str, int]]) -> None:
+        """Refuse what no op can take, and sizes that this one has not.
 
         Args:
-            ops: their names.
+            ops: names and defaults of their sizes by the names of the ops.
 
         Raises:
-            ConfigError: an unknown name, or a number out of range.
+            ConfigError: an unknown name, a number out of range, or a size without meaning for the op.
         """
         known = list(ops)
         if self.op not in known:
@@ -61,7 +79,18 @@ class Request:
         if self.rounds is not None and not 1 <= self.rounds <= MOST_ROUNDS:
             raise ConfigError(f"--rounds: got {self.rounds}, expected 1 to {MOST_ROUNDS}")
         check_device(self.device)
-        self.numbers_of_states()
+        self._check_sizes(ops[self.op])
+
+    def _check_sizes(self, defaults: Mapping[str, int]) -> None:
+        found = self.numbers_of_states()
+        for name in self.sizes:
+            if name not in defaults:
+                allowed = ", ".join(flag(other) for other in defaults)
+                raise ConfigError(f"{flag(name)}: has no meaning for {self.op}, expected {allowed}")
+        if found and "states" not in defaults:
+            raise ConfigError(f"--states: has no meaning for {self.op}, which keeps no states")
+        if found and "rank" in defaults and min(found) < {**defaults, **self.sizes}["rank"]:
+            raise ConfigError(f"--states: got {min(found)}, expected at least the rank that is kept. Give a smaller --rank")
 
     def numbers_of_states(self) -> list[int]:
         """Of ``states``, as numbers."""
@@ -72,6 +101,22 @@ class Request:
         if any(number < 1 for number in found):
             raise ConfigError(f"--states: got {self.states!r}, expected positive integers separated by commas, such as 128,12")
         return found
+
+
+def sizes_of_ops(folder: Path) -> dict[str, dict[str, int]]:
+    """Names and defaults of all ops' sizes, by the ops' names, read off the sources of their records.
+
+    Args:
+        folder: of the kernels; those folders in it that export records are ops.
+    """
+    return dict(sorted(found for path in folder.glob("*/record.py") for found in _records(path)))
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, int]]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Op":
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            yield ast.literal_eval(given["name"]), ast.literal_eval(given["sizes"])
 
 
 def other_sizes(assignments: list[str]) -> dict[str, int]:

@@ -20,6 +20,7 @@ from compressm.benchmarking.layer_problems import in_compiled_chunks, lru_operan
 from compressm.benchmarking.op_problems import COMPILED
 from compressm.benchmarking.problems import Answers, Contender, Function, Op, Problem, slabs_for
 from compressm.benchmarking.reduction_problems import NOT_COUNTED
+from compressm.benchmarking.request import SIZES
 from compressm.benchmarking.results import Counts, Pass
 from compressm.benchmarking.timing import Timed
 from compressm.experiments.methods.full import Full
@@ -194,15 +195,15 @@ def _settings(preset: str, chosen: Mapping[str, object], dtype: torch.dtype, dev
 STEP: tuple[Pass, ...] = ("step",)
 OPS = {
     "smnist": Op(
-        "step", {"batch": 50, "channels": 8, "states": 256, "blocks": 1}, STEP, _images("smnist", 784, 1),
+        "step", SIZES["smnist"], STEP, _images("smnist", 784, 1),
         "a training step of the paper's sequential MNIST model",
     ),
     "scifar": Op(
-        "step", {"batch": 16, "channels": 512, "states": 384, "blocks": 1}, STEP, _images("scifar", 1024, 3),
+        "step", SIZES["scifar"], STEP, _images("scifar", 1024, 3),
         "a training step of the paper's sequential CIFAR model; the whole has 6 blocks and batch 50",
     ),
     "mamba-lm": Op(
-        "step", {"batch": 16, "channels": 64, "length": 256, "states": 128, "blocks": 2}, STEP, _language_model,
+        "step", SIZES["mamba-lm"], STEP, _language_model,
         "a training step of the Mamba language model",
     ),
 }  # fmt: skip

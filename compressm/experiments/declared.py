@@ -69,6 +69,33 @@ def check(preset: str, overrides: Mapping[str, Any]) -> None:
             _validate(key, value, keys[key])
 
 
+def check_batch_size(preset: str, overrides: Mapping[str, Any]) -> None:
+    """Refuse batches of more sequences than a dataset has, where its sources or settings say how many there are.
+
+    Args:
+        preset, overrides: as for :func:`check`, and checked; the data are those of the usual source.
+
+    Raises:
+        ConfigError: they are too large.
+    """
+    if "torch" in sys.modules:
+        return
+    values = {**PRESETS[preset], **overrides}
+    dataset = next(kind for kind in _named(FOLDERS["dataset"]) if kind["name"] == values["dataset"])
+    most = dataset.get("examples")
+    for kind in settings()["sequences"]:
+        if kind.__name__ == dataset.get("Settings"):
+            most = int(values.get("sequences", kind.model_fields["sequences"].default))
+    asked = int(values.get("batch_size", settings()["batch_size"][0].model_fields["batch_size"].default))
+    if most is not None and asked > most:
+        raise too_large(asked, most)
+
+
+def too_large(batch_size: int, examples: int) -> ConfigError:
+    """For a batch that takes more than there is."""
+    return ConfigError(f"batch_size: got {batch_size}, expected at most {examples}, the number of training examples")
+
+
 def parse_tune(text: str) -> tuple[float, ...]:
     """``lr=1,2,3`` as numbers.
 
@@ -131,13 +158,7 @@ def check_unfinished(out: Path) -> None:
 
 def names(what: str) -> list[str]:
     """Of all datasets, models, objectives or methods (``what`` as a setting is called)."""
-    found = []
-    for node in (node for kind in _classes(FOLDERS[what]) for node in kind.body):
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(isinstance(target, ast.Name) and target.id == "name" for target in targets):
-                found.append(str(node.value.value))
-    return found
+    return [str(kind["name"]) for kind in _named(FOLDERS[what])]
 
 
 @functools.cache
@@ -174,6 +195,19 @@ def refused(error: ValidationError) -> ConfigError:
     key = ".".join(map(str, first["loc"]))
     place = f"{key}: got {first['input']!r}: " if key else ""
     return ConfigError(f"{place}{first['msg'].removeprefix('Value error, ')}")
+
+
+def _named(folder: str) -> Iterator[dict[str, Any]]:
+    """What the classes that have a name set to a constant, or to another name, which stands for itself."""
+    for kind in _classes(folder):
+        found: dict[str, Any] = {}
+        for node in kind.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant | ast.Name):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                value = node.value.value if isinstance(node.value, ast.Constant) else node.value.id
+                found |= {target.id: value for target in targets if isinstance(target, ast.Name)}
+        if "name" in found:
+            yield found
 
 
 def _classes(folder: str) -> Iterator[ast.ClassDef]:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from compressm.adapters import GATED_DELTA_NETS, KIMI_DELTAS, TRANSFORMERS, supported_layers
+from compressm.adapters.registry import _ADAPTERS
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts}
@@ -136,6 +139,19 @@ def test_every_public_name_says_what_it_is(package):
     for name in module.__all__:
         thing = getattr(module, name)
         assert not (callable(thing) or isinstance(thing, type)) or (thing.__doc__ or "").strip(), f"{package}.{name}"
+
+
+def test_the_table_of_supported_classes_is_the_registry():
+    lines = PAGES["reference/adapters.md"].read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if re.match(r"\|.*\| `\w+\.", line)]
+    assert sorted(row[1] for row in rows) == list(supported_layers())
+    mixers = {"transformers.models.mamba.modeling_mamba.MambaMixer", *TRANSFORMERS, *GATED_DELTA_NETS, *KIMI_DELTAS}
+    for _, name, becomes, ours, cpu, gpu in rows:
+        maps = bool(_ADAPTERS[name].forms) and (name.startswith("compressm.") or name in mixers)
+        forms = [*["strict"] * (name not in KIMI_DELTAS), *["projected"] * maps]
+        known = {"compressm": "always", "mamba_ssm": "patch"}.get(name.partition(".")[0], "never")
+        assert (becomes, ours) == (", ".join(forms), "accelerate_" if name in mixers else known), name
+        assert (cpu, gpu) == ("its own", "its own") if ours == "never" else cpu.startswith("C++"), name
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -137,7 +137,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path):
             run(*arguments)
     process = spawn("train", "digit")
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert stdout == ""
     assert stderr.startswith("compressm: preset: got 'digit'")
     assert len(stderr.splitlines()) == 1

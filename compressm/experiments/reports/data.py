@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from compressm.errors import DataError
 from compressm.experiments.methods import METHODS
 from compressm.experiments.tasks.metrics import ACCURACY, METRICS, Metric
+from compressm.inputs import report_file
 
 FORMAT = 1
 
@@ -329,14 +330,11 @@ def read_report(path: str | Path) -> dict[str, Any]:
     Raises:
         DataError: missing, unreadable, not JSON or not such a report.
     """
-    path = Path(path)
-    path = path / "report.json" if path.is_dir() else path
+    path = report_file(Path(path))
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        reason = error.strerror or error
-        remedy = "expected the report.json that compressm train writes into its --out folder"
-        raise DataError(f"{path}: {reason}; {remedy}") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         remedy = "Write it anew with compressm train"
         raise DataError(f"{path}: expected JSON, got text that does not parse ({error}). {remedy}") from error

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressm.errors import ConfigError
+from compressm.experiments.declared import too_large
 from compressm.experiments.tasks.datasets.drawn import Drawn
 from compressm.experiments.tasks.datasets.texts import Text, cut_windows
 
@@ -50,7 +50,7 @@ class Batches:
 
     def __init__(self, x: Tensor, y: Tensor, batch_size: int, seed: int) -> None:
         if batch_size > len(y):
-            raise ConfigError(f"batch_size: got {batch_size}, expected at most {len(y)}, the number of training examples")
+            raise too_large(batch_size, len(y))
         self.x, self.y, self.batch_size, self.seed = x, y, batch_size, seed
         self._epoch, self._order, self._labels = -1, torch.empty(0), torch.empty(0)  # of the present epoch
 

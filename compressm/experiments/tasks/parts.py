@@ -75,12 +75,14 @@ class Dataset(Part, ABC):
         gives: the kind of data.
         model, objective: which go with it where the settings name none.
         at_hand: whether it needs neither a folder nor a download.
+        examples: to train on from the usual source, where that is one number; None where it is not, or a setting ``sequences``.
     """
 
     gives: ClassVar[type[Data]]
     model: ClassVar[str]
     objective: ClassVar[str]
     at_hand: ClassVar[bool] = False
+    examples: ClassVar[int | None] = None
 
     @abstractmethod
     def load(self, folder: Path | None) -> Data:

@@ -194,7 +194,7 @@ def test_several_attempts(data, tmp_path):
 
 
 def test_missing_report_and_unwritable_page(tmp_path):
-    with pytest.raises(DataError, match=r"No such file.*expected the report\.json"):
+    with pytest.raises(DataError, match=r"no such file, expected the report\.json"):
         read_report(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="expected a place"):

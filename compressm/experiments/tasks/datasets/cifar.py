@@ -32,6 +32,7 @@ class SequentialCifar(Dataset):
     gives = Sequences
     model = "lru"
     objective = "classification"
+    examples = 50_000
 
     def load(self, folder: Path | None) -> Sequences:
         require_folder(folder)

@@ -20,6 +20,7 @@ class Digits(Dataset):
     model = "lru"
     objective = "classification"
     at_hand = True
+    examples = 1347
 
     def load(self, folder: Path | None) -> Sequences:
         from sklearn.datasets import load_digits

@@ -34,6 +34,7 @@ class SequentialMnist(Dataset):
     gives = Sequences
     model = "lru"
     objective = "classification"
+    examples = 60_000
 
     def load(self, folder: Path | None) -> Sequences:
         require_folder(folder)
@@ -55,6 +56,7 @@ class PooledMnist(SequentialMnist):
     """The same images with a quarter of the pixels: the mean of every square of four, 196 each."""
 
     name = "mnist14"
+    examples = 60_000
 
     def load(self, folder: Path | None) -> Sequences:
         full = super().load(folder)
