@@ -78,7 +78,7 @@ class _GatedDeltaDistiller(MixerDistiller):
             **({} if z is None else {"z": z.float()}),
             **self._sources(hidden, real, convolved),
         }
-        return fixed, self._rule(fixed, q, k, self.sizes.features)
+        return {**fixed, "g": self._decays(g)}, self._rule(fixed, q, k, self.sizes.features)
 
     def run(self, fixed: TensorMap) -> Tensor:
         return self._rule(fixed, *self._features(fixed), self._channels)
@@ -87,6 +87,10 @@ class _GatedDeltaDistiller(MixerDistiller):
     @abstractmethod
     def _channels(self) -> int:
         """Of a query in front of maps, in the new mixer."""
+
+    def _decays(self, g: Tensor) -> Tensor:
+        """Of the new mixer, from those of the old one."""
+        return g
 
     @abstractmethod
     def _sources(self, hidden: Tensor, real: Tensor, convolved: Tensor) -> dict[str, Tensor]:
@@ -122,6 +126,13 @@ class _Rows(_GatedDeltaDistiller):
     @property
     def _channels(self) -> int:
         return self.edit.rank_after
+
+    def _decays(self, g: Tensor) -> Tensor:
+        """Where channels have decays of their own (sequences, steps, HV, K), those of the channels that stay."""
+        if g.dim() < 4 or self.edit.subset is None:
+            return g
+        kept = self.edit.subset("dt_bias", g.flatten(2).movedim(-1, 0))
+        return kept.movedim(0, -1).unflatten(-1, (self.sizes.heads, -1))
 
     def _sources(self, hidden: Tensor, real: Tensor, convolved: Tensor) -> dict[str, Tensor]:
         return {"hidden": without_padding(hidden, real).float()}

@@ -24,7 +24,7 @@ from compressm.adapters import _linear_mixer as mixers
 from compressm.adapters._linear_meter import DecayingMeter, LinearMeter
 from compressm.adapters.base import Adapter, Analysis, LayerEdit, Meter, TensorMap
 from compressm.adapters.matrix import WHITE, on_white_noise
-from compressm.adapters.parameters import check_finite, label, plain_parameters, precision
+from compressm.adapters.parameters import check_finite, expansion, label, plain_parameters, precision
 from compressm.control import (
     MatrixMoments,
     MatrixReduction,
@@ -207,7 +207,7 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
         found: dict[str, Any] = {name: size for name, size in named.items() if name in own}
         lengths = self._lengths(module, rank)
         if "expand_k" in own:
-            found["expand_k"] = queries / own["d_model" if "d_model" in own else "hidden_size"]
+            found["expand_k"] = expansion(queries, own["d_model" if "d_model" in own else "hidden_size"])
         for name, length in lengths.items():
             part, _, leaf = name.rpartition(".")
             settings = vars(module.get_submodule(part))

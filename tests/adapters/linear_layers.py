@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,8 +14,11 @@ FLA = {
     "GatedLinearAttention": "fla.layers.gla",
     "MultiScaleRetention": "fla.layers.multiscale_retention",
 }
-OTHERS = {"DeltaNet": "fla.layers.delta_net", "ShortConvolution": "fla.modules.convolution"
-}  # fmt: skip
+OTHERS = {
+    "DeltaNet": "fla.layers.delta_net",
+    "KimiDeltaAttention": "fla.layers.kda",
+    "ShortConvolution": "fla.modules.convolution",
+}
 
 
 class Layer(nn.Module):
@@ -86,8 +91,8 @@ class MultiScaleRetention(Layer):
 class ShortConvolution(nn.Conv1d):
     """(batch, L, channels), and not (batch, channels, L), with SiLU; returns what it would keep for the next token as well."""
 
-    def __init__(self, hidden_size, kernel_size):
-        super().__init__(hidden_size, hidden_size, kernel_size, groups=hidden_size, padding=kernel_size - 1, bias=False)
+    def __init__(self, hidden_size, kernel_size, bias=False):
+        super().__init__(hidden_size, hidden_size, kernel_size, groups=hidden_size, padding=kernel_size - 1, bias=bias)
         self.hidden_size, self.activation = hidden_size, "silu"
 
     def forward(self, x, mask=None, cache=None):
@@ -117,6 +122,53 @@ class DeltaNet(Layer):
             state = state + beta[:, t, :, None, None] * k[:, t, ..., None] * (parts["v"][:, t] - read)[:, :, None]
             outputs.append((q[:, t, :, None] @ state)[:, :, 0])
         return self.o_proj(self.o_norm(torch.stack(outputs, 1)).flatten(-2))
+
+
+class GatedNorm(nn.RMSNorm):
+    def forward(self, x, g):
+        return super().forward(x) * g.sigmoid()
+
+
+class KimiDeltaAttention(nn.Module):
+    def __init__(self, hidden_size=8, expand_v=1, head_dim=6, num_heads=2, num_v_heads=None, lower_bound=None, conv_bias=False):
+        super().__init__()
+        self.hidden_size, self.expand_v, self.lower_bound, self.allow_neg_eigval = hidden_size, expand_v, lower_bound, False
+        self.num_heads, self.num_v_heads = num_heads, num_v_heads or num_heads
+        self.head_dim = self.head_k_dim = head_dim
+        self.head_v_dim = int(head_dim * expand_v)
+        assert math.isclose(head_dim * expand_v, self.head_v_dim, rel_tol=1e-5)
+        self.key_dim, self.value_dim = num_heads * head_dim, self.num_v_heads * self.head_v_dim
+        self.gate_dim = self.num_v_heads * head_dim
+        for name, size in (("q", self.key_dim), ("k", self.key_dim), ("v", self.value_dim)):
+            setattr(self, f"{name}_proj", nn.Linear(hidden_size, size, bias=False))
+            setattr(self, f"{name}_conv1d", ShortConvolution(size, 3, conv_bias))
+        for name, size in (("f", self.gate_dim), ("g", self.value_dim)):
+            inner = nn.Linear(hidden_size, self.head_v_dim, bias=False)
+            setattr(self, f"{name}_proj", nn.Sequential(inner, nn.Linear(self.head_v_dim, size, bias=name == "g")))
+        self.b_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
+        self.A_log, self.dt_bias = nn.Parameter(torch.zeros(self.num_v_heads)), nn.Parameter(torch.randn(self.gate_dim))
+        self.o_norm = GatedNorm(self.head_v_dim, eps=1e-12)
+        self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
+
+    def forward(self, hidden_states):
+        """The library's own one-step recurrence, each head of values beside the keys that it shares."""
+        x, parts, share = hidden_states, {}, self.num_v_heads // self.num_heads
+        for name, width in (("q", self.head_k_dim), ("k", self.head_k_dim), ("v", self.head_v_dim)):
+            out, _ = self.get_submodule(f"{name}_conv1d")(self.get_submodule(f"{name}_proj")(x))
+            parts[name] = out.unflatten(-1, (-1, width))
+        q, k = (parts[n] * torch.rsqrt(parts[n].square().sum(-1, keepdim=True) + 1e-6) for n in "qk")
+        q, k = (part.repeat_interleave(share, 2) for part in (q * self.head_k_dim**-0.5, k))
+        logits = self.f_proj(x).unflatten(-1, (-1, self.head_k_dim)) + self.dt_bias.view(-1, self.head_k_dim)
+        rates = self.A_log.exp()[:, None]
+        g = -rates * F.softplus(logits) if self.lower_bound is None else self.lower_bound * (rates * logits).sigmoid()
+        beta, state, outputs = self.b_proj(x).sigmoid(), x.new_zeros(len(x), *g.shape[2:], self.head_v_dim), []
+        for t in range(x.shape[1]):
+            state = g[:, t, ..., None].exp() * state
+            read = (k[:, t, :, None] @ state)[:, :, 0]
+            state = state + beta[:, t, :, None, None] * k[:, t, ..., None] * (parts["v"][:, t] - read)[:, :, None]
+            outputs.append((q[:, t, :, None] @ state)[:, :, 0])
+        gate = self.g_proj(x).unflatten(-1, (-1, self.head_v_dim))
+        return self.o_proj(self.o_norm(torch.stack(outputs, 1), gate).flatten(-2))
 
 
 for _name, _module in {**FLA, **OTHERS}.items():
