@@ -17,6 +17,7 @@ FLA = {
 OTHERS = {
     "DeltaNet": "fla.layers.delta_net",
     "KimiDeltaAttention": "fla.layers.kda",
+    "RotaryEmbedding": "fla.modules.rotary",
     "ShortConvolution": "fla.modules.convolution",
 }
 
@@ -27,7 +28,7 @@ class Layer(nn.Module):
     def __init__(self, hidden_size=8, num_heads=4, num_kv_heads=None, expand_k=1.5):
         super().__init__()
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads or num_heads
-        self.num_kv_groups = num_heads // self.num_kv_heads
+        self.num_kv_groups, self.expand_k = num_heads // self.num_kv_heads, expand_k
         self.key_dim = int(hidden_size * expand_k)
         self.head_k_dim, self.head_v_dim = self.key_dim // num_heads, hidden_size // num_heads
         self.key_dim_per_group = self.key_dim // self.num_kv_groups
@@ -39,16 +40,24 @@ class Layer(nn.Module):
     def decays(self, x):
         return x.new_zeros(*x.shape[:2], self.num_heads, 1)
 
-    def forward(self, hidden_states, attention_mask=None):
+    def placed(self, q, k, position):
+        return q, k
+
+    def forward(self, hidden_states, attention_mask=None, cache=None):
+        """cache: a dict with the state and the number of tokens seen, which is written."""
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if attention_mask is not None:
             v = v * attention_mask[..., None]
         q = q.unflatten(-1, (self.num_heads, self.head_k_dim)) * self.head_k_dim**-0.5
-        k, v = (x.unflatten(-1, (self.num_kv_heads, -1)).repeat_interleave(self.num_kv_groups, 2) for x in (k, v))
-        a, state, outputs = self.decays(hidden_states).exp(), 0.0, []
+        k, v = (x.unflatten(-1, (self.num_kv_heads, -1)) for x in (k, v))
+        seen = {} if cache is None else cache
+        q, k = self.placed(q, k, seen.get("tokens", 0))
+        k, v = (x.repeat_interleave(self.num_kv_groups, 2) for x in (k, v))
+        a, state, outputs = self.decays(hidden_states).exp(), seen.get("state", 0.0), []
         for t in range(q.shape[1]):
             state = a[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
             outputs.append((q[:, t, :, None] @ state).flatten(1))
+        seen.update(tokens=seen.get("tokens", 0) + q.shape[1], state=state)
         return self.o_proj(torch.stack(outputs, 1))
 
 
@@ -79,10 +88,45 @@ class GatedLinearAttention(Layer):
         return (F.logsigmoid(self.gk_proj(x)) / 2).clamp_min(-0.5).unflatten(-1, (self.num_heads, self.head_k_dim))
 
 
+class RotaryEmbedding(nn.Module):
+    """A buffer that no checkpoint has, computed anew where it is not float32, and tables of it for the longest sequence."""
+
+    def __init__(self, dim, base=10000.0, interleaved=False, scale_base=None):
+        super().__init__()
+        self.dim, self.base, self.interleaved = dim, base, interleaved
+        self.register_buffer("inv_freq", torch.empty(dim // 2), persistent=False)
+        self.register_buffer("scale", None if scale_base is None else torch.ones(dim // 2), persistent=False)
+        self._seq_len_cached, self._cos_cached, self._sin_cached = 0, None, None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        self.inv_freq.copy_(self._compute_inv_freq())
+
+    def _compute_inv_freq(self, device=None):
+        return 1.0 / (self.base ** (torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim))
+
+    def _update_cos_sin_cache(self, seqlen, device=None, dtype=None):
+        if seqlen > self._seq_len_cached or self._cos_cached is None or self._cos_cached.dtype != dtype:
+            self._seq_len_cached = seqlen
+            inv_freq = self.inv_freq if self.inv_freq.dtype == torch.float32 else self._compute_inv_freq(device=device)
+            angles = torch.outer(torch.arange(seqlen, dtype=torch.float32), inv_freq)
+            self._cos_cached, self._sin_cached = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def forward(self, q, k, seqlen_offset=0):
+        end = seqlen_offset + q.shape[1]
+        self._update_cos_sin_cache(end, device=q.device, dtype=q.dtype)
+        cos, sin = (part[seqlen_offset:end, None] for part in (self._cos_cached, self._sin_cached))
+        halves = (x.chunk(2, -1) for x in (q, k))
+        return tuple(torch.cat([a * cos - b * sin, a * sin + b * cos], -1) for a, b in halves)
+
+
 class MultiScaleRetention(Layer):
     def __init__(self, rotary=None, **options):
         super().__init__(**options)
-        self.feature_map_fn, self.rotary = None, rotary
+        self.feature_map_fn, self.rotary = None, RotaryEmbedding(self.head_k_dim) if rotary == "fla" else rotary
+
+    def placed(self, q, k, position):
+        return (q, k) if self.rotary is None else self.rotary(q, k, seqlen_offset=position)
 
     def decays(self, x):
         return torch.log1p(-torch.exp2(-5.0 - torch.arange(self.num_heads))).to(x)[:, None].expand(*x.shape[:2], -1, 1)
