@@ -5,7 +5,7 @@ from __future__ import annotations
 from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, Reduced
 from compressm.adapters.delta_net import DeltaNetAdapter
 from compressm.adapters.gated_delta_net import GATED_DELTA_NETS, GatedDeltaNetAdapter
-from compressm.adapters.kimi_delta import KIMI_DELTAS, KimiDeltaAdapter
+from compressm.adapters.kimi_delta import KIMI_DELTAS, KimiDeltaAdapter, KimiDeltaAttentionAdapter
 from compressm.adapters.linear_attention import LinearAttentionAdapter
 from compressm.adapters.lru import LRUAdapter
 from compressm.adapters.lti import LTIAdapter
@@ -44,6 +44,7 @@ register_adapter("compressm.layers.gated_delta_net.GatedDeltaNet", GatedDeltaNet
 for _name in ("fla.layers.gated_deltanet.GatedDeltaNet", *GATED_DELTA_NETS):
     register_adapter(_name, GatedDeltaNetAdapter(foreign=True))
 register_adapter("fla.layers.delta_net.DeltaNet", DeltaNetAdapter(foreign=True))
+register_adapter("fla.layers.kda.KimiDeltaAttention", KimiDeltaAttentionAdapter(foreign=True))
 for _name in KIMI_DELTAS:
     register_adapter(_name, KimiDeltaAdapter())
 register_adapter(
@@ -69,6 +70,7 @@ __all__ = [
     "Distiller",
     "GatedDeltaNetAdapter",
     "KimiDeltaAdapter",
+    "KimiDeltaAttentionAdapter",
     "LRUAdapter",
     "LTIAdapter",
     "LayerEdit",

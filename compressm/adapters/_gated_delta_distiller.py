@@ -76,7 +76,7 @@ class _GatedDeltaDistiller(MixerDistiller):
         q, k, v, g, beta = (part.float() for part in inputs)
         fixed = {
             "v": v,
-            "g": a.float() if of_channels(self.module) else g,
+            "g": self._decays(a, g),
             "beta": beta,
             **({} if z is None else {"z": z.float()}),
             **self._sources(hidden, real, convolved),
@@ -90,6 +90,14 @@ class _GatedDeltaDistiller(MixerDistiller):
     @abstractmethod
     def _channels(self) -> int:
         """Of a query in front of maps, in the new mixer."""
+
+    @abstractmethod
+    def _decays(self, a: Tensor, g: Tensor) -> Tensor:
+        """What the new mixer's log decays are made of.
+
+        Args:
+            a, g: what the old one's are made of, and these.
+        """
 
     @abstractmethod
     def _sources(self, hidden: Tensor, real: Tensor, convolved: Tensor) -> dict[str, Tensor]:
@@ -125,6 +133,13 @@ class _Rows(_GatedDeltaDistiller):
     @property
     def _channels(self) -> int:
         return self.edit.rank_after
+
+    def _decays(self, a: Tensor, g: Tensor) -> Tensor:
+        """Where channels have decays of their own (sequences, steps, HV, K), those of the channels that stay."""
+        if g.dim() < 4 or self.edit.subset is None:
+            return g
+        kept = self.edit.subset("dt_bias", g.flatten(2).movedim(-1, 0))
+        return kept.movedim(0, -1).unflatten(-1, (self.sizes.heads, -1))
 
     def _sources(self, hidden: Tensor, real: Tensor, convolved: Tensor) -> dict[str, Tensor]:
         return {"hidden": without_padding(hidden, real).float()}
@@ -163,6 +178,9 @@ class _Maps(_GatedDeltaDistiller):
     def _sources(self, hidden: Tensor, real: Tensor, convolved: Tensor) -> dict[str, Tensor]:
         both = convolved[..., : 2 * self.sizes.convolved[0]].unflatten(-1, (2, self.sizes.key_heads, self.sizes.features))
         return {"features": unit(both).float()}
+
+    def _decays(self, a: Tensor, g: Tensor) -> Tensor:
+        return a.float() if of_channels(self.module) else g
 
     def _features(self, fixed: TensorMap) -> tuple[Tensor, Tensor, Tensor]:
         (q, k), g = fixed["features"].unbind(-3), fixed["g"]

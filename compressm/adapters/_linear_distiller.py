@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressm.adapters import _linear_mixer as mixers
+from compressm.adapters import _rotary as rotary
 from compressm.adapters._distilling import RATE, MixerDistiller, projection_rate
 from compressm.adapters.base import Distiller, LayerEdit, TensorMap
 from compressm.kernels import causal_conv1d, linear_attention
@@ -47,6 +48,7 @@ class _LinearDistiller(MixerDistiller):
 
     def __init__(self, module: Any, edit: LayerEdit) -> None:
         super().__init__(module, edit, PROJECTIONS[0], module.o_proj)
+        self.frequencies = rotary.kept_frequencies(module, edit.attributes)
         self.leaves = {name: self.train(name) for name in edit.tensors}
         rate = projection_rate(self.leaves[f"{PROJECTIONS[0]}.weight"])
         self.groups = [
@@ -55,6 +57,8 @@ class _LinearDistiller(MixerDistiller):
 
     def around(self, hidden: Tensor, real: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         q, k = mixers.features(self.module, hidden, real)
+        if self.frequencies is not None:
+            q, k = rotary.turned(self.module, q), rotary.turned(self.module, k)
         g, gate = mixers.log_decays(self.module, hidden), mixers.output_gate(self.module, hidden)
         fixed = {"hidden": without_padding(hidden, real).float(), "v": mixers.values(self.module, hidden, real).float()}
         if gate is not None:
@@ -76,7 +80,8 @@ class _LinearDistiller(MixerDistiller):
             conv = f"{letter}_conv1d"
             x = causal_conv1d(x.mT, self.leaves[f"{conv}.weight"][:, 0], self.leaves.get(f"{conv}.bias"), activation="silu")
             x = x.mT
-        return x.unflatten(-1, (-1, self.edit.rank_after))
+        x = x.unflatten(-1, (-1, self.edit.rank_after))
+        return x if self.frequencies is None else rotary.turned_by(x, self.frequencies)
 
     def _log_decays(self, fixed: TensorMap) -> Tensor | None:
         if not mixers.of_channels(self.module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressm.adapters import _rotary as rotary
 from compressm.adapters.parameters import own_parameter, precision
 from compressm.layers.mamba2_mixer import without_padding
 from compressm.layers.mamba_mixer import Convolution, convolve
@@ -97,11 +98,8 @@ def rescaled(mixer: Mixer) -> bool:
 
 def obstacle(mixer: Mixer) -> str:
     """Why a layer cannot have fewer channels of keys, in words; empty: it can."""
-    turned = [name for name in ("inv_freq", "rotary") if getattr(mixer, name, None) is not None]
-    if turned:
-        return (
-            f"queries and keys turn with their position ({turned[0]}) by frequencies that follow from their number of channels"
-        )
+    if rotary.turning(mixer) and (words := rotary.obstacle(mixer)):
+        return words
     maps = [getattr(mixer, name, None) for name in ("feature_map_fn", "feature_map_q", "feature_map_k")]
     if any(map_ is not None and not isinstance(map_, nn.Identity) for map_ in maps):
         return "it has a feature map behind the projections, expected none (feature_map 'identity')"

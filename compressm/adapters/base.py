@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -31,6 +31,8 @@ class LayerEdit:
         second_moments: carries squared-gradient state (Adam's ``exp_avg_sq``).
         values: carries another copy of the parameters (an EMA) through the same change of basis.
         subset: where the reduced states are some of the old ones: cuts a tensor like the named parameter down to them.
+        attributes: plain attributes and buffers of the reduced layer that its rank alone does not say, in the place of those of
+            :meth:`Adapter.attributes`, which has the same names.
     """
 
     rank_before: int
@@ -40,6 +42,7 @@ class LayerEdit:
     second_moments: Transport
     values: Transport
     subset: Callable[[str, Tensor], Tensor] | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -343,6 +346,13 @@ class Adapter(ABC, Generic[Kind]):
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, Any]:
         """What plain attributes and buffers, by name relative to the layer, must be at ``rank`` states; none by default."""
+        return {}
+
+    def as_stored(self, module: nn.Module, names: Collection[str]) -> dict[str, Any]:
+        """Those of :meth:`attributes` that must change, at the same rank, before tensors of these names can be loaded.
+
+        The names are relative to the layer.  None by default.
+        """
         return {}
 
     def round_to(self, module: nn.Module) -> int:

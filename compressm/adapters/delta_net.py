@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from compressm.adapters.gated_delta_net import GatedDeltaNetAdapter
-from compressm.adapters.parameters import check_finite, label, plain_parameters
+from compressm.adapters.parameters import check_finite, expansion, label, plain_parameters
 from compressm.errors import ModelError
 from compressm.layers.gated_delta_mixer import layout
 
@@ -41,5 +41,5 @@ class DeltaNetAdapter(GatedDeltaNetAdapter):
 
     def attributes(self, module: nn.Module, rank: int) -> dict[str, Any]:
         found = super().attributes(module, rank)
-        width = {"expand_k": layout(module).key_heads * rank / vars(module)["hidden_size"]}
+        width = {"expand_k": expansion(layout(module).key_heads * rank, vars(module)["hidden_size"])}
         return found | width if found else found

@@ -17,7 +17,7 @@ from compressm.adapters._gated_delta_distiller import gated_delta_distiller
 from compressm.adapters._gated_delta_meter import GatedDeltaMeter
 from compressm.adapters.base import Distiller, LayerEdit
 from compressm.adapters.matrix import MatrixAdapter, Rows, check_vectors
-from compressm.adapters.parameters import label, plain_parameters, precision
+from compressm.adapters.parameters import expansion, label, plain_parameters, precision
 from compressm.control import MatrixMoments, MatrixReduction, erasing_projection
 from compressm.errors import ModelError
 from compressm.layers.gated_delta_mixer import DeltaLayout, layout
@@ -112,6 +112,8 @@ class GatedDeltaNetAdapter(MatrixAdapter):
         keys, inner = sizes.key_heads * rank, sum(sizes._replace(features=rank).convolved)
         named = {"head_k_dim": rank, "head_dim": rank, "key_dim": keys, "conv_dim": inner}
         own: dict[str, Any] = {name: size for name, size in named.items() if name in vars(module)}
+        if "expand_v" in vars(module):
+            own["expand_v"] = expansion(sizes.values, rank)
         channels = {"conv1d": inner, "q_conv1d": keys, "k_conv1d": keys}
         for part in (part for part in channels if part in module._modules):
             own |= dict.fromkeys((f"{part}.{name}" for name in ("in_channels", "out_channels", "groups")), channels[part])

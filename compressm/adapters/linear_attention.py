@@ -6,13 +6,14 @@ Queries and keys are linear in the token, so that a reduction goes into their pr
   again, and the best pair is absorbed;
 * where every channel has a decay of its own, a subset of the channels stays, and a map of the queries is absorbed.
 
-Where a convolution with its activation stands behind the projections no map can be absorbed, and a subset stays.
+Where a convolution with its activation stands behind the projections no map can be absorbed, and a subset stays.  Where queries
+and keys turn with their position, a subset of the pairs that turn together stays, and turns as before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,25 +22,29 @@ import torch
 from torch import Tensor, nn
 
 from compressm.adapters import _linear_mixer as mixers
+from compressm.adapters import _rotary as rotary
 from compressm.adapters._linear_distiller import linear_distiller
-from compressm.adapters._linear_meter import DecayingMeter, LinearMeter
+from compressm.adapters._linear_meter import DecayingMeter, LinearMeter, TurningMeter
 from compressm.adapters.base import Adapter, Analysis, Distiller, LayerEdit, Meter, TensorMap
 from compressm.adapters.matrix import WHITE, on_white_noise
-from compressm.adapters.parameters import check_finite, label, plain_parameters, precision
+from compressm.adapters.parameters import check_finite, expansion, label, plain_parameters, precision
 from compressm.control import (
     MatrixMoments,
     MatrixReduction,
+    check_pairs,
     pair_spectrum,
     predicted_subset,
     projection,
     subset,
     subset_spectrum,
+    turning_spectrum,
+    turning_subset,
 )
 from compressm.errors import ModelError, NumericalError, bad_argument
 
 INDEPENDENT = (
     "q_proj", "k_proj", "v_proj", "g_proj", "gk_proj", "o_proj", "q_conv1d", "k_conv1d", "v_conv1d", "g_norm",
-    "g_norm_swish_gate", "norm", "log_decay",
+    "g_norm_swish_gate", "norm", "log_decay", "rotary", "inv_freq",
     "q", "k", "v", "qkv_opreact", "ogate_preact", "igate_preact", "fgate_preact", "ifgate_preact", "multihead_norm", "out_proj",
 )  # fmt: skip
 CACHED = 64  # channels of all heads of which transformers' xLSTM makes its caches a multiple
@@ -52,12 +57,14 @@ class LinearAnalysis(Analysis[MatrixReduction]):
 
     Attributes:
         spectrum, reduction: of moments.
+        together: so many states go or stay together.
     """
 
     moments: MatrixMoments
     gramians: str
     spectrum: Callable[[MatrixMoments], Tensor]
     reduction: Reduce
+    together: int = 1
     convention: str = "selective"
     bounded: bool = False
     hsv: Tensor = field(init=False, repr=False)
@@ -66,7 +73,7 @@ class LinearAnalysis(Analysis[MatrixReduction]):
         object.__setattr__(self, "hsv", self.spectrum(self.moments))
 
     def modes(self, order: int) -> int:
-        return order
+        return -(-order // self.together) * self.together
 
     def reduce(self, rank: int) -> MatrixReduction:
         reduction = self.reduction(self.moments, rank)
@@ -119,10 +126,12 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
         return numbers * torch.promote_types(weights, torch.float32).itemsize + window
 
     def round_to(self, module: nn.Module) -> int:
-        return math.lcm(self.multiple, self._step(module)) if self.foreign else 1
+        return math.lcm(self.multiple if self.foreign else 1, self._step(module), _together(module))
 
     def check_rank(self, module: nn.Module, rank: int) -> None:
-        """Raise ArgumentError where transformers' xLSTM would make caches of another size than its layers."""
+        """Raise ArgumentError for half a pair, and where transformers' xLSTM would make caches of another size than layers."""
+        if rotary.turning(module):
+            check_pairs(rank)
         if rank % (step := self._step(module)):
             raise bad_argument(
                 "rank",
@@ -153,19 +162,23 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
             measured = on_white_noise(meter, module, mixers.projections(module)[0], name)
         spectrum: Callable[[MatrixMoments], Tensor]
         reduction: Reduce
-        if mixers.convolved(module):
+        if rotary.turning(module):
+            spectrum, reduction = turning_spectrum, turning_subset
+        elif mixers.convolved(module):
             spectrum, reduction = subset_spectrum, subset
         elif mixers.of_channels(module):
             spectrum, reduction = pair_spectrum, predicted_subset
         else:
             spectrum, reduction = pair_spectrum, _absorbed
-        return LinearAnalysis(measured, gramians, spectrum, reduction)
+        return LinearAnalysis(measured, gramians, spectrum, reduction, _together(module))
 
     def meter(self, module: nn.Module, name: str, sequences: int, rows_per_state: int | None, seed: int) -> Meter:
         device = next(iter(self._checked(module, name).values())).device
         sizes, projection_name = mixers.layout(module), mixers.projections(module)[0]
+        sampled = sequences, rows_per_state, seed
+        if rotary.turning(module):
+            return TurningMeter(sizes.heads, sizes.features, projection_name, device, *sampled)
         if mixers.of_channels(module):
-            sampled = sequences, rows_per_state, seed
             return DecayingMeter(sizes.heads, sizes.features, projection_name, device, *sampled)
         return LinearMeter(sizes.key_heads, sizes.features, projection_name, device)
 
@@ -173,6 +186,11 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
     def edit(self, module: nn.Module, reduction: MatrixReduction) -> LayerEdit:
         parameters, sizes = plain_parameters(module, self.parameters(module)), mixers.layout(module)
         key, query = reduction.key, reduction.query
+        beside: dict[str, Any] = {}
+        if rotary.turning(module):
+            assert reduction.rows is not None  # whole pairs, the same in all heads
+            key, query = key[:1], query[:1]
+            beside = rotary.kept(module, reduction.rows[0, : reduction.order // 2])
         scale = 1.0
         if mixers.rescaled(module) and not mixers.convolved(module):
             scale = math.sqrt(reduction.order / sizes.features)
@@ -191,7 +209,7 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
             raise NumericalError("the reduced layer has NaN or infinite weights, expected finite values")
         tensors = {name: tensor.to(parameters[name]) for name, tensor in new.items()}
         cut = None if chosen is None else partial(_cut, act, chosen)
-        return LayerEdit(sizes.features, reduction.order, tensors, *carried, cut)
+        return LayerEdit(sizes.features, reduction.order, tensors, *carried, cut, beside)
 
     def distiller(self, module: nn.Module, edit: LayerEdit) -> Distiller | None:
         return linear_distiller(module, edit) if self.distils else None
@@ -212,13 +230,17 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
         found: dict[str, Any] = {name: size for name, size in named.items() if name in own}
         lengths = self._lengths(module, rank)
         if "expand_k" in own:
-            found["expand_k"] = queries / own["d_model" if "d_model" in own else "hidden_size"]
+            found["expand_k"] = expansion(queries, own["d_model" if "d_model" in own else "hidden_size"])
         for name, length in lengths.items():
             part, _, leaf = name.rpartition(".")
             settings = vars(module.get_submodule(part))
             names = ("out_channels", "in_channels", "groups", "hidden_size") if "conv1d" in part else ("out_features",)
             found |= {f"{part}.{name}": length for name in names if leaf == "weight" and name in settings}
-        return found
+        return found | (rotary.attributes(module, rank) if rotary.turning(module) else {})
+
+    def as_stored(self, module: nn.Module, names: Collection[str]) -> dict[str, Any]:
+        turns = rotary.turning(module) and not rotary.obstacle(module)
+        return rotary.as_stored(module, names) if turns else {}
 
     def _lengths(self, module: nn.Module, rank: int) -> dict[str, int]:
         """Of the parameters' first axes at ``rank`` channels."""
@@ -245,6 +267,10 @@ class LinearAttentionAdapter(Adapter[MatrixReduction]):
         if mixers.of_channels(module) and sizes.heads != sizes.key_heads:
             raise ModelError(f"{label(module, name)}: heads share keys that decay by channels (num_kv_heads), expected none")
         return parameters
+
+
+def _together(module: nn.Module) -> int:
+    return 2 if rotary.turning(module) else 1
 
 
 def _absorbed(moments: MatrixMoments, rank: int) -> MatrixReduction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +74,12 @@ def label(module: nn.Module, name: str = "") -> str:
     """How messages call a layer."""
     kind = type(module).__name__
     return f"layer {name!r} ({kind})" if name else f"layer of type {kind}"
+
+
+def expansion(channels: int, of: int) -> float:
+    """The factor that gives ``channels`` where a constructor rounds its product with ``of`` down."""
+    factor = channels / of
+    return factor if int(of * factor) == channels else math.nextafter(factor, math.inf)
 
 
 def wide(tensor: Tensor) -> Tensor:

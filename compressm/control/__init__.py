@@ -20,12 +20,15 @@ from compressm.control.matrix_states import (
     MatrixMoments,
     MatrixReduction,
     best_rows,
+    check_pairs,
     erasing_projection,
     pair_spectrum,
     predicted_subset,
     projection,
     subset,
     subset_spectrum,
+    turning_spectrum,
+    turning_subset,
 )
 from compressm.control.row_criteria import DRRQR, GHOST, OutputEnergy, RowCriterion, RowMoments, Taylor
 from compressm.control.selective import (
@@ -73,6 +76,7 @@ __all__ = [
     "best_rows",
     "best_states",
     "blend",
+    "check_pairs",
     "cross_root",
     "erasing_projection",
     "frequency_weighted_gramians",
@@ -94,5 +98,7 @@ __all__ = [
     "subspace_identification",
     "time_limited_gramians",
     "truncation",
+    "turning_spectrum",
+    "turning_subset",
     "white_gramians",
 ]

@@ -10,7 +10,7 @@ Heads of a group share k and q, and any maps k' = E_k k, q' = E_q q give the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from compressm.control.balancing import singular_values
 from compressm.control.row_criteria import RowCriterion, RowMoments
 from compressm.control.selective import backward_subset
-from compressm.errors import check_integer
+from compressm.errors import bad_argument, check_integer
 
 FLOOR = 1e-12  # least eigenvalue of a second moment scaled to a unit diagonal, so that pairs of any rank have bases
 
@@ -155,6 +155,42 @@ def subset(moments: MatrixMoments, rank: int) -> MatrixReduction:
     gone = moments.order - rank
     rows = torch.stack([removals(Z)[0][gone:].sort().values for Z in moments.Z])
     return keep_rows(moments, rows, "strict, backward subset")
+
+
+def turning_spectrum(moments: MatrixMoments) -> Tensor:
+    """(N,) float64 descending: :func:`subset_spectrum` where rows go in pairs, as :func:`turning_subset` takes them.
+
+    The values of a pair are equal.
+    """
+    return subset_spectrum(_pairs(moments)).repeat_interleave(2) * 0.5**0.5
+
+
+def turning_subset(moments: MatrixMoments, rank: int) -> MatrixReduction:
+    """Where rows j and j + N / 2 turn together, all groups alike: the pairs that are left after backward selection.
+
+    Every group keeps the same ones.  Moments are those of turned keys and queries.
+
+    Raises:
+        ArgumentError: rank out of range, or odd.
+    """
+    check_integer("rank", rank, 2, moments.order)
+    check_pairs(rank)
+    pairs = moments.order // 2
+    kept = removals(_pairs(moments).Z[0])[0][pairs - rank // 2 :].sort().values
+    rows = torch.cat([kept, pairs + kept]).expand(len(moments.P), -1)
+    return keep_rows(moments, rows, "strict, backward subset of pairs")
+
+
+def check_pairs(rank: int) -> None:
+    """Raise ArgumentError for a number of rows that turn together in pairs if it is odd."""
+    if rank % 2:
+        raise bad_argument("rank", got=rank, expected="an even number, as channels turn with their position in pairs")
+
+
+def _pairs(moments: MatrixMoments) -> MatrixMoments:
+    """With E[z z^T] of pairs, z being the sum over both, and over all groups."""
+    energies = moments.Z.sum(0).unflatten(0, (2, -1)).unflatten(2, (2, -1)).sum((0, 2))
+    return replace(moments, Z=energies[None])
 
 
 def best_rows(moments: MatrixMoments, rank: int, criterion: RowCriterion) -> MatrixReduction:

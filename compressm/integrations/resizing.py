@@ -13,7 +13,7 @@ from compressm.adapters import Adapter, find_layers
 from compressm.compression.common.models import compressible_layers, plain_model
 from compressm.compression.surgery.audit import as_optimizers, check_optimizers, full_name
 from compressm.compression.surgery.edits import reshape
-from compressm.compression.surgery.optional import give, present, wanted
+from compressm.compression.surgery.optional import give, make_alike, present, unlike, wanted
 from compressm.compression.surgery.references import References
 from compressm.errors import bad_argument
 from compressm.integrations._common import tell_configs
@@ -103,6 +103,7 @@ def take_ranks(
     """
     before = References(layers, optimizers, None)
     give(layers, wanted(layers, state, prefix), optimizers)
+    make_alike(layers, unlike(layers, state, prefix))
     ranks = {name: _rank_in(state, prefix + name, *layer) for name, layer in layers.items()}
     if any(rank is None and _present(state, prefix + name, *layers[name]) for name, rank in ranks.items()):
         before.restore()
@@ -117,6 +118,7 @@ def follow(model: nn.Module, copy: nn.Module) -> None:
     copy = copy.module if isinstance(copy, torch.optim.swa_utils.AveragedModel) else copy
     copied, layers = find_layers(copy, strict=False), find_layers(model)
     give(copied, {name: present(*layers[name]) for name in copied if name in layers})
+    make_alike(copied, unlike(copied, model.state_dict()))
     ranks = {name: adapter.rank(module) for name, (module, adapter) in layers.items() if name in copied}
     reshape(copy, copied, ranks)
 

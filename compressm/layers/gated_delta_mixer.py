@@ -1,8 +1,8 @@
 """The steps of a gated delta rule mixer: projections, causal convolution of q, k and v, the rule, gated norm, projection.
 
 The sub-modules are called, so that whatever stands in their place or hangs on them acts.  What reads a mixer works for every
-module with the names of flash-linear-attention's GatedDeltaNet or of transformers' (Qwen3-Next, Qwen3.5, OLMo-hybrid; Kimi
-Delta Attention).
+module with the names of flash-linear-attention's GatedDeltaNet and KimiDeltaAttention or of transformers' mixers (Qwen3-Next,
+Qwen3.5, OLMo-hybrid; Kimi Delta Attention).
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def project(
     mixer: Mixer, hidden_states: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Of hidden states (B, L, d_model): q, k and v in front of their convolution (B, L, channels), the output's gate
-    (B, L, HV, V) or None, and what beta and the decays are made of, (B, L, HV) each; without an A_log these are whole."""
+    (B, L, HV, V) or None, and what beta and the decays are made of, (B, L, HV) each, or (B, L, HV, K) where every channel has a
+    decay; without an A_log these are whole."""
     x, sizes = without_padding(hidden_states, mask), layout(mixer)
     z: Tensor | None
     if hasattr(mixer, "in_proj_qkvz"):
@@ -150,8 +151,10 @@ def project(
         mixed, b = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1), mixer.b_proj(x)
         z = mixer.g_b_proj(mixer.g_a_proj(x)) if hasattr(mixer, "g_a_proj") else None
         z = mixer.g_proj(x) if hasattr(mixer, "g_proj") else z
-        if of_channels(mixer):
+        if hasattr(mixer, "forget_gate"):
             a = mixer.forget_gate(x)
+        elif hasattr(mixer, "f_proj"):
+            a = mixer.f_proj(x).unflatten(-1, (sizes.heads, -1))
         else:
             a = mixer.a_proj(x) if hasattr(mixer, "a_proj") else torch.zeros_like(b)
     return mixed, None if z is None else z.unflatten(-1, (sizes.heads, sizes.values)), b, a
@@ -191,12 +194,16 @@ def shared_decays(g: Tensor, maps: Tensor) -> Tensor:
 
 def of_channels(mixer: Mixer) -> bool:
     """Whether every channel of the keys has a decay of its own, as in Kimi Delta Attention."""
-    return hasattr(mixer, "forget_gate")
+    return hasattr(mixer, "forget_gate") or hasattr(mixer, "f_proj")
 
 
 def _log_decays(mixer: Mixer, a: Tensor) -> Tensor:
-    rates = decay(mixer)
-    return rates * F.softplus(a.to(rates.dtype) + mixer.dt_bias)
+    rates, bias = decay(mixer), mixer.dt_bias
+    if a.dim() == 4:
+        rates, bias = rates[:, None], bias.view(a.shape[2:])
+    logits = a.to(rates.dtype) + bias
+    least: float | None = getattr(mixer, "lower_bound", None)
+    return rates * F.softplus(logits) if least is None else least * torch.sigmoid(-rates * logits)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class LinearAttention(MambaLayer):
         self.d_model, self.num_heads, self.decay, self.d_conv = d_model, num_heads, decay, d_conv
         self.expand_k, self.expand_v, self.scale = expand_k, expand_v, scale
         self.gate_logit_normalizer, self.chunk_size, self.layer_idx = gate_logit_normalizer, chunk_size, layer_idx
+        self.rotary_base = rotary_base
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj, self.k_proj = (nn.Linear(d_model, keys, bias=False, **options) for _ in range(2))
         self.v_proj = nn.Linear(d_model, values, bias=False, **options)
@@ -144,14 +145,14 @@ class LinearAttention(MambaLayer):
         length = hidden_states.shape[1]
         if self.inv_freq is not None:
             angles = torch.arange(length, device=q.device)[:, None, None] * self.inv_freq
-            q, k = _turn(q, angles), _turn(k, angles)
+            q, k = turn(q, angles), turn(k, angles)
         out, last = linear_attention(
             q, k, v, self._log_decays(hidden_states), self.scale, output_final_state=cache is not None, cu_seqlens=cu_seqlens,
             chunk_size=self.chunk_size,
         )  # fmt: skip
         if cache is not None and last is not None:
             if self.inv_freq is not None:
-                last = _turn(last.mT, (1 - length) * self.inv_freq).mT
+                last = turn(last.mT, (1 - length) * self.inv_freq).mT
             cache[1].copy_(last.detach())
         return self._finish(out, hidden_states)
 
@@ -168,7 +169,7 @@ class LinearAttention(MambaLayer):
             parts = [convolve_step(taps, x, seen) for taps, x, seen in zip(self._taps(), parts, windows, strict=True)]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in parts)
         if self.inv_freq is not None:
-            ssm_state.copy_(_turn(ssm_state.mT, -self.inv_freq).mT)
+            ssm_state.copy_(turn(ssm_state.mT, -self.inv_freq).mT)
         out = linear_attention_update(ssm_state, q, k, v, self._log_decays(token), self.scale)
         return self._finish(out, token).unsqueeze(1)
 
@@ -247,7 +248,7 @@ class LinearAttention(MambaLayer):
         return f"{sizes}, decay={self.decay}"
 
 
-def _turn(x: Tensor, angles: Tensor) -> Tensor:
+def turn(x: Tensor, angles: Tensor) -> Tensor:
     """x (..., K) with channels j and j + K / 2 turned by angles (..., K / 2)."""
     wide = torch.promote_types(x.dtype, angles.dtype)
     cos, sin = angles.cos().to(wide), angles.sin().to(wide)

@@ -21,7 +21,10 @@ HEADS, K = 2, 6
 DECAYS = ("none", "fixed", "scalar", "channel")
 KINDS = {decay: {"decay": decay} for decay in DECAYS}
 KINDS |= {"bare": {"decay": "scalar", "output_norm": False, "output_gate": False}, "convolved": {"d_conv": 3}}
+KINDS |= {"rotary": {"decay": "fixed", "rotary": True}, "turned": {"decay": "scalar", "rotary": True, "d_conv": 3}}
 METHODS = {"channel": "backward subset, queries predicted", "convolved": "strict, backward subset"}
+METHODS |= dict.fromkeys(("rotary", "turned"), "strict, backward subset of pairs")
+SUBSETS = ("channel", "convolved", "rotary", "turned")
 
 
 def lively(kind, seed=0, **options):
@@ -39,7 +42,7 @@ def lively(kind, seed=0, **options):
 def kill(layer, queries_alone=False):
     """Two directions of every head's queries and keys are not used."""
     with torch.no_grad():
-        if layer.d_conv or layer.decay == "channel":
+        if layer.d_conv or layer.decay == "channel" or layer.inv_freq is not None:
             parts = [layer.q_conv1d, layer.k_conv1d] if layer.d_conv else [layer.q_proj, layer.k_proj]
             for part in parts[: 1 if queries_alone else 2]:
                 part.weight.view(HEADS, K, -1)[:, [1, 4]] = 0
@@ -125,7 +128,7 @@ def test_all_channels_change_no_output(kind):
 def test_moments_are_the_reduced_layer_s_own_gradients(kind):
     """Where the cut changes no output, a first moment becomes the gradient that the reduced layer has."""
     layer, x = lively(kind), data(3, 12)
-    kill(layer, queries_alone=kind not in ("channel", "convolved"))
+    kill(layer, queries_alone=kind not in SUBSETS)
     adapter = find_layers(layer)[""][1]
     edit = adapter.edit(layer, adapter.analyse(layer, "", "real", measure(layer, [x])).reduce(4))
     names = adapter.parameters(layer)
@@ -184,8 +187,9 @@ def untouched(kind):
 
 def setup(kind, **options):
     model, optimizer = untouched(kind)
-    options = {"policy": compressm.FixedRank(3), "schedule": compressm.At([2]), "calibration": [data(4, 15).float()]} | options
-    return model, optimizer, compressm.Compressor(model, optimizer, **options)
+    left = 3 if model[0].inv_freq is None else 4  # whole pairs
+    options = {"policy": compressm.FixedRank(left), "calibration": [data(4, 15).float()]} | options
+    return model, optimizer, compressm.Compressor(model, optimizer, schedule=compressm.At([2]), **options)
 
 
 def train(model, optimizer, compressor, steps):
@@ -205,16 +209,17 @@ def train(model, optimizer, compressor, steps):
 def test_training_goes_on_and_a_checkpoint_resumes(kind, tmp_path):
     model, optimizer, compressor = setup(kind)
     train(model, optimizer, compressor, range(3))
-    assert model[0].head_k_dim == 3
+    left = model[0].head_k_dim
+    assert left == (3 if model[0].inv_freq is None else 4)
     compressm.save(tmp_path / "c.safetensors", model, optimizer=optimizer, compressor=compressor)
     straight = train(model, optimizer, compressor, range(3, 6))
     again = setup(kind)
     compressm.load(tmp_path / "c.safetensors", again[0], optimizer=again[1], compressor=again[2])
-    assert again[0][0].q_proj.out_features == 6
+    assert again[0][0].q_proj.out_features == HEADS * left
     assert train(*again, range(3, 6)) == straight
 
 
-@pytest.mark.parametrize("kind", ["scalar", "channel"])
+@pytest.mark.parametrize("kind", ["scalar", "channel", "rotary"])
 def test_the_guard_takes_it_back(kind):
     guard = compressm.Rollback(
         lambda model: float(model[0].head_k_dim < K), tolerance=0.1, jump=None, recovery=2, failures=1
@@ -246,8 +251,8 @@ def test_inspect_and_data_free():
 
 def test_what_is_refused():
     half = compressm.FixedRank(3)
-    with pytest.raises(ModelError, match=r"cannot have fewer channels of keys: queries and keys turn .*inv_freq"):
-        compressm.compress(lively("scalar", rotary=True), half)
+    with pytest.raises(ArgumentError, match=r"an even number, as channels turn .* in pairs, got 3"):
+        compressm.compress(lively("scalar", rotary=True), half, multiple_of=1)
     with pytest.raises(ModelError, match=r"no norm takes out the scale.*pass scale="):
         compressm.compress(LinearAttention(8, d_conv=3, output_norm=False, output_gate=False), compressm.FixedRank(1))
     with pytest.raises(ArgumentError, match="no method"):
@@ -314,9 +319,12 @@ def test_padding_is_not_measured():
 
 
 def test_what_stands_in_the_way_in_flash_linear_attention():
+    retention, rotary = linear_layers.MultiScaleRetention, linear_layers.RotaryEmbedding
     for layer, words in (
         (linear_layers.LinearAttention(feature_map="relu"), "feature map"),
-        (linear_layers.MultiScaleRetention(rotary=nn.Identity()), r"turn with their position \(rotary\)"),
+        (retention(rotary=nn.Identity()), "turn with their position by a Identity, expected"),
+        (retention(rotary=rotary(2, interleaved=True)), "of neighbouring channels"),
+        (retention(rotary=rotary(2, scale_base=512)), r"with a scale \(xPos\)"),
     ):
         with pytest.raises(ModelError, match=words):
             compressm.compress(layer, compressm.FixedRank(2))

@@ -90,6 +90,22 @@ def test_layers_of_flash_linear_attention(name, behind):
     assert own == pytest.approx(report.refine_error_after, rel=1e-3)
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["RetNet", "ours"])
+@torch.no_grad()
+def test_pairs_that_stay_turn_as_before(ours):
+    torch.manual_seed(0)
+    options = {"expand_k": 2.0}
+    if ours:
+        layer = LinearAttention(8, HEADS, decay="fixed", rotary=True, output_gate=False, **options)
+    else:
+        layer = linear_layers.MultiScaleRetention(rotary="fla", num_kv_heads=2, **options)
+    x = hidden()
+    before = layer(x)
+    report = reduced(layer, x, rank=2)
+    assert lost(layer(x), before) == pytest.approx(report.refine_error_after, rel=1e-3)
+    assert report.refine_error_after < report.refine_error_before
+
+
 @torch.no_grad()
 def test_a_normaliser_counts():
     torch.manual_seed(0)

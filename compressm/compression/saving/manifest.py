@@ -44,7 +44,7 @@ from compressm.compression.saving.fitting import (
 )
 from compressm.compression.surgery.audit import Optimizers, full_name
 from compressm.compression.surgery.edits import reshape
-from compressm.compression.surgery.optional import give, wanted
+from compressm.compression.surgery.optional import give, make_alike, unlike, wanted
 from compressm.compression.surgery.packed_optimizer import (
     check_optimizer_state,
     keep_optimizer,
@@ -169,13 +169,15 @@ class Restoration:
 
 @contextmanager
 def optional_as_saved(model: nn.Module, manifest: Mapping[str, Any], optimizers: Optimizers) -> Iterator[None]:
-    """Give the model's layers those optional parameters that a checkpoint has; an error inside takes them back."""
+    """Give the model's layers those optional parameters and buffers that a checkpoint has; an error inside takes them back."""
     saved = manifest.get("model")
     layers = compressible_layers(model)
-    fitting = wanted(layers, saved) if isinstance(saved, Mapping) else {}
-    before = References({name: layers[name] for name in fitting}, optimizers, None)
+    names = saved.keys() if isinstance(saved, Mapping) else ()
+    fitting, other = wanted(layers, names), unlike(layers, names)
+    before = References({name: layers[name] for name in {**fitting, **other}}, optimizers, None)
     try:
         give(layers, fitting, optimizers)
+        make_alike(layers, other)
         yield
     except BaseException:
         before.restore()
@@ -275,8 +277,11 @@ def _section(manifest: Mapping[str, Any], name: str, tensors: dict[str, Tensor],
 
 
 def _reshaped(module: nn.Module, adapter: Adapter, rank: int) -> tuple[str, ...]:
-    """Names, relative to a layer, of its parameters if that rank is another than now."""
-    return () if adapter.rank(module) == rank else adapter.parameters(module)
+    """Names, relative to a layer, of its parameters and buffers that change if that rank is another than now."""
+    if adapter.rank(module) == rank:
+        return ()
+    buffers = (name for name, value in adapter.attributes(module, rank).items() if isinstance(value, Tensor))
+    return (*adapter.parameters(module), *buffers)
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ class Swap:
         for key, parameter in self.new.items():
             owner, leaf = holder(self.module, key)
             actions.append(partial(owner._parameters.__setitem__, leaf, parameter))
-        return actions + _attribute_actions(self.module, self.attributes)
+        return actions + attribute_actions(self.module, self.attributes)
 
 
 def apply_edits(
@@ -143,7 +143,7 @@ def apply_edits(
             actions += part
         if isinstance(ema, nn.Module):
             for swap in swaps:
-                actions += _attribute_actions(ema_layer(ema, swap.name), swap.attributes)
+                actions += attribute_actions(ema_layer(ema, swap.name), swap.attributes)
     check_copies(model, _pairs(swaps), ema, optimizers)
     _commit(model, optimizers, swaps, actions, changed, ema)
 
@@ -179,7 +179,8 @@ def _swap(name: str, module: nn.Module, adapter: Adapter, edit: LayerEdit, optim
         values = edit.values({key: wide(value) for key, value in (live | precise).items()})
         tensors |= {key: values[key].to(master).to(tensors[key]) for key, master in precise.items()}
         renewed = {key: (master, values[key].to(master)) for key, master in masters.items()}
-    return Swap.of(name, module, tensors, adapter.attributes(module, edit.rank_after), renewed)
+    attributes = {**adapter.attributes(module, edit.rank_after), **edit.attributes}
+    return Swap.of(name, module, tensors, attributes, renewed)
 
 
 @ordinary()
@@ -306,12 +307,13 @@ def _placed(state: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     return state | {key: placed_like(state[key], was) for key, was in moved.items() if state[key] is not was}
 
 
-def _attribute_actions(module: nn.Module, attributes: Mapping[str, Any]) -> list[Action]:
+def attribute_actions(module: nn.Module, attributes: Mapping[str, Any]) -> list[Action]:
     """Set plain attributes and buffers of a layer, by name relative to it."""
     actions: list[Action] = []
     for key, value in attributes.items():
         owner, leaf = holder(module, key)
         if isinstance(value, Tensor):
-            value = value.to(getattr(owner, leaf), copy=True)
+            before = getattr(owner, leaf)
+            value = value.to(before.device, torch.promote_types(before.dtype, value.dtype), copy=True)
         actions.append(partial(setattr, owner, leaf, value))
     return actions

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from compressm.adapters import Adapter
 from compressm.adapters.parameters import own_parameter
 from compressm.compression.common.models import Layers
 from compressm.compression.surgery.audit import Ema, Optimizers, ema_layer, full_name
+from compressm.compression.surgery.edits import attribute_actions
 
 
 def present(module: nn.Module, adapter: Adapter) -> tuple[str, ...]:
@@ -64,6 +66,24 @@ def give(layers: Layers, wanted: dict[str, tuple[str, ...]], optimizers: Optimiz
             _add(name, module, able, missing, optimizers, ema)
         for key in set(has) - set(keys):
             _remove(name, module, key, optimizers, ema)
+
+
+def unlike(layers: Layers, names: Collection[str], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """By layer, what ``Adapter.as_stored`` says of a state_dict's names; of those alone that have to change."""
+    found = {}
+    for layer, (module, adapter) in layers.items():
+        start = prefix + full_name(layer, "")
+        own = {name.removeprefix(start) for name in names if name.startswith(start)}
+        if own.intersection(adapter.parameters(module)) and (attributes := adapter.as_stored(module, own)):
+            found[layer] = attributes
+    return found
+
+
+def make_alike(layers: Layers, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set what :func:`unlike` says.  Undo it by ``References``."""
+    for layer, values in attributes.items():
+        for change in attribute_actions(layers[layer][0], values):
+            change()
 
 
 def _add(name: str, module: nn.Module, adapter: Adapter, keys: Iterable[str], optimizers: Optimizers, ema: Ema | None) -> None:
