@@ -13,7 +13,7 @@ import compressm
 from compressm.adapters import find_layers
 from compressm.compression.planning.calibration import collect
 from compressm.errors import ArgumentError, CheckpointError
-from compressm.integrations.resizing import resize_on_load, resize_to
+from compressm.integrations.resizing import follow, resize_on_load, resize_to
 from compressm.layers import LinearAttention
 
 K, CUT = 6, {"multiple_of": 1}
@@ -205,6 +205,15 @@ def test_weights_of_a_cut_layer_are_taken_by_resizing(resize):
         resize_on_load(target)
     target.load_state_dict(layer.state_dict())
     torch.testing.assert_close(target(x), layer(x), rtol=0, atol=0)
+
+
+def test_a_copy_follows():
+    model, x = nn.Sequential(lively()), data(3, 11)
+    other = copy.deepcopy(model)
+    compressm.compress(model, compressm.FixedRank(4), calibration=[x], **CUT)
+    follow(model, other)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
 
 def test_training_with_a_guard_and_an_average():
