@@ -70,3 +70,14 @@ def test_empty(shape, device):
     out = linear_attention_update(inputs["initial_state"].to(device, torch.float32), **step, backend="triton")
     assert out.shape == step["v"].shape
     assert not out.any()
+
+
+def test_states_that_share_their_memory_are_refused(device):
+    """What the reference says of itself a kernel would not notice: programs would write over each other."""
+    inputs = random_inputs(2, 1, 1, 2, 5, 3, decay="scalar")
+    step = {name: t.to(device, torch.float32) for name, t in token(inputs).items()}
+    state = inputs["initial_state"].to(device, torch.float32)
+    with pytest.raises(ArgumentError, match=r"state: .* strides \(0, .* share their memory.*contiguous\(\) copies"):
+        linear_attention_update(state[:1].expand_as(state), **step, backend="triton")
+    one = {name: t[:1] for name, t in step.items()}
+    linear_attention_update(state[:1].expand_as(state[:1]), **one, backend="triton")

@@ -291,3 +291,10 @@ def test_a_call_goes_to_the_backend_that_is_named(monkeypatch):
     for backend in (None, "cpp", "triton"):
         selective_state_update(**inputs, backend=backend)
     assert [name.rpartition(".")[2] for name in seen] == ["cpu", "cpu", "triton_update"]
+
+
+def test_states_that_share_their_memory_are_refused(device):
+    inputs = narrow(random_inputs(2, 2, 3, 4, 1), device=device)
+    inputs["state"] = inputs["state"][:1].expand_as(inputs["state"])
+    with pytest.raises(ArgumentError, match="share their memory"):
+        selective_state_update(**inputs, dt_softplus=True, backend="triton")

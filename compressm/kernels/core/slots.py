@@ -32,6 +32,14 @@ def check(name: str, indices: Tensor | None, state: Tensor, batch: int, pad: int
             raise bad_argument(name, got=wrong[0], expected=f"rows of a pool of {state.shape[0]}", remedy=remedy)
 
 
+def check_apart(state: Tensor) -> None:
+    """Raise ArgumentError where states share their memory, as those of an expanded tensor do: each is written to."""
+    if any(step == 0 and size > 1 for size, step in zip(state.shape, state.stride(), strict=True)):
+        got = f"strides {state.stride()}, by which several states share their memory"
+        expected, remedy = "memory of its own for every state, which is written to", "contiguous() copies an expanded tensor."
+        raise bad_argument("state", got=got, expected=expected, remedy=remedy)
+
+
 def pick(indices: Tensor, pad: int) -> tuple[Tensor, Tensor]:
     """(rows, valid): the rows in int64, zero where an entry picks none, and whether it picks one."""
     valid = (indices != pad) & (indices >= 0)

@@ -160,6 +160,7 @@ def advance(
     launch: Config | None = None,
 ) -> Tensor:
     """As :func:`step`; rows (batch,) int64, negative for an entry that has none; without beta nothing is erased."""
+    slots.check_apart(state)
     heads, values = v.shape[1:]
     keys = q.shape[2]
     out = torch.empty_like(v, memory_format=torch.contiguous_format)

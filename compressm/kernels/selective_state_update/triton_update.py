@@ -153,6 +153,7 @@ def _advance(
     launch: dict[str, int | bool] | None,
 ) -> Tensor:
     """As :func:`state_update`; rows (batch,) int64, negative for an entry that has none."""
+    slots.check_apart(state)
     batch, heads, head = x.shape
     states, width = state.shape[3], heads * head
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
