@@ -19,6 +19,7 @@ from compressm._version import __version__
 from compressm.errors import EXTRAS
 from compressm.kernels import OPS
 from compressm.kernels.core import cpp
+from compressm.kernels.gated_delta_rule.form import HELD
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -150,6 +151,7 @@ def _runs(kernels: cpp.Found) -> dict[str, str]:
     triton = [op.name for op in OPS.values() if op.gpu is not None]
     others = [op.name for op in OPS.values() if op.gpu is None]
     gpu = f"Triton: {', '.join(triton)}" + (f"; {plain}: {', '.join(others)}" if others else "")
+    gpu += f". gated_delta_rule, and linear_attention with decays of channels, up to {HELD} key channels a head; else {plain}"
     if _version("triton") is None:
         gpu = f"{plain}: triton is not installed"
     runs = {

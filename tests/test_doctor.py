@@ -91,6 +91,7 @@ def test_what_runs_on_a_gpu_and_what_the_environment_says(monkeypatch):
     found = doctor.diagnose()
     named = set(re.findall(r"\w+", found.runs["GPU"]))
     assert set(OPS) <= named
+    assert "up to 1024 key channels a head; else plain torch" in found.runs["GPU"]
     assert found.runs["COMPRESSM_BACKEND"].startswith("reference")
 
 

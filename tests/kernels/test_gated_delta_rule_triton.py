@@ -43,6 +43,25 @@ def test_keys_wider_than_any_model_has(assert_close, device):
     compare(random_inputs(1, 17, 1, 1, 300, 3), assert_close, device)
 
 
+def test_keys_too_wide_for_a_program_run_in_torch():
+    """Whatever the GPU, which need not be there; what was chosen without a look at sizes runs in chunks."""
+    sizes = {keys: {"k": (1, 17, 1, keys), "v": (1, 17, 1, 3)} for keys in (520, 1030)}
+    fits, exceeds = (plan("gated_delta_rule", shapes, device="cuda") for shapes in sizes.values())
+    assert (fits.backend, fits.get("BK"), exceeds.backend, exceeds.form) == ("triton", 1024, "reference", "chunks")
+    assert "K = 1030 exceeds the 1024 key channels a head" in str(exceeds)
+    inputs = random_inputs(1, 17, 1, 1, 1030, 3)
+    named = {"backend": "triton"}
+    for call in (lambda: plan("gated_delta_rule", sizes[1030], **named), lambda: gated_delta_rule(**inputs, **named)):
+        with pytest.raises(BackendError, match=r"K = 1030 exceeds the 1024 .*cut the layer.*leave backend out"):
+            call()
+    tensors = [None if t is None else t.float().requires_grad_() for t in (inputs.get(name) for name in TENSORS)]
+    results = []
+    for backend in ("triton", "chunked"):
+        o, _ = gated_delta_rule_op(*tensors, None, None, False, 0, backend)
+        results.append((o, *torch.autograd.grad(o.square().sum(), tensors)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1, 5, 3), (1, 33, 1, 2, 5, 3), (1, 20, 1, 1, 40, 17)], ids=str)
 def test_a_decay_for_every_head(assert_close, device, shape):
     compare(random_inputs(*shape), assert_close, device)

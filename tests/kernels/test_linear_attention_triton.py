@@ -86,6 +86,23 @@ def test_custom_op_is_well_formed(device):
     torch.library.opcheck(linear_attention_op.op, (*arguments, bounds, 0.5, 0, "triton"), test_utils=tests)
 
 
+def test_keys_too_wide_for_a_program_run_in_torch():
+    """With decays of channels, whatever the GPU, which need not be there; those of heads have no bound."""
+    q, v = (1, 17, 1, 1030), (1, 17, 1, 3)
+    chosen = plan("linear_attention", {"q": q, "v": v, "g": q}, device="cuda")
+    assert (chosen.backend, chosen.form) == ("reference", "chunks")
+    assert "K = 1030 exceeds the 1024 key channels a head" in str(chosen)
+    assert plan("linear_attention", {"q": q, "v": v}, device="cuda").backend == "triton"
+    tensors = [torch.randn(size, requires_grad=True) for size in (q, q, v)] + [torch.full(q, -0.1, requires_grad=True)]
+    with pytest.raises(BackendError, match=r"K = 1030 exceeds the 1024 .*cut the layer.*leave backend out"):
+        linear_attention(*tensors, backend="triton")
+    results = []
+    for backend in ("triton", "chunked"):
+        out, _ = linear_attention_op(*tensors, None, None, 0.5, 0, backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_plans_and_calls_that_triton_cannot_run(device):
     shapes = {"q": (2, 65, 2, 100), "v": (2, 65, 4, 64), "g": (2, 65, 4, 100)}
     chosen = plan("linear_attention", shapes, torch.bfloat16, device, "triton")

@@ -14,7 +14,7 @@ from compressm.kernels.core.dtypes import cast, common_dtype
 from compressm.kernels.core.plan import KernelPlan
 from compressm.kernels.gated_delta_rule import chunked, reference
 from compressm.kernels.gated_delta_rule.arguments import check
-from compressm.kernels.gated_delta_rule.form import chunk_length
+from compressm.kernels.gated_delta_rule.form import check_named, chunk_length, form_for, too_wide
 from compressm.kernels.ssd.op import stepwise
 
 
@@ -68,6 +68,7 @@ def gated_delta_rule(
         BackendError: the named backend cannot run.
     """
     check(q, k, v, g, beta, initial_state, cu_seqlens, scale, chunk_size)
+    check_named("gated_delta_rule", backend, q.shape[3])
     tensors: Any = (q, k, v, g, beta, initial_state)
     chosen = choose_backend(v.device.type, common_dtype(q, k, v, g, beta), backend=backend)
     form = "chunked" if chosen == "reference" and not stepwise(v.dtype, backend) else chosen
@@ -104,16 +105,18 @@ def plan_for_shapes(device: str, dtype: torch.dtype, keys: int, length: int, val
         keys: K; length: L; values: V.
         backend: as the function takes it.
     """
+    check_named("gated_delta_rule", backend, keys)
     chosen = choose_backend(device, dtype, backend=backend)
-    if chosen == "triton":
+    wide = too_wide(keys) if chosen == "triton" else None
+    if chosen == "triton" and wide is None:
         from compressm.kernels.gated_delta_rule import triton_launch
 
         return triton_launch.plan(keys, values, dtype)
     if chosen == "reference" and stepwise(dtype, backend):
         return KernelPlan("gated_delta_rule", "reference", "scan", (), "one step at a time")
     chunk = chunk_length(keys, values, length)
-    reason = "products and a triangular system within chunks, between which states pass"
-    return KernelPlan("gated_delta_rule", chosen, "chunks", (("chunk", chunk),), reason)
+    reason = wide or "products and a triangular system within chunks, between which states pass"
+    return KernelPlan("gated_delta_rule", "reference" if wide else chosen, "chunks", (("chunk", chunk),), reason)
 
 
 def _chunk(q: Tensor, v: Tensor, chunk: int) -> int:
@@ -143,7 +146,8 @@ def gated_delta_rule_op(
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """gated_delta_rule on a backend: ``"cpp"``, which takes float32 alone, ``"triton"``, ``"reference"``, or ``"chunked"``.
+    """gated_delta_rule on a backend: ``"cpp"``, which takes float32 alone, ``"triton"``, which is ``"chunked"`` where K is too
+    wide for it, ``"reference"``, or ``"chunked"``.
 
     Args:
         normalize: q and k are brought to length one.
@@ -152,15 +156,16 @@ def gated_delta_rule_op(
     Returns:
         o, contiguous, in v's dtype, and final states, at least float32.
     """
-    if backend == "cpp":
+    form = form_for(backend, q.shape[3])
+    if form == "cpp":
         return cpp.library().gated_delta_rule(
             q, k, v, g, beta, initial_state, cu_seqlens, reference.factor(k, scale), normalize, _chunk(q, v, chunk)
         )
-    if backend == "triton":
+    if form == "triton":
         from compressm.kernels.gated_delta_rule import triton_launch
 
         return triton_launch.forward(q, k, v, g, beta, initial_state, cu_seqlens, reference.factor(k, scale), normalize)
-    o, last = _in_torch(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, chunk, backend)
+    o, last = _in_torch(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalize, chunk, form)
     return o.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
 
@@ -189,11 +194,12 @@ def gated_delta_rule_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (q, k, v, g, beta, initial_state); empty for an initial state that was None."""
     tensors = (q, k, v, g, beta, initial_state)
-    if backend == "cpp":
+    form = form_for(backend, q.shape[3])
+    if form == "cpp":
         return cpp.library().gated_delta_rule_backward(
             grad_o, grad_last, *tensors, cu_seqlens, reference.factor(k, scale), normalize, _chunk(q, v, chunk)
         )
-    if backend == "triton":
+    if form == "triton":
         from compressm.kernels.gated_delta_rule import triton_launch
 
         gradients: Any = triton_launch.backward(
@@ -202,7 +208,7 @@ def gated_delta_rule_backward_op(
         return gradients
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _in_torch(*leaves, cu_seqlens, scale, normalize, chunk, backend)
+        return _in_torch(*leaves, cu_seqlens, scale, normalize, chunk, form)
 
     return recomputed_gradients(run, tensors, (grad_o, grad_last))
 

@@ -15,6 +15,7 @@ from compressm.kernels.core.custom_op import custom_op, in_cpp, plain_call, reco
 from compressm.kernels.core.dispatch import chooser, compiled_first
 from compressm.kernels.core.dtypes import cast, common_dtype
 from compressm.kernels.core.plan import KernelPlan
+from compressm.kernels.gated_delta_rule.form import check_named, form_for, too_wide
 from compressm.kernels.linear_attention import chunked, reference
 from compressm.kernels.linear_attention.arguments import check
 from compressm.kernels.linear_attention.form import steps_of
@@ -135,6 +136,7 @@ def _of_channels(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Where every channel of the keys has its decay."""
+    check_named("linear_attention", backend, q.shape[3])
     tensors: Any = (q, k, v, g, initial_state)
     chosen = choose_backend(v.device.type, common_dtype(q, k, v, g), backend=backend)
     form = "chunked" if chosen == "reference" and not ssd.stepwise(v.dtype, backend) else chosen
@@ -170,18 +172,20 @@ def plan_for_shapes(
     """The plan that :func:`linear_attention` follows for q and v of these shapes; channels: each has its decay."""
     if not channels:
         return replace(ssd.plan_for_shapes(device, dtype, v, q[2], q[3], backend), op="linear_attention")
+    check_named("linear_attention", backend, q[3])
     chosen = choose_backend(device, dtype, backend=backend)
     if chosen == "reference" and ssd.stepwise(dtype, backend):
         return KernelPlan("linear_attention", "reference", "scan", (), "one step at a time")
-    if chosen == "triton":
+    wide = too_wide(q[3]) if chosen == "triton" else None
+    if chosen == "triton" and wide is None:
         from compressm.kernels.linear_attention import triton_launch
 
         return triton_launch.plan(q[3], v[3], dtype, "linear_attention")
     config = (("chunk", steps_of(chosen, q[3], v[3], q[1])),)
     if chosen == "cpp":
         return KernelPlan("linear_attention", "cpp", "walk", config, "tiles of states in registers, which walk over the steps")
-    reason = "products within chunks that are halved again and again"
-    return KernelPlan("linear_attention", chosen, "chunks", config, reason)
+    reason = wide or "products within chunks that are halved again and again"
+    return KernelPlan("linear_attention", "reference" if wide else chosen, "chunks", config, reason)
 
 
 def _in_torch(*arguments) -> tuple[Tensor, Tensor]:
@@ -209,7 +213,8 @@ def linear_attention_op(
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Decays of channels on a backend: ``"cpp"``, which takes float32 alone, ``"triton"``, ``"reference"``, or ``"chunked"``.
+    """Decays of channels on a backend: ``"cpp"``, which takes float32 alone, ``"triton"``, which is ``"chunked"`` where K is
+    too wide for it, ``"reference"``, or ``"chunked"``.
 
     Args:
         chunk: steps of a chunk; 0: as planned for the sizes.  Triton's chunks are always those of its plan.
@@ -217,13 +222,14 @@ def linear_attention_op(
     Returns:
         out, contiguous, in v's dtype, and final states, at least float32.
     """
-    if backend == "cpp":
-        return cpp.library().linear_attention(q, k, v, g, initial_state, cu_seqlens, scale, _chunk(q, v, chunk, backend))
-    if backend == "triton":
+    form = form_for(backend, q.shape[3])
+    if form == "cpp":
+        return cpp.library().linear_attention(q, k, v, g, initial_state, cu_seqlens, scale, _chunk(q, v, chunk, form))
+    if form == "triton":
         from compressm.kernels.linear_attention import triton_launch
 
         return triton_launch.forward(q, k, v, g, initial_state, cu_seqlens, scale)
-    out, last = _in_torch(q, k, v, g, initial_state, cu_seqlens, scale, chunk, backend)
+    out, last = _in_torch(q, k, v, g, initial_state, cu_seqlens, scale, chunk, form)
     return out.clone(memory_format=torch.contiguous_format), last.clone(memory_format=torch.contiguous_format)
 
 
@@ -250,17 +256,18 @@ def linear_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (q, k, v, g, initial_state), contiguous; empty for an initial state that was None."""
     tensors = (q, k, v, g, initial_state)
-    if backend == "cpp":
-        chunk = _chunk(q, v, chunk, backend)
+    form = form_for(backend, q.shape[3])
+    if form == "cpp":
+        chunk = _chunk(q, v, chunk, form)
         return cpp.library().linear_attention_backward(grad_out, grad_last, *tensors, cu_seqlens, scale, chunk)
-    if backend == "triton":
+    if form == "triton":
         from compressm.kernels.linear_attention import triton_launch
 
         gradients: Any = triton_launch.backward(grad_out, grad_last, *tensors, cu_seqlens, scale)
         return gradients
 
     def run(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _in_torch(*leaves, cu_seqlens, scale, chunk, backend)
+        return _in_torch(*leaves, cu_seqlens, scale, chunk, form)
 
     gradients = tuple(t.contiguous() for t in recomputed_gradients(run, tensors, (grad_out, grad_last)))
     return gradients
