@@ -234,8 +234,8 @@ def compress(
     check_counts(states, sequences, length, held_out, multiple_of)
     check_device(device)
     check_model_folder(checkpoint)
-    check_writable("--out", out)
     check_new_folder(out)
+    check_writable("--out", out)
     check_there(data)
     from compressm.experiments.training import pick_device
     from compressm.integrations.post_training import compress_checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -29,7 +30,8 @@ def check_checkpoint(path: str | Path) -> None:
     try:
         if not os.path.isfile(path):
             no = "not readable as safetensors (no regular file)" if os.path.exists(path) else "no such file"
-            raise unreadable(f"{path}: {no}")
+            inside = sorted(found.name for found in Path(path).glob("*.safetensors")) if os.path.isdir(path) else []
+            raise unreadable(f"{path}: " + (f"is a folder, with {', '.join(inside)} in it" if inside else no))
         with open(path, "rb") as file:
             head = file.read(8)
     except (OSError, ValueError) as error:
@@ -49,8 +51,10 @@ def report_file(path: Path) -> Path:
     Raises:
         DataError: there is none.
     """
-    file = path / "report.json" if path.is_dir() else path
+    file = path / "report.json" if os.path.isdir(path) else path
     if not os.path.isfile(file):
+        if os.path.isfile(path / "command.json"):
+            raise DataError(f"{path}: is unfinished. Continue it with compressm train PRESET --resume --out {path}")
         raise DataError(f"{file}: no such file, expected the report.json that compressm train writes into its --out folder")
     return file
 
@@ -61,7 +65,7 @@ def check_model_folder(path: Path) -> None:
     Raises:
         CheckpointError: no folder, or one without a config.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such folder, expected one that save_pretrained wrote")
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: has no config.json, expected a folder that save_pretrained wrote")
@@ -73,7 +77,7 @@ def check_new_folder(out: Path) -> None:
     Raises:
         CheckpointError: ``out`` is a file, or a folder that is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out}: exists already, expected a new or an empty folder. Nothing was written")
 
 
@@ -86,12 +90,17 @@ def check_writable(option: str, path: Path, *, file: bool = False) -> None:
         file: it is a file in such a folder.
 
     Raises:
-        CheckpointError: it is the other of the two, or its folder is none or cannot be written to.
+        CheckpointError: it is the other of the two, its name is too long, or its folder is none or cannot be written to.
     """
     expected = "a file in a folder that can be written" if file else "a folder that can be written"
     if file and os.path.isdir(path):
         raise CheckpointError(f"{option} {path}: is a folder, expected {expected}")
     place = path.absolute().parent if file else path.absolute()
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise CheckpointError(f"{option} {path}: {error.strerror}, expected {expected}") from error
     while not os.path.lexists(place):
         place = place.parent
     if not os.path.isdir(place):
@@ -110,13 +119,13 @@ def check_installed(packages: Sequence[str]) -> None:
 def check_there(paths: Sequence[Path]) -> None:
     """Raise DataError for the first path that does not exist."""
     for path in paths:
-        if not path.exists():
+        if not os.path.exists(path):
             raise DataError(f"--data {path}: no such file or folder")
 
 
 def require_folder(folder: Path | None) -> None:
     """Raise DataError if a folder is given that does not exist."""
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not os.path.isdir(folder):
         raise DataError(f"--data-dir {folder}: no such folder, expected one with the dataset's files. Omit it to download them")
 
 

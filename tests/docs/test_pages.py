@@ -143,10 +143,11 @@ def test_every_public_name_says_what_it_is(package):
 
 def test_the_table_of_supported_classes_is_the_registry():
     lines = PAGES["reference/adapters.md"].read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines if re.match(r"\|.*\| `\w+\.", line)]
-    assert sorted(row[1] for row in rows) == list(supported_layers())
+    lines = [line for line in lines if re.match(r"\|.*\| `\w+\.[\w.]+` \|$", line)]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    assert sorted(row[-1] for row in rows) == list(supported_layers())
     mixers = {"transformers.models.mamba.modeling_mamba.MambaMixer", *TRANSFORMERS, *GATED_DELTA_NETS, *KIMI_DELTAS}
-    for _, name, becomes, ours, cpu, gpu in rows:
+    for _, becomes, ours, cpu, gpu, name in rows:
         maps = bool(_ADAPTERS[name].forms) and (name.startswith("compressm.") or name in mixers)
         forms = [*["strict"] * (name not in KIMI_DELTAS), *["projected"] * maps]
         known = {"compressm": "always", "mamba_ssm": "patch"}.get(name.partition(".")[0], "never")

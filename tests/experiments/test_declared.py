@@ -48,6 +48,9 @@ WRONG = {
     "train tones --set sequences=20": "batch_size: got 32, expected at most 20",
     "train digits --out /etc/passwd": "--out /etc/passwd: /etc/passwd is no folder, expected a folder that can be written",
     "train digits --resume --out /etc/passwd/a/b": "--out /etc/passwd/a/b: /etc/passwd is no folder, expected",
+    f"train digits --out {'x' * 300}": f"--out {'x' * 300}: File name too long, expected a folder that can be written",
+    f"train digits --data-dir {'x' * 300}": f"--data-dir {'x' * 300}: no such folder",
+    f"report {'x' * 300}": f"{'x' * 300}: no such file",
     "compare sysid --set batch_size=5000": "batch_size: got 5000, expected at most 4096",
     "compare sysid --out /etc/passwd": "--out /etc/passwd: /etc/passwd is no folder, expected a folder that can be written",
     "compare sysid --methods compressed,smal": "runs: got 'smal' (did you mean 'small'?)",
@@ -96,11 +99,12 @@ def test_an_unfinished_command_and_a_folder_in_use_are_named_without_torch(tmp_p
         f"train digits --out {tmp_path}", f"compress {tmp_path} --states 4 --data / --out {tmp_path}",
         f"compress {tmp_path} --states 4 --data {tmp_path}/none --out {tmp_path}/new",
         f"compress {tmp_path} --states 4 --data / --out {tmp_path}/config.json/new",
+        f"report {tmp_path}", f"inspect {tmp_path}",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", COMMAND, json.dumps(lines)], capture_output=True, text=True, check=True)
     words = (
         "holds an unfinished digits command", "exists already, expected a new", "none: no such file or folder",
-        "config.json is no folder",
+        "config.json is no folder", "is unfinished. Continue it with", "is a folder, with full.safetensors in it,",
     )  # fmt: skip
     for (error, _, _, loaded), word in zip(json.loads(done.stdout), words, strict=True):
         assert word in error
