@@ -187,6 +187,17 @@ def test_the_same_bits_for_any_number_of_threads(sizes):
     check_threads(lambda: evaluate(inputs, torch.float32, "cpp"))
 
 
+@pytest.mark.parametrize("bounds", [[0, 137], [0, 40, 75, 75, 137]], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_whole_sequences_in_one_thread_have_the_bits_of_chunks_in_many(bounds, isa):
+    assert cpp.library().isa() == isa
+    inputs = random_inputs(1, 137, 4, 19, 2, 11, sequences=len(bounds) - 1)
+    packed, numbers = torch.tensor(bounds), numbered(137, bounds[1:-1])
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp", cu_seqlens=packed, chunk_size=16))
+    inputs["initial_states"] = inputs["initial_states"][:1]
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp", seq_idx=numbers, chunk_size=16))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(assert_close, dtype):
     inputs = random_inputs(2, 65, 4, 7, 2, 9)
