@@ -211,6 +211,21 @@ def test_half_precision(assert_close, dtype):
     assert_close(results["last"], oracle["last"], "last", torch.float32)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 9, 33])
+def test_parameters_of_few_steps_in_half_precision_have_gradients_of_float32(assert_close, length):
+    inputs = random_inputs(2, length, 4, 7, 2, 9)
+    inputs |= {name: inputs[name].bfloat16().double() for name in ("x", "dt", "B", "C", "z")}
+    weight, found = torch.linspace(-1, 1, 7).bfloat16(), []
+    for dtype, backend in ((torch.bfloat16, "cpp"), (torch.float64, "reference")):
+        leaves = {name: t.to(torch.promote_types(dtype, torch.float32)) for name, t in inputs.items()}
+        leaves |= {name: inputs[name].to(dtype) for name in ("x", "dt", "B", "C", "z")}
+        parameters = [leaves[name].requires_grad_() for name in ("A", "D", "dt_bias")]
+        out = ssd(**leaves, dt_softplus=True, backend=backend)
+        found.append(torch.autograd.grad(out, parameters, weight.to(dtype).expand(out.shape)))
+    for name, actual, expected in zip(("A", "D", "dt_bias"), *found, strict=True):
+        assert_close(actual.double(), expected, name, torch.float32)
+
+
 def test_what_the_backward_keeps_is_the_arguments():
     leaves = {k: t.float().requires_grad_() for k, t in random_inputs(2, 200, 4, 16, 1, 30).items()}
     own, kept = {t.data_ptr() for t in leaves.values()}, []
