@@ -4,7 +4,8 @@
 // A sequence is cut into chunks.  Each chunk adds to its heads' states (`write`), the states pass from chunk to chunk
 // (`carry`), and each chunk reads the state in front of it and its own steps (`outputs`).  The backward does the same with
 // gradients, from the last chunk to the first, and computes the states anew.  Tasks are a chunk and a group of heads, which
-// share B and C: no two write to one place, so that the number of threads changes no bit of a result.
+// share B and C: no two write to one place, so that the number of threads changes no bit of a result.  Where there are enough
+// sequences for all threads, each goes through whole sequences instead, the same way with the same bits.
 //
 // States are (N, pitch) floats, pitch being P in whole vectors; what is beyond P is zero.  The kernels are compiled once per
 // instruction set (ssd_*.cpp include ssd_*.inc under different target pragmas); the set is the one that isa() names.
@@ -53,15 +54,19 @@ struct SsdKernels {
   void (*carry)(float* state, float* added, std::int64_t pitch, const float* left, std::int64_t left_pitch,
                 std::int64_t chunks, std::int64_t floats);
 
-  void (*outputs)(const SsdInputs& in, const Chunk& chunk, std::int64_t group, const float* states, const SsdRows& out,
-                  float* scratch);
+  // From the `states` in front of all chunks; or from those of the group's heads alone, `carried` (heads, N, pitch), which then
+  // become those behind the chunk, without `write`.
+  void (*outputs)(const SsdInputs& in, const Chunk& chunk, std::int64_t group, const float* states, float* carried,
+                  const SsdRows& out, float* scratch);
 
   // What the chunk's outputs add to the gradients of the states in front of it.
   void (*read)(const SsdInputs& in, const SsdRows& grad_out, const Chunk& chunk, std::int64_t group, float* state_grads,
                float* scratch);
 
-  // All gradients of the chunk's inputs.
-  void (*gradients)(const SsdInputs& in, const SsdGradients& grad, const Chunk& chunk, std::int64_t group, float* scratch);
+  // All gradients of the chunk's inputs; with `carried`, the gradients of the group's states behind the chunk, which become
+  // those in front of it, without `read` and grad.state_grads.
+  void (*gradients)(const SsdInputs& in, const SsdGradients& grad, const Chunk& chunk, std::int64_t group, float* carried,
+                    float* scratch);
 };
 
 COMPRESSM_KERNELS(SsdKernels, ssd_kernels)

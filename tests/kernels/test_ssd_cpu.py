@@ -187,6 +187,17 @@ def test_the_same_bits_for_any_number_of_threads(sizes):
     check_threads(lambda: evaluate(inputs, torch.float32, "cpp"))
 
 
+@pytest.mark.parametrize("bounds", [[0, 137], [0, 40, 75, 75, 137]], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_whole_sequences_in_one_thread_have_the_bits_of_chunks_in_many(bounds, isa):
+    assert cpp.library().isa() == isa
+    inputs = random_inputs(1, 137, 4, 19, 2, 11, sequences=len(bounds) - 1)
+    packed, numbers = torch.tensor(bounds), numbered(137, bounds[1:-1])
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp", cu_seqlens=packed, chunk_size=16))
+    inputs["initial_states"] = inputs["initial_states"][:1]
+    check_threads(lambda: evaluate(inputs, torch.float32, "cpp", seq_idx=numbers, chunk_size=16))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(assert_close, dtype):
     inputs = random_inputs(2, 65, 4, 7, 2, 9)
@@ -198,6 +209,21 @@ def test_half_precision(assert_close, dtype):
     oracle = evaluate(inputs, torch.float64, "reference")
     check(results, oracle, assert_close, dtype)
     assert_close(results["last"], oracle["last"], "last", torch.float32)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 9, 33])
+def test_parameters_of_few_steps_in_half_precision_have_gradients_of_float32(assert_close, length):
+    inputs = random_inputs(2, length, 4, 7, 2, 9)
+    inputs |= {name: inputs[name].bfloat16().double() for name in ("x", "dt", "B", "C", "z")}
+    weight, found = torch.linspace(-1, 1, 7).bfloat16(), []
+    for dtype, backend in ((torch.bfloat16, "cpp"), (torch.float64, "reference")):
+        leaves = {name: t.to(torch.promote_types(dtype, torch.float32)) for name, t in inputs.items()}
+        leaves |= {name: inputs[name].to(dtype) for name in ("x", "dt", "B", "C", "z")}
+        parameters = [leaves[name].requires_grad_() for name in ("A", "D", "dt_bias")]
+        out = ssd(**leaves, dt_softplus=True, backend=backend)
+        found.append(torch.autograd.grad(out, parameters, weight.to(dtype).expand(out.shape)))
+    for name, actual, expected in zip(("A", "D", "dt_bias"), *found, strict=True):
+        assert_close(actual.double(), expected, name, torch.float32)
 
 
 def test_what_the_backward_keeps_is_the_arguments():
