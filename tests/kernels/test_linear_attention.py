@@ -95,6 +95,15 @@ def test_decays_of_all_sizes(assert_close, decay, strength, isa):
         compare(inputs, assert_close, backend="cpp")
 
 
+@pytest.mark.parametrize("least", [-1e9, -1e30, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_at_which_a_head_forgets_all(assert_close, least, dtype, isa):
+    inputs = random_inputs(2, 40, 1, 3, 6, 5, decay="scalar")
+    inputs["g"][:, 5], inputs["g"][:, 21, 0] = least, least
+    forgets = evaluate({**inputs, "g": inputs["g"].clamp(min=-1e3)}, torch.float64, None, call=recurrence)
+    check(evaluate(inputs, dtype, "cpp"), forgets, assert_close, dtype)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64])
 @pytest.mark.parametrize("strength", [1e-4, 1.0, 80.0])
 def test_torch_in_chunks(assert_close, chunk, strength):
