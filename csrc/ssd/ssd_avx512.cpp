@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 
 #define COMPRESSM_ISA portable
 #define COMPRESSM_WIDTH 4
