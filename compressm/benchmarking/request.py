@@ -109,7 +109,8 @@ def sizes_of_ops(folder: Path) -> dict[str, dict[str, int]]:
     Args:
         folder: of the kernels; those folders in it that export records are ops.
     """
-    return dict(sorted(found for path in folder.glob("*/record.py") for found in _records(path)))
+    files = (path for name in ("__init__.py", "record.py") for path in folder.glob(f"*/{name}"))
+    return dict(sorted(found for path in files for found in _records(path)))
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, int]]]:
