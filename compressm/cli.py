@@ -15,7 +15,7 @@ from rich.table import Table
 
 import compressm
 from compressm._version import __version__
-from compressm.benchmarking.request import SIZES, Request, other_sizes, sizes_of_ops
+from compressm.benchmarking.request import SIZES, Request, names_of_ops, other_sizes, sizes_of_ops
 from compressm.errors import ConfigError
 from compressm.experiments.tasks.presets import PRESETS
 from compressm.inputs import (
@@ -39,7 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BENCH_SIZES = {**sizes_of_ops(Path(__file__).parent / "kernels"), **SIZES}  # of all that can be measured, before torch is here
+KERNELS = Path(__file__).parent / "kernels"
+BENCH_OPS = (*names_of_ops(KERNELS), *SIZES)  # all that can be measured, before torch is here
 Preset = Annotated[str, typer.Argument(help="One of: " + ", ".join(PRESETS), show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Output folder of compressm train.", show_default=False)]
 
@@ -258,7 +259,7 @@ def compress(
 
 @app.command()
 def bench(
-    op: Annotated[str, typer.Argument(help="What: " + ", ".join(BENCH_SIZES), show_default=False)],
+    op: Annotated[str, typer.Argument(help="What: " + ", ".join(BENCH_OPS), show_default=False)],
     batch: Annotated[int | None, typer.Option(help="Sequences.")] = None,
     d_model: Annotated[int | None, typer.Option(help="Channels.")] = None,
     length: Annotated[int | None, typer.Option(help="Steps of a sequence.")] = None,
@@ -280,7 +281,7 @@ def bench(
     given |= {"blocks": blocks, "layers": layers, "rank": rank}
     sizes = {name: number for name, number in given.items() if number is not None} | other_sizes(size or [])
     request = Request(op, sizes, states, passes, dtype, device, rounds, with_compile)
-    request.check(BENCH_SIZES)
+    request.check({**sizes_of_ops(KERNELS), **SIZES})
     if json_file is not None:
         check_writable("--json", json_file, file=True)
     from compressm.benchmarking import command

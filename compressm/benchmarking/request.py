@@ -103,6 +103,11 @@ class Request:
         return found
 
 
+def names_of_ops(folder: Path) -> list[str]:
+    """Of all ops, which are the folders in that of the kernels that export records; these are not read."""
+    return sorted(path.parent.name for path in folder.glob("*/__init__.py") if "OPS" in path.read_text(encoding="utf-8"))
+
+
 def sizes_of_ops(folder: Path) -> dict[str, dict[str, int]]:
     """Names and defaults of all ops' sizes, by the ops' names, read off the sources of their records.
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from adapters.linear_layers import DeltaNet
+from adapters.training import train
 from torch import nn
 
 import compressm
@@ -154,25 +155,17 @@ def test_training_goes_on_and_a_checkpoint_resumes(form, tmp_path):
             model, optimizer, policy=compressm.FixedRank(3), schedule=schedule, calibration=calibration, form=form
         )
 
-    def train(model, optimizer, compressor, steps):
-        losses = []
-        for step in steps:
-            loss = model(data(4, 15, 8, seed=step).float()).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            compressor.step()
-            losses.append(loss.item())
-        return losses
+    def batch(step):
+        return data(4, 15, 8, seed=step).float()
 
     model, optimizer, compressor = setup()
-    train(model, optimizer, compressor, range(3))
+    train(model, optimizer, compressor, range(3), batch)
     assert model[0].d_state == 3
     compressm.save(tmp_path / "c.safetensors", model, optimizer=optimizer, compressor=compressor)
-    straight = train(model, optimizer, compressor, range(3, 6))
+    straight = train(model, optimizer, compressor, range(3, 6), batch)
     again = setup()
     compressm.load(tmp_path / "c.safetensors", again[0], optimizer=again[1], compressor=again[2])
-    assert train(*again, range(3, 6)) == straight
+    assert train(*again, range(3, 6), batch) == straight
 
 
 def test_what_is_refused():

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from adapters.linear_layers import KimiDeltaAttention
+from adapters.training import train
 from torch import nn
 
 import compressm
@@ -137,27 +138,19 @@ def test_training_goes_on_and_a_checkpoint_resumes(tmp_path):
         options = {"policy": compressm.FixedRank(3), "schedule": compressm.At([2]), "calibration": [data(4, 9, 8).float()]}
         return model, optimizer, compressm.Compressor(model, optimizer, multiple_of=1, **options)
 
-    def train(model, optimizer, compressor, steps):
-        losses = []
-        for step in steps:
-            loss = model(data(4, 9, 8, seed=step).float()).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            compressor.step()
-            losses.append(loss.item())
-        return losses
+    def batch(step):
+        return data(4, 9, 8, seed=step).float()
 
     model, optimizer, compressor = setup()
-    train(model, optimizer, compressor, range(2))
+    train(model, optimizer, compressor, range(2), batch)
     moments = {name: optimizer.state[model[0].get_parameter(name)]["exp_avg"] for name in GATES}
     assert [moments[name].shape for name in GATES] == [(12, 6), (12,)]
     assert all(bool((moment != 0).any()) for moment in moments.values())
     compressm.save(tmp_path / "c.safetensors", model, optimizer=optimizer, compressor=compressor)
-    straight = train(model, optimizer, compressor, range(2, 5))
+    straight = train(model, optimizer, compressor, range(2, 5), batch)
     again = setup()
     compressm.load(tmp_path / "c.safetensors", again[0], optimizer=again[1], compressor=again[2])
-    assert train(*again, range(2, 5)) == straight
+    assert train(*again, range(2, 5), batch) == straight
 
 
 def test_it_is_distilled_with_the_decays_of_the_kept_channels():

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from adapters import linear_layers
+from adapters.training import train
 from torch import nn
 
 import compressm
@@ -192,31 +193,22 @@ def setup(kind, **options):
     return model, optimizer, compressm.Compressor(model, optimizer, schedule=compressm.At([2]), **options)
 
 
-def train(model, optimizer, compressor, steps):
-    losses = []
-    for step in steps:
-        loss = model(data(4, 15, seed=step).float()).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if compressor is not None:
-            compressor.step()
-    return losses
+def batch(step):
+    return data(4, 15, seed=step).float()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_goes_on_and_a_checkpoint_resumes(kind, tmp_path):
     model, optimizer, compressor = setup(kind)
-    train(model, optimizer, compressor, range(3))
+    train(model, optimizer, compressor, range(3), batch)
     left = model[0].head_k_dim
     assert left == (3 if model[0].inv_freq is None else 4)
     compressm.save(tmp_path / "c.safetensors", model, optimizer=optimizer, compressor=compressor)
-    straight = train(model, optimizer, compressor, range(3, 6))
+    straight = train(model, optimizer, compressor, range(3, 6), batch)
     again = setup(kind)
     compressm.load(tmp_path / "c.safetensors", again[0], optimizer=again[1], compressor=again[2])
     assert again[0][0].q_proj.out_features == HEADS * left
-    assert train(*again, range(3, 6)) == straight
+    assert train(*again, range(3, 6), batch) == straight
 
 
 @pytest.mark.parametrize("kind", ["scalar", "channel", "rotary"])
@@ -225,15 +217,15 @@ def test_the_guard_takes_it_back(kind):
         lambda model: float(model[0].head_k_dim < K), tolerance=0.1, jump=None, recovery=2, failures=1
     )  # fmt: skip
     model, optimizer, compressor = setup(kind, guard=guard)
-    train(model, optimizer, compressor, range(4))
+    train(model, optimizer, compressor, range(4), batch)
     plain, other = untouched(kind)
-    train(plain, other, None, range(2))
+    train(plain, other, None, range(2), batch)
     assert compressor.step_count == 2
     assert model[0].k_proj.out_features == HEADS * K
     assert model[0].expand_k == plain[0].expand_k
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    assert train(model, optimizer, compressor, range(1)) == train(plain, other, None, range(1))
+    assert train(model, optimizer, compressor, range(1), batch) == train(plain, other, None, range(1), batch)
 
 
 def test_inspect_and_data_free():

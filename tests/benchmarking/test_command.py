@@ -11,6 +11,7 @@ from compressm import cli
 from compressm.benchmarking import limits, op_problems
 from compressm.benchmarking.cases import OPS
 from compressm.benchmarking.problems import Contender
+from compressm.benchmarking.request import SIZES, sizes_of_ops
 from compressm.benchmarking.results import Run
 from compressm.errors import ConfigError
 
@@ -56,7 +57,9 @@ def test_every_kind_of_op(arguments):
 
 
 def test_the_help_names_every_op_and_its_sizes_are_known_without_torch():
-    assert {name: op.sizes for name, op in OPS.items()} == cli.BENCH_SIZES
+    sizes = {**sizes_of_ops(cli.KERNELS), **SIZES}
+    assert {name: op.sizes for name, op in OPS.items()} == sizes
+    assert sorted(cli.BENCH_OPS) == sorted(sizes)
     assert "selective_state_update" in run("bench", "--help").output
 
 
